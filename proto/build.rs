@@ -57,6 +57,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             "towline/v1/discovery.proto",
             "towline/v1/admin.proto",
             "towline/v1/local.proto",
+            "grpc/health/v1/health.proto",
         ],
         ["proto"],
     )?;

@@ -91,7 +91,7 @@ impl MapCache {
         self.own_record.as_ref()
     }
 
-    /// Returns the tombstones, which each session publishes again.
+    /// Returns the tombstones, which a session in another epoch sends to the controller.
     pub fn tombstones(&self) -> Vec<pb::Signed> {
         self.tombstones.values().take(limits::TOMBSTONES).cloned().collect()
     }

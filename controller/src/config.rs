@@ -45,7 +45,7 @@ pub struct Config {
     pub mesh: MeshSettings,
     /// Interval at which each side of a watch sends a heartbeat.
     pub heartbeat: Duration,
-    /// Address at which `GET /metrics` is answered, without TLS and login. `None`: nowhere.
+    /// Address at which `GET /metrics` and the probes are answered, without TLS and login. `None`: nowhere.
     pub metrics: Option<SocketAddr>,
     /// Web page. `None`: there is none.
     pub ui: Option<UiConfig>,
@@ -128,8 +128,8 @@ pub struct Settings {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct MetricsSettings {
-    /// Address at which Prometheus reads `GET /metrics`, without TLS and login. Without it, there are no
-    /// metrics.
+    /// Address at which Prometheus reads `GET /metrics`, and probes ask `GET /healthz` and `GET /readyz`, without
+    /// TLS and login. Without it, there are neither.
     pub listen: Option<SocketAddr>,
 }
 

@@ -19,6 +19,11 @@ pub fn random<const N: usize>() -> Result<[u8; N], NoEntropy> {
     Ok(bytes)
 }
 
+/// Returns a random number in 0 to 1 that spreads clients over time; 0.5 without random bytes.
+pub fn fraction() -> f64 {
+    random().map_or(0.5, |bytes| f64::from(u32::from_be_bytes(bytes)) / f64::from(u32::MAX))
+}
+
 /// Returns the SHA-256 of a token's secret. The secret is 32 random bytes, so no salt is needed.
 pub fn secret_hash(secret: &TokenSecret) -> SecretHash {
     let hash = digest::digest(&digest::SHA256, &secret.0);

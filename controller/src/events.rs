@@ -25,6 +25,11 @@ pub enum MeshEvent {
         /// Name of the node.
         node: NodeName,
     },
+    /// A node returned that the store did not have.
+    NodeReadmitted {
+        /// Name of the node.
+        node: NodeName,
+    },
     /// A node was removed.
     NodeRemoved {
         /// Name of the node.
@@ -68,6 +73,7 @@ codes! {
     MeshEvent {
         ControllerStarted => "controller-started",
         NodeJoined => "node-joined",
+        NodeReadmitted => "node-readmitted",
         NodeRemoved => "node-removed",
         NodeConnected => "node-connected",
         NodeDisconnected => "node-disconnected",
@@ -77,13 +83,16 @@ codes! {
 }
 
 impl MeshEvent {
-    /// Returns the event of a stored change. `None` for those of tokens.
+    /// Returns the event of a stored change. `None` for those of tokens and of the configuration.
     pub fn of(event: Event) -> Option<Self> {
         match event {
             Event::Joined { name, .. } => Some(Self::NodeJoined { node: name }),
+            Event::Readmitted { name, .. } => Some(Self::NodeReadmitted { node: name }),
             Event::Removed { name, why, .. } => Some(Self::NodeRemoved { node: name, why }),
             Event::PrefixMoved { prefix, from, to } => Some(Self::PrefixMoved { prefix, from, to }),
-            Event::TokenCreated { .. } | Event::TokenRevoked { .. } => None,
+            Event::MeshReturned { .. }
+            | Event::TokenCreated { .. }
+            | Event::TokenRevoked { .. } => None,
         }
     }
 
@@ -107,6 +116,7 @@ impl MeshEvent {
         match self {
             Self::ControllerStarted => None,
             Self::NodeJoined { node }
+            | Self::NodeReadmitted { node }
             | Self::NodeRemoved { node, .. }
             | Self::NodeConnected { node, .. }
             | Self::NodeDisconnected { node, .. }
@@ -123,6 +133,9 @@ impl fmt::Display for MeshEvent {
                 write!(f, "controller {} started", towline_proto::VERSION)
             }
             Self::NodeJoined { node } => write!(f, "{node} joined"),
+            Self::NodeReadmitted { node } => {
+                write!(f, "{node} returned: the store did not have it")
+            }
             Self::NodeRemoved { node, why } => write!(f, "{node} is no member any more: {why}"),
             Self::NodeConnected { node, address } => write!(f, "{node} connected from {address}"),
             Self::NodeDisconnected { node, reason } => write!(f, "{node} disconnected: {reason}"),

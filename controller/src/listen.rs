@@ -3,6 +3,8 @@
 //! - A handshake must end within [`HANDSHAKE`]. The number of concurrent handshakes is limited, in
 //!   total and per source ([`HANDSHAKES`]). Beyond the limit the oldest one of the source with the most
 //!   ends, so that clients that keep handshakes open do not make others wait.
+//! - Handshakes run on threads of their own ([`Handshakes`]): the signatures of a storm of nodes take no time from the
+//!   threads that serve watches.
 //! - A connection of a client that is neither a node of the mesh nor an administrator (a joining node, a
 //!   removed one, or any stranger) is closed after [`STRANGER_LIFE`]. Their number is limited in total and per source
 //!   ([`STRANGERS`]), so that strangers cannot take the places of nodes. Nodes whose certificate has
@@ -22,6 +24,7 @@ use std::time::Duration;
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::mpsc;
 use tokio::time::{Sleep, sleep, timeout};
 use tokio_rustls::TlsAcceptor;
@@ -40,6 +43,8 @@ use crate::slots::{Slot, Slots};
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Largest number of concurrent handshakes: in total, and per source.
 const HANDSHAKES: (usize, usize) = (1024, 128);
+/// Largest number of threads for handshakes.
+const MOST_THREADS: usize = 4;
 /// Longest lifetime of a connection of a stranger, or of a node whose certificate has expired.
 pub const STRANGER_LIFE: Duration = Duration::from_secs(60);
 /// Largest number of connections of strangers: in total, and per source.
@@ -56,8 +61,11 @@ const ADMINS: (usize, usize) = (256, 64);
 pub struct Connection {
     stream: TlsStream<TcpStream>,
     info: ConnectionInfo,
-    /// Timer that ends the connection of a stranger or of a node whose certificate has expired; `None`
-    /// for all others.
+    /// Longest duration of the connection of a stranger or of a node whose certificate has expired, until the timer
+    /// runs; `None` for all others.
+    life: Option<Duration>,
+    /// Timer that ends such a connection. It starts with the first read, so that it belongs to the runtime that
+    /// serves the connection.
     end: Option<Pin<Box<Sleep>>>,
     slot: Slot<Holder>,
 }
@@ -112,13 +120,14 @@ fn bind_one(address: SocketAddr) -> io::Result<TcpListener> {
 }
 
 /// Accepts connections until the receiver of `connections` is dropped. `standing` returns the kind of a
-/// client by its certificate and the map.
+/// client by its certificate and the map. Handshakes run on `handshakes`.
 pub async fn accept(
     listener: TcpListener,
     acceptor: TlsAcceptor,
     connections: mpsc::Sender<io::Result<Connection>>,
     places: Places,
     standing: impl Fn(&PresentedPeer) -> Standing + Clone + Send + 'static,
+    handshakes: Handle,
 ) {
     loop {
         let accepted = tokio::select! {
@@ -138,7 +147,7 @@ pub async fn accept(
         let mut place = places.handshakes.take(Holder::Source(source(address.ip())));
         let (acceptor, places, connections, standing) =
             (acceptor.clone(), places.clone(), connections.clone(), standing.clone());
-        tokio::spawn(async move {
+        handshakes.spawn(async move {
             let shaken =
                 timeout(HANDSHAKE, handshake(stream, address, acceptor, &places, standing));
             let shaken = tokio::select! {
@@ -158,6 +167,42 @@ pub async fn accept(
     }
 }
 
+/// Threads that run the TLS handshakes. They end when this is dropped.
+pub struct Handshakes {
+    /// Runtime of the threads, until it is dropped.
+    runtime: Option<Runtime>,
+    handle: Handle,
+}
+
+impl Handshakes {
+    /// Starts the threads: one for each two processors.
+    pub fn start() -> io::Result<Self> {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let runtime = Builder::new_multi_thread()
+            .worker_threads((processors / 2).clamp(1, MOST_THREADS))
+            .thread_name("handshakes")
+            // The sockets belong to the runtime that accepted them.
+            .enable_time()
+            .build()?;
+        let handle = runtime.handle().clone();
+        Ok(Self { runtime: Some(runtime), handle })
+    }
+
+    /// Returns the handle with which handshakes are started.
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
+    }
+}
+
+impl Drop for Handshakes {
+    fn drop(&mut self) {
+        // Waiting for the threads is not possible in a task of another runtime.
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
 /// Kind of a client, by its certificate and the map.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Standing {
@@ -167,7 +212,7 @@ pub enum Standing {
     Expired(NodeId),
     /// The client is an administrator.
     Admin,
-    /// The client has no certificate, or one of a removed node.
+    /// The client has no certificate, or one of a removed or unknown node.
     Stranger,
 }
 
@@ -243,8 +288,7 @@ async fn handshake(
     let kind = peer.as_ref().map_or(Standing::Stranger, standing);
     let (slot, life) = places.take(kind, source(address.ip()));
     let peer = peer.map(Arc::new);
-    let end = life.map(|life| Box::pin(sleep(life)));
-    Ok(Connection { stream, info: ConnectionInfo { address, peer }, end, slot })
+    Ok(Connection { stream, info: ConnectionInfo { address, peer }, life, end: None, slot })
 }
 
 impl Connected for Connection {
@@ -261,6 +305,9 @@ impl AsyncRead for Connection {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if let Some(life) = self.life.take() {
+            self.end = Some(Box::pin(sleep(life)));
+        }
         if let Some(end) = &mut self.end
             && end.as_mut().poll(cx).is_ready()
         {

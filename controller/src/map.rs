@@ -5,6 +5,7 @@
 //! queued for a watcher, and a slow one skips intermediate states.
 
 use std::collections::{BTreeMap, HashMap};
+use std::time::Instant;
 
 use parking_lot::RwLock;
 use prost::bytes::Bytes;
@@ -12,7 +13,15 @@ use tokio::sync::watch;
 use towline_proto::id::{IdentityKey, NodeId, NodeName};
 use towline_proto::{limits, pb};
 
+use crate::clock;
 use towline_registry::NodeAbsent;
+
+/// Memory for the messages that watches send, in bytes, over all watches: with many watches, each message is
+/// smaller.
+const WATCHES_BYTES: usize = 512 * 1024 * 1024;
+/// Smallest limit of a message's size in bytes: what [`WATCHES_BYTES`] leaves for each of the
+/// [`limits::NODES`] watches of the largest mesh, rounded down.
+const LEAST_MESSAGE_BYTES: usize = 48 * 1024;
 
 /// A change of the network map.
 #[derive(Debug, Clone)]
@@ -83,6 +92,8 @@ struct Inner {
     /// state. Each item occurs once, and all watchers share its bytes.
     index: BTreeMap<u64, Bytes>,
     mesh_revision: u64,
+    /// Time at which the newest revision was published; `None` before the first one.
+    published_at: Option<Instant>,
 }
 
 /// A node, with the revision of its newest state.
@@ -123,6 +134,7 @@ impl Map {
             let mut inner = self.inner.write();
             inner.epoch = epoch;
             inner.revision = inner.revision.max(revision);
+            inner.published_at = Some(clock::now().mono);
             for change in changes {
                 inner.apply(change);
             }
@@ -147,6 +159,11 @@ impl Map {
     /// Returns the newest revision.
     pub fn revision(&self) -> u64 {
         self.inner.read().revision
+    }
+
+    /// Returns the time at which the newest revision was published; `None` before the first one.
+    pub fn published_at(&self) -> Option<Instant> {
+        self.inner.read().published_at
     }
 
     /// Returns the signed mesh configuration.
@@ -193,16 +210,24 @@ impl Map {
         self.latest.receiver_count()
     }
 
+    /// Returns the largest size of a message of changes, in bytes. Each watch has at most one message that its
+    /// client did not read yet, so all watches together need at most [`WATCHES_BYTES`] for them.
+    fn message_bytes(&self) -> usize {
+        let share = WATCHES_BYTES / self.watchers().max(1);
+        share.clamp(LEAST_MESSAGE_BYTES, limits::CHANGES_BYTES)
+    }
+
     /// Returns the changes after `cursor` that fit in one message, and whether they are all. The
     /// message's revision is the next cursor. All watchers share the encoded bytes of a change.
     pub fn changes_after(&self, cursor: u64) -> (pb::Changes, bool) {
+        let most = self.message_bytes();
         let inner = self.inner.read();
         let mut message = pb::Changes { changes: Vec::new(), revision: cursor, synced: false };
         let mut bytes = 0;
         for (&revision, change) in inner.index.range(cursor.saturating_add(1)..) {
             let size = change.len();
             let full = message.changes.len() >= limits::CHANGES
-                || (bytes + size > limits::CHANGES_BYTES && !message.changes.is_empty());
+                || (bytes + size > most && !message.changes.is_empty());
             if full {
                 return (message, false);
             }
@@ -320,6 +345,18 @@ mod tests {
         }
         assert_eq!(seen, (1..=40).collect::<Vec<u8>>());
         assert!(messages >= 5, "{messages}");
+    }
+
+    #[test]
+    fn with_many_watches_messages_are_smaller() {
+        let map = Map::new();
+        let size = limits::SIGNED_BODY_BYTES;
+        map.apply(1, 40, (1..=40).map(|i| upsert(i.into(), i, size)).collect());
+        let few = map.changes_after(0).0.changes.len();
+        let watches: Vec<_> = (0..limits::NODES).map(|_| map.latest()).collect();
+        let (many, all) = map.changes_after(0);
+        assert!(!all && (1..few).contains(&many.changes.len()), "{}", many.changes.len());
+        assert!(watches.len() * LEAST_MESSAGE_BYTES <= WATCHES_BYTES);
     }
 
     #[test]

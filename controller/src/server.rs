@@ -16,12 +16,13 @@ use ipnet::Ipv6Net;
 use parking_lot::Mutex;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{interval, timeout};
+use tokio::time::{interval, sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::body::Body;
 use tonic::transport::Server;
 use tower::util::MapResponseLayer;
+use towline_proto::health::health_server::HealthServer;
 use towline_proto::limits;
 use towline_proto::node::MeshConfig;
 use towline_proto::pb::admin_server::AdminServer;
@@ -38,13 +39,14 @@ use crate::counters::Counters;
 use crate::entropy::{NoEntropy, random};
 use crate::events::Events;
 use crate::ledger::Ledger;
-use crate::listen::{self, Places, PresentedPeer, Standing};
+use crate::listen::{self, Handshakes, Places, PresentedPeer, Standing};
 use crate::map::Map;
 use crate::metrics;
 use crate::peer::PeerName;
 use crate::reflector::Reflector;
 use crate::service::{
-    AdminService, Authorizer, Budgets, DiscoveryService, FAILED_JOINS, Shared, Signals,
+    AdminService, Authorizer, Budgets, DiscoveryService, FAILED_JOINS, HealthService, Shared,
+    Signals, drain_begins,
 };
 use crate::state_dir::{Lock, StateDir, StateError};
 use crate::store::{CommitError, OpenError, Store};
@@ -58,6 +60,9 @@ use towline_registry::{Now, OverlayInUse};
 
 /// Time to wait for connections to close when the controller stops, and again for the store.
 const GRACE: Duration = Duration::from_millis(700);
+/// Time over which watches end when the controller stops: for each watch, and at most. Nodes that all reconnect at
+/// the same moment would be a storm for the controllers that are left.
+const DRAIN: (Duration, Duration) = (Duration::from_millis(1), Duration::from_secs(5));
 /// Interval at which certificates are checked for renewal.
 const CERTIFICATE_CHECK: Duration = Duration::from_secs(300);
 /// Interval of the registry's periodic work, see [`Registry::tick`](towline_registry::Registry::tick).
@@ -117,6 +122,9 @@ pub enum ServeError {
     /// The thread of the store cannot be started.
     #[error("cannot start the store's thread: {0}")]
     Thread(std::io::Error),
+    /// The threads of the TLS handshakes cannot be started.
+    #[error("cannot start the threads of TLS handshakes: {0}")]
+    Handshakes(std::io::Error),
     /// The gRPC server ended by itself.
     #[error("the gRPC server ended: {0}")]
     Server(#[from] tonic::transport::Error),
@@ -134,9 +142,10 @@ pub struct Controller {
     authority: Arc<Authority>,
     certificate: Arc<ServerCertificate>,
     acceptor: TlsAcceptor,
+    handshakes: Handshakes,
     reflector: Option<Reflector>,
     shared: Shared,
-    stop: watch::Sender<bool>,
+    stop: watch::Sender<Option<Duration>>,
     writer_ended: oneshot::Receiver<()>,
     /// Address of the metrics, if they are served.
     metrics: Option<SocketAddr>,
@@ -202,7 +211,7 @@ impl Controller {
         let (writer, writer_ended) = writer::start(store, ledger, authority.clone(), published)
             .map_err(ServeError::Thread)?;
         let proof_key = StaticSecret::from(random::<32>()?);
-        let (stop, stopping) = watch::channel(false);
+        let (stop, stopping) = watch::channel(None);
         // Without the STUN server, nodes learn their public addresses only from other nodes.
         let reflector = Reflector::bind(address).inspect_err(
             |error| tracing::warn!(%error, port = address.port(), "no STUN server: cannot bind UDP"),
@@ -222,6 +231,8 @@ impl Controller {
             signals: Signals::default(),
             summaries: Arc::default(),
             events,
+            admission: Arc::default(),
+            counters: counters.clone(),
             reflector: reflector.as_ref().map(|_| address.port()),
             stopping,
         };
@@ -240,6 +251,7 @@ impl Controller {
             authority,
             certificate,
             acceptor: TlsAcceptor::from(Arc::new(tls)),
+            handshakes: Handshakes::start().map_err(ServeError::Handshakes)?,
             reflector,
             shared,
             stop,
@@ -261,8 +273,8 @@ impl Controller {
         self.dir.path()
     }
 
-    /// Serves until `shutdown` resolves, then stops within about 1.5 seconds. Nothing that was
-    /// acknowledged is lost.
+    /// Serves until `shutdown` resolves, then stops within about 1.5 seconds, and up to 5 seconds more with many
+    /// watches, which end one after the other. Nothing that was acknowledged is lost.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), ServeError> {
         let Self { dir, listener, address, authority, acceptor, shared, stop, counters, .. } = self;
         let places = Places::new();
@@ -273,8 +285,10 @@ impl Controller {
             sessions: shared.sessions.clone(),
             places: places.clone(),
             counters: counters.clone(),
+            admission: shared.admission.clone(),
+            writer: shared.writer.clone(),
         };
-        let measuring = tokio::spawn(measure(self.metrics, source));
+        let measuring = tokio::spawn(measure(self.metrics, source, shared.stopping.clone()));
         let page = ui::Page {
             reported: shared.reported(),
             events: shared.events.clone(),
@@ -284,12 +298,15 @@ impl Controller {
         let mut writer_ended = self.writer_ended;
         tracing::info!(%address, "listening");
         let (accepted, connections) = mpsc::channel(64);
+        // While watches end, no connection is accepted, but the server must not take that for its end.
+        let _connections_open = accepted.clone();
         let accepting = tokio::spawn(listen::accept(
             listener,
             acceptor,
             accepted,
             places,
             standing(shared.map.clone()),
+            self.handshakes.handle(),
         ));
         let renewing = tokio::spawn(renew(dir.clone(), authority, self.certificate));
         let writer = shared.writer.clone();
@@ -307,6 +324,8 @@ impl Controller {
         });
 
         let mut stopping = shared.stopping.clone();
+        let map = shared.map.clone();
+        let health = HealthServer::new(HealthService::new(shared.stopping.clone()));
         let authorizer = Authorizer::new(shared.map.clone(), shared.authority.mesh_id());
         let shared = Arc::new(shared);
         let discovery = DiscoveryServer::new(DiscoveryService::new(shared.clone()))
@@ -328,9 +347,9 @@ impl Controller {
             .layer(authorizer)
             .add_service(discovery)
             .add_service(admin)
+            .add_service(health)
             .serve_with_incoming_shutdown(ReceiverStream::new(connections), async move {
-                // The sender lives until the end of `run`.
-                let _ = stopping.wait_for(|stopping| *stopping).await;
+                sleep(drain_begins(&mut stopping).await).await;
             });
         let mut server = Box::pin(server);
         let result = tokio::select! {
@@ -338,16 +357,19 @@ impl Controller {
             ended = &mut server => ended.map_err(ServeError::from),
             _ = &mut writer_ended => Err(ServeError::WriterEnded),
         };
-        tracing::info!("stopping");
-        let _ = stop.send(true);
-        for task in [accepting, renewing, ticking, reflecting, measuring, showing] {
+        let over = if result.is_ok() { drain_time(map.watchers()) } else { Duration::ZERO };
+        tracing::info!(watches_end_within_ms = over.as_millis(), "stopping");
+        let _ = stop.send(Some(over));
+        for task in [accepting, renewing, ticking, reflecting, showing] {
             task.abort();
         }
         if result.is_ok() {
             // Watches end by themselves. Connections that do not close in time are dropped.
-            let _ = timeout(GRACE, &mut server).await;
+            let _ = timeout(over + GRACE, &mut server).await;
         }
         drop(server);
+        // Until here, probes were told that the controller stops.
+        measuring.abort();
         // Connections that are still open do not keep the store's thread alive: it finishes the
         // requests in its queue and closes the store.
         let _ = timeout(GRACE, async {
@@ -361,6 +383,11 @@ impl Controller {
         dir.remove("address")?;
         result
     }
+}
+
+/// Returns the time over which this number of watches ends.
+fn drain_time(watches: usize) -> Duration {
+    DRAIN.1.min(DRAIN.0 * u32::try_from(watches).unwrap_or(u32::MAX))
 }
 
 /// Returns the function that tells the kind of a client by its certificate and the map.
@@ -427,7 +454,7 @@ fn begin(
     now: Now,
 ) -> Result<(Store, Ledger), ServeError> {
     let mut ledger = writer::read(&store, authority.clone(), now)?;
-    let started = ledger.registry().start(dir.starts()?);
+    let started = ledger.registry().start(dir.starts()?, now);
     if started.restored {
         tracing::warn!(
             epoch = started.starts.epoch,
@@ -552,14 +579,22 @@ async fn renew(dir: StateDir, authority: Arc<Authority>, certificate: Arc<Server
     }
 }
 
-/// Serves the metrics, if there is an address for them.
-async fn measure(address: Option<SocketAddr>, source: metrics::Source) {
+/// Serves the metrics and the state of health, if there is an address for them.
+async fn measure(
+    address: Option<SocketAddr>,
+    source: metrics::Source,
+    stopping: watch::Receiver<Option<Duration>>,
+) {
     let Some(address) = address else { return };
     let collect = move || {
         let text = source.collect(clock::now());
         async move { Some(text) }
     };
-    towline_service::metrics::serve(address, collect).await;
+    let ready = move || match *stopping.borrow() {
+        None => Ok(()),
+        Some(_) => Err("the controller is stopping"),
+    };
+    towline_service::metrics::serve_with_health(address, collect, Some(Arc::new(ready))).await;
 }
 
 /// Runs the registry's periodic work.
@@ -619,6 +654,13 @@ mod tests {
         assert!(begin(&dir, store, &authority, &settings, &[], now).is_err());
         let (_store, _ledger) = open_ledger(&dir, false, &authority, &settings, &[], now).unwrap();
         assert_eq!(dir.starts().unwrap().unwrap().count, ahead.count + 1);
+    }
+
+    #[test]
+    fn many_watches_end_over_a_longer_time_but_within_a_bound() {
+        let times =
+            [0, 3, 1_000, 10_000, usize::MAX].map(|watches| drain_time(watches).as_millis());
+        assert_eq!(times, [0, 3, 1_000, 5_000, 5_000]);
     }
 
     #[test]

@@ -158,6 +158,18 @@ impl Writer {
         answered.await.map_err(|_| stopping())?
     }
 
+    /// Returns the number of requests that wait, and the largest number that can wait.
+    pub fn queue(&self) -> (usize, usize) {
+        let most = self.queue.max_capacity();
+        (most - self.queue.capacity(), most)
+    }
+
+    /// Returns a handle to a writer that has ended.
+    #[cfg(test)]
+    pub(crate) fn ended() -> Self {
+        Self { queue: mpsc::channel(QUEUE).0 }
+    }
+
     /// Ends the writer once it has answered all queued requests. Later requests are refused.
     pub async fn stop(&self) {
         // If nothing receives this, the writer has already ended.
@@ -282,6 +294,12 @@ impl Thread {
 fn log(event: &Event) {
     match event {
         Event::Joined { name, node, token } => tracing::info!(%name, %node, %token, "node joined"),
+        Event::Readmitted { name, node } => {
+            tracing::warn!(%name, %node, "node readmitted: the store did not have it");
+        }
+        Event::MeshReturned { generation } => {
+            tracing::warn!(generation, "mesh configuration received from a node");
+        }
         Event::Removed { name, node, why } => tracing::info!(%name, %node, why, "node removed"),
         Event::PrefixMoved { prefix, from, to } => {
             tracing::warn!(%prefix, %from, %to, "prefix moved");

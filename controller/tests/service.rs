@@ -15,10 +15,13 @@ use towline_controller::state_dir::StateDir;
 use towline_fixtures::controller::{
     Machine, Node, TestController, config, prefix, soon, tombstone, upsert,
 };
+use towline_proto::health::HealthCheckRequest;
+use towline_proto::health::health_check_response::ServingStatus;
+use towline_proto::health::health_client::HealthClient;
 use towline_proto::id::NodeId;
 use towline_proto::pb::discovery_client::DiscoveryClient;
 use towline_proto::token::TokenSecret;
-use towline_proto::{limits, pb, signed};
+use towline_proto::{limits, pb, refusal, signed};
 
 #[tokio::test]
 async fn nodes_join_and_see_each_other() {
@@ -393,7 +396,7 @@ async fn every_call_is_refused_without_the_certificate_that_it_needs() {
     for (path, role) in ROLES {
         match role {
             Role::Anyone => {}
-            Role::Node | Role::ExpiredNode => {
+            Role::Node | Role::ExpiredNode | Role::Certified => {
                 assert_eq!(call(stranger.clone(), path).await, Code::Unauthenticated, "{path}");
             }
             Role::Admin => {
@@ -548,6 +551,95 @@ async fn a_restored_backup_begins_a_new_epoch_and_learns_its_tombstones_again() 
     let start = pb::WatchStart { tombstones: vec![forged], ..Default::default() };
     let status = a.watch_from(&controller, start).await.err().unwrap();
     assert_eq!(status.code(), Code::InvalidArgument);
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn nodes_return_to_an_empty_store_with_their_grants_and_with_the_configuration() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let ca = controller.ca_key();
+    let a = controller.node("a", &["10.1.0.0/16"]).await;
+    let b = controller.node("b", &[]).await;
+    let watch = a.watch(&controller).await;
+    let (mesh, grant) = (watch.ready.mesh.clone(), watch.ready.grant.clone());
+    let epoch = watch.ready.epoch;
+    controller.stop().await;
+    for file in ["towline.redb", "starts"] {
+        std::fs::remove_file(root.path().join(file)).unwrap();
+    }
+
+    let controller = TestController::start(root.path());
+    let refused = a.watch_from(&controller, pb::WatchStart::default()).await.err().unwrap();
+    assert!(refusal::is_of_unknown_node(&refused), "{refused}");
+    let request =
+        pb::ReadmitRequest { grant: grant.clone(), mesh: mesh.clone(), tombstones: Vec::new() };
+    // Another node's grant is refused, and so is what the CA did not sign.
+    let status = b.client(&controller).await.readmit(request.clone()).await.unwrap_err();
+    assert_eq!(status.code(), Code::PermissionDenied);
+    let forged =
+        pb::ReadmitRequest { grant: Some(a.sign(&pb::Record::default())), ..Default::default() };
+    let status = a.client(&controller).await.readmit(forged).await.unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument);
+
+    a.client(&controller).await.readmit(request).await.unwrap();
+    let mut watch = a.watch(&controller).await;
+    assert!(watch.ready.epoch >= epoch);
+    assert_eq!(watch.ready.grant, grant, "the same id and addresses");
+    let read = |mesh: Option<&pb::Signed>| signed::mesh(mesh, &ca).unwrap().overlay_v6;
+    assert_eq!(read(watch.ready.mesh.as_ref()), read(mesh.as_ref()));
+    watch.synced().await;
+    watch.publish(a.record(7, &["10.1.2.0/24"])).await.unwrap();
+    assert_eq!(controller.info("a").await.name, "a");
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn everybody_may_ask_for_the_state_of_health() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let mut health = HealthClient::new(controller.connect(None).await);
+    let request = |name: &str| HealthCheckRequest { service: name.to_owned() };
+    let state = health.check(request("towline.v1.Discovery")).await.unwrap().into_inner();
+    assert_eq!(state.status(), ServingStatus::Serving);
+    assert_eq!(health.check(request("other")).await.unwrap_err().code(), Code::NotFound);
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn the_time_after_which_an_ephemeral_node_is_removed_is_in_its_grant() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let request = |seconds| pb::CreateTokenRequest {
+        ephemeral: true,
+        ephemeral_after_seconds: seconds,
+        ..Default::default()
+    };
+    let token = controller.token(request(300)).await;
+    let machine = Machine::new("a");
+    let joined = machine.join(&controller, &token).await.unwrap();
+    let node = Node::new(machine, joined);
+    assert_eq!(node.grant.ephemeral_after, Some(Duration::from_secs(300)));
+    let refused = controller.admin().await.create_token(request(5)).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn a_used_up_budget_says_how_long_to_wait() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let node = controller.node("a", &[]).await;
+    let mut client = node.client(&controller).await;
+    let status = loop {
+        let request = pb::RenewRequest { csr: node.machine.csr() };
+        if let Err(status) = client.renew(request).await {
+            break status;
+        }
+    };
+    assert_eq!(status.code(), Code::ResourceExhausted);
+    let wait = refusal::retry_after(&status).unwrap();
+    assert!(wait <= Duration::from_secs(60), "{wait:?}");
     controller.stop().await;
 }
 

@@ -136,6 +136,16 @@ where
     Ok(T::try_from(bytes.as_ref())?)
 }
 
+/// Returns a duration of a message, in which 0 means none.
+pub fn seconds(seconds: u32) -> Option<Duration> {
+    (seconds != 0).then(|| Duration::from_secs(seconds.into()))
+}
+
+/// Returns a duration in whole seconds for a message, in which 0 means none.
+pub fn whole_seconds(duration: Option<Duration>) -> u32 {
+    duration.map_or(0, |duration| u32::try_from(duration.as_secs()).unwrap_or(u32::MAX))
+}
+
 fn overlay<B: AsRef<[u8]>>(addresses: &[B]) -> Result<OverlayAddresses, Invalid> {
     let what = "overlay address";
     bounded("list of overlay addresses", addresses.len(), limits::OVERLAY_ADDRESSES)?;
@@ -168,6 +178,7 @@ impl TryFrom<pb::Grant> for Grant {
             labels: labels(grant.labels)?,
             issued_at: grant.issued_at,
             ephemeral: grant.ephemeral,
+            ephemeral_after: seconds(grant.ephemeral_after_seconds),
         })
     }
 }
@@ -186,6 +197,7 @@ impl From<&Grant> for pb::Grant {
             labels: grant.labels.iter().map(|(k, v)| (k.to_string(), v.clone())).collect(),
             issued_at: grant.issued_at,
             ephemeral: grant.ephemeral,
+            ephemeral_after_seconds: whole_seconds(grant.ephemeral_after),
         }
     }
 }

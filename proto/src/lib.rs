@@ -1,5 +1,6 @@
 //! Wire schema of Towline: the generated messages and services ([`pb`]), signatures over messages
-//! ([`signed`]), the proof of the WireGuard key at a join ([`join_proof`]), and the conversion of
+//! ([`signed`]), the proof of the WireGuard key at a join ([`join_proof`]), what a refused call says to the
+//! program that called ([`refusal`]), the health checking protocol ([`health`]), and the conversion of
 //! messages into the plain types of `towline-types` ([`convert`]), and status messages as JSON
 //! ([`status`]).
 
@@ -13,6 +14,7 @@ pub use towline_types::{
 mod changes;
 pub mod convert;
 pub mod join_proof;
+pub mod refusal;
 pub mod signed;
 pub mod status;
 
@@ -24,6 +26,12 @@ pub mod pb {
     /// Encoded `FileDescriptorSet` of the schema.
     pub const FILE_DESCRIPTOR_SET: &[u8] =
         include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+}
+
+/// Messages and service of the gRPC health checking protocol, generated from `proto/grpc/health/v1/health.proto`.
+#[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, rust_2018_idioms)]
+pub mod health {
+    tonic::include_proto!("grpc.health.v1");
 }
 
 /// Version of this crate, which agent and controller report as their own.

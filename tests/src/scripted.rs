@@ -42,6 +42,8 @@ pub enum Call {
     Join(pb::JoinRequest, Reply<pb::JoinResponse>),
     /// A `Renew` call.
     Renew(pb::RenewRequest, Reply<pb::RenewResponse>),
+    /// A `Readmit` call.
+    Readmit(pb::ReadmitRequest, Reply<pb::ReadmitResponse>),
     /// A `Publish` call.
     Publish(pb::PublishRequest, Reply<pb::PublishResponse>),
     /// A `Watch` call, which opens a stream.
@@ -260,6 +262,13 @@ impl Discovery for Service {
         request: Request<pb::RenewRequest>,
     ) -> Result<Response<pb::RenewResponse>, Status> {
         self.pass(|reply| Call::Renew(request.into_inner(), reply)).await
+    }
+
+    async fn readmit(
+        &self,
+        request: Request<pb::ReadmitRequest>,
+    ) -> Result<Response<pb::ReadmitResponse>, Status> {
+        self.pass(|reply| Call::Readmit(request.into_inner(), reply)).await
     }
 
     async fn publish(

@@ -98,11 +98,17 @@ impl ScriptedApi {
 
     /// Sets a Node, with its internal address and its pod networks.
     pub fn node(&self, name: &str, ip: &str, pods: &[&str]) {
+        self.labelled_node(name, ip, pods, &[]);
+    }
+
+    /// Creates or replaces a Node that has labels.
+    pub fn labelled_node(&self, name: &str, ip: &str, pods: &[&str], labels: &[(&str, &str)]) {
+        let labels: BTreeMap<&str, &str> = labels.iter().copied().collect();
         let version = self.state.now.borrow().0 + 1;
         let node = json!({
             "apiVersion": "v1",
             "kind": "Node",
-            "metadata": {"name": name, "resourceVersion": version.to_string()},
+            "metadata": {"name": name, "resourceVersion": version.to_string(), "labels": labels},
             "spec": {"podCIDRs": pods},
             "status": {"addresses": [{"type": "InternalIP", "address": ip}]},
         });

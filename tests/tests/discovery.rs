@@ -22,7 +22,7 @@ use towline_proto::pb::change::Kind::{Mesh, Tombstone, Upsert};
 use towline_proto::signed::Domain;
 use towline_proto::summary::{MeshSummary, PeerSummary, Tunnel};
 use towline_proto::token::{ControllerAddress, JoinToken, TokenSecret};
-use towline_proto::{pb, signed};
+use towline_proto::{pb, refusal, signed};
 use towline_tests::scripted::{Call, ScriptedController, Watch, changes, enroll, own_grant, ready};
 
 const OWN: u8 = 1;
@@ -213,6 +213,58 @@ async fn the_map_comes_in_and_a_new_session_resumes_where_the_last_one_ended() {
 
     let watch = scene.controller.watch().await.unwrap();
     assert_eq!((watch.start.epoch, watch.start.revision), (5, 3));
+}
+
+#[tokio::test]
+async fn a_controller_of_another_epoch_gets_what_the_node_knows_and_others_do_not() {
+    let mut scene = Scene::new().await;
+    let watch = scene.session(5).await;
+    watch.send(changes(3, vec![Tombstone(scene.ca.tombstone(9)), scene.upsert(2)])).await;
+    scene.daemon.map().await;
+    drop(watch);
+
+    let watch = scene.session(5).await;
+    assert!(watch.start.tombstones.is_empty() && watch.start.mesh.is_none(), "the same epoch");
+    drop(watch);
+
+    let first = scene.session(6).await;
+    assert!(first.start.tombstones.is_empty());
+    let watch = scene.session(6).await;
+    assert_eq!(watch.start.tombstones, [scene.ca.tombstone(9)]);
+    assert_eq!(watch.start.mesh, Some(scene.ca.mesh()));
+    watch.send(changes(1, vec![scene.upsert(3)])).await;
+    assert_eq!(names(&scene.daemon.map().await), ["node-3"]);
+    drop((first, watch));
+
+    let watch = scene.session(6).await;
+    assert_eq!((watch.start.epoch, watch.start.revision), (6, 1));
+    assert!(watch.start.tombstones.is_empty());
+}
+
+#[tokio::test]
+async fn a_controller_that_does_not_know_the_node_gets_its_grant_and_no_peer_is_removed() {
+    let mut scene = Scene::new().await;
+    let watch = scene.session(5).await;
+    watch.send(changes(3, vec![scene.upsert(2)])).await;
+    scene.daemon.map().await;
+    drop(watch);
+
+    let refused = refusal::of_unknown_node(Status::permission_denied("node is not known"));
+    scene.controller.watch().await.unwrap().fail(refused).await;
+    loop {
+        if let Call::Readmit(request, reply) = scene.controller.call().await.unwrap() {
+            let grant = &scene.node.membership.signed_grant;
+            assert_eq!(request.grant.as_ref(), Some(grant));
+            assert_eq!(request.mesh, Some(scene.ca.mesh()));
+            let _ = reply.send(Ok(pb::ReadmitResponse {}));
+            break;
+        }
+    }
+    let first = scene.session(6).await;
+    let watch = scene.session(6).await;
+    watch.send(changes(1, vec![scene.upsert(3)])).await;
+    assert_eq!(names(&scene.daemon.map().await), ["node-3"], "nothing is removed");
+    drop(first);
 }
 
 #[tokio::test]

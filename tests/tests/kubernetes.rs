@@ -14,6 +14,7 @@ use towline_agent::kubernetes::{self, NodeProblem, Setup, View};
 use towline_agent::state::StateDir;
 use towline_fixtures::node::nets;
 use towline_netlink::{Overlay, OverlayKind, Route, Rtnetlink};
+use towline_proto::id::MeshId;
 use towline_proto::mtu::Mtu;
 use towline_tests::cluster::{ClusterCa, kubeconfig, kubeconfig_of_plugin, replace};
 use towline_tests::scripted_api::{Manner, ScriptedApi};
@@ -22,6 +23,10 @@ use towline_tests::scripted_api::{Manner, ScriptedApi};
 const LIMIT: Duration = Duration::from_secs(60);
 /// An address that every machine has.
 const OURS: &str = "127.0.0.1";
+/// Mesh that every machine joined.
+const MESH: MeshId = MeshId([0x11; 16]);
+/// Label of a Node that names the mesh of the cluster's pod network.
+const LABEL: &str = "towline.internal/mesh";
 
 /// Returns the reason why the Node is not available, empty if it is.
 fn text(view: &View) -> String {
@@ -98,6 +103,7 @@ fn start(directory: &tempfile::TempDir) -> watch::Receiver<View> {
             cni_dir: directory.path().join("cni"),
             ..KubernetesConfig::default()
         },
+        mesh: Some(MESH),
         link: "towline0".into(),
         mtu: Mtu::DEFAULT,
         state: Arc::new(StateDir::open(&directory.path().join("state")).unwrap()),
@@ -207,6 +213,21 @@ async fn a_kubeconfig_of_another_node_announces_nothing() {
     let view = machine.view(|view| !view.problems.is_empty()).await;
     assert!(matches!(view.problems[0], NodeProblem::OtherMachine { .. }), "{:?}", view.problems);
     assert!(view.facts.pods.is_empty());
+}
+
+#[tokio::test]
+async fn the_pod_network_of_another_mesh_is_not_announced_and_the_reason_names_both() {
+    let mut scene = Scene::announcing().await;
+    let other = MeshId([0xee; 16]);
+    scene.api.labelled_node("w", OURS, &["10.244.1.0/24"], &[(LABEL, &other.to_string())]);
+    let view = scene.machine.pods(&[]).await;
+    let texts: Vec<String> = view.problems.iter().map(ToString::to_string).collect();
+    assert!(texts[0].contains(&other.to_string()) && texts[0].contains(&MESH.to_string()));
+    assert_eq!(view.facts.node, "w", "the node's addresses are its own");
+
+    scene.api.labelled_node("w", OURS, &["10.244.1.0/24"], &[(LABEL, &MESH.to_string())]);
+    let view = scene.machine.pods(&["10.244.1.0/24"]).await;
+    assert!(view.problems.is_empty(), "{:?}", view.problems);
 }
 
 #[tokio::test]

@@ -162,6 +162,7 @@ impl Daemon {
         let controller = stored.discovery(&config, &state, announced)?;
         let kubernetes = KubernetesNode::new(kubernetes::start(kubernetes::Setup {
             config: config.kubernetes.clone(),
+            mesh: mesh.grant().map(|grant| grant.mesh_id),
             link: config.link.name.clone(),
             mtu: config.link.mtu,
             state: state.clone(),

@@ -10,6 +10,7 @@
 //! The task verifies what it receives, caches it on the disk, and sends it to the daemon as
 //! [`Event`]s. It reads what to publish from a watch channel of [`Announcement`]s.
 
+mod open;
 mod session;
 
 use std::net::SocketAddr;
@@ -21,7 +22,6 @@ use rand::Rng as _;
 use rustls_pki_types::CertificateDer;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use towline_core::mesh::MapChange;
 use towline_proto::backoff::{Backoff, Jitter};
@@ -31,22 +31,18 @@ use towline_proto::node::{Candidate, Grant, Record};
 use towline_proto::pb::watch_response::Kind;
 use towline_proto::summary::MeshSummary;
 use towline_proto::token::ControllerAddress;
-use towline_proto::{limits, pb, signed};
+use towline_proto::{limits, pb, refusal, signed};
 use towline_service::certificate;
 
-use crate::dial;
 use crate::join::{self, status_message};
 use crate::map_cache::MapCache;
 use crate::not_connected::NotConnected;
 use crate::state::{Counters, Keys, Membership, StateDir, StateError};
-use crate::tls;
-use session::{Ended, Session, reflectors};
+use session::{Ended, Session};
 
 /// Delay between sessions. The jitter keeps many agents from reconnecting at the same time.
 const BACKOFF: Backoff =
     Backoff::new(Duration::from_millis(250), Duration::from_secs(15), Jitter::Half);
-/// Maximum time for the controller's first message.
-const READY: Duration = Duration::from_secs(10);
 /// Maximum time for the controller's answer when this node leaves.
 const LEAVE_ANSWER: Duration = Duration::from_secs(30);
 /// Delay after which a refused record is published again.
@@ -236,10 +232,11 @@ impl Discovery {
                 tracing::info!(controller = %address, reason = text, code, "discovery session ended");
                 logged.push(text.clone());
             }
+            let asked = asked_pause(&reason, rand::rng().random());
             if self.events.send(Event::Disconnected { reason }).await.is_err() {
                 return;
             }
-            let pause = BACKOFF.pause(failures, rand::rng().random());
+            let pause = BACKOFF.pause(failures, rand::rng().random()).max(asked);
             failures = failures.saturating_add(1);
             if !self.wait(pause, &text, &mut commands).await {
                 return;
@@ -316,76 +313,6 @@ impl Discovery {
         match result {
             Ok(never) => match never {},
             Err(ended) => ended,
-        }
-    }
-
-    /// Dials, renews the certificate if that is due, and starts the watch.
-    async fn open(&mut self, address: &ControllerAddress) -> Result<Session, Ended> {
-        if renewal_due(&self.certificate, SystemTime::now()) {
-            // The renewal has its own connection: an expired certificate is valid for the renewal
-            // only.
-            let connection = self.dial(address).await?;
-            self.renew(connection.channel).await?;
-        }
-        let connection = self.dial(address).await?;
-        let mut client = join::client(connection.channel.clone());
-        let (requests, outgoing) = mpsc::channel(4);
-        let (epoch, revision) = self.map.position();
-        let start = pb::watch_request::Kind::Start(pb::WatchStart {
-            epoch,
-            revision,
-            instance_id: self.instance.to_vec(),
-            tombstones: self.map.tombstones(),
-        });
-        // The channel is empty, so this does not block.
-        let _ = requests.send(pb::WatchRequest { kind: Some(start) }).await;
-        let opening = async {
-            let mut incoming = client.watch(ReceiverStream::new(outgoing)).await?.into_inner();
-            match incoming.message().await? {
-                Some(pb::WatchResponse { kind: Some(Kind::Ready(ready)) }) => Ok((incoming, ready)),
-                _ => Err(Ended::from(NotConnected::InvalidResponse("the watch did not start"))),
-            }
-        };
-        let (incoming, ready) =
-            timeout(READY, opening).await.unwrap_or_else(|_| Err(NotConnected::NoAnswer.into()))?;
-        self.take_ready(&ready).await?;
-        self.certificate_event().await?;
-        let reflectors = reflectors(connection.remote, &ready);
-        Ok(Session {
-            address: address.clone(),
-            client,
-            channel: connection.channel,
-            requests,
-            incoming,
-            id: ready.session_id,
-            reflectors,
-            local: connection.local,
-            heartbeat: Duration::from_millis(ready.heartbeat_ms.clamp(100, 60_000).into()),
-            published: false,
-            retry_publish: None,
-            map_dirty: false,
-            map_saved: Instant::now(),
-        })
-    }
-
-    async fn dial(&self, address: &ControllerAddress) -> Result<dial::Connection, Ended> {
-        let client = Some((self.certificate.as_slice(), &self.keys.identity));
-        let config = Arc::new(tls::member(&self.membership.ca, client)?);
-        let mut configured = self.configured.clone();
-        let connection = async {
-            let remotes = dial::resolve(address).await?;
-            // The guards have exceptions for addresses. If the name leads into the mesh and to another address
-            // than before, the next attempt passes.
-            if address.as_str().parse::<SocketAddr>().is_err() {
-                let resolved =
-                    Event::Resolved { address: address.clone(), remotes: remotes.clone() };
-                self.events.send(resolved).await.map_err(|_| Ended::Stop)?;
-            }
-            Ok::<_, Ended>(dial::dial_any(remotes, address, config, self.mark).await?)
-        };
-        tokio::select! {
-            connection = connection => connection,
-            _ = configured.changed() => Err(NotConnected::OtherControllers.into()),
         }
     }
 
@@ -701,6 +628,14 @@ impl Discovery {
     }
 }
 
+/// Returns the pause that a controller asked for when it refused a call, plus up to half of it: nodes that were
+/// refused together must not come back together. Zero if it asked for none. `random` is uniform in 0 to 1.
+fn asked_pause(reason: &NotConnected, random: f64) -> Duration {
+    let NotConnected::Refused(status) = reason else { return Duration::ZERO };
+    let asked = refusal::retry_after(status).unwrap_or_default();
+    asked.mul_f64(1.0 + random.clamp(0.0, 1.0) / 2.0)
+}
+
 /// Logs a failed write. The value is used anyway: the state directory keeps it in memory, and the
 /// status reports it.
 fn kept(stored: Result<(), StateError>) {
@@ -739,6 +674,18 @@ fn renewal_due(chain: &[CertificateDer<'_>], now: SystemTime) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_pause_that_a_controller_asks_for_is_kept_and_spread() {
+        let refused = tonic::Status::unavailable("full");
+        let silent = NotConnected::Refused(refused.clone());
+        assert_eq!(asked_pause(&silent, 0.5), Duration::ZERO);
+        let asked = refusal::with_retry_after(refused, Duration::from_secs(8));
+        let asked = NotConnected::Refused(asked);
+        let pauses = [0.0, 0.5, 1.0].map(|random| asked_pause(&asked, random).as_secs());
+        assert_eq!(pauses, [8, 10, 12]);
+        assert_eq!(asked_pause(&NotConnected::NoAnswer, 1.0), Duration::ZERO);
+    }
 
     #[test]
     fn no_certificate_is_renewed_at_once() {

@@ -94,3 +94,167 @@ pub(super) fn reflectors(remote: SocketAddr, ready: &pb::WatchReady) -> Vec<Sock
     reflectors.dedup();
     reflectors
 }
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+    use std::sync::Arc;
+
+    use bytes::{BufMut as _, Bytes, BytesMut};
+    use http_body::Frame;
+    use http_body_util::StreamBody;
+    use prost::Message as _;
+    use rcgen::CertificateSigningRequestParams;
+    use tokio::sync::watch;
+    use tokio::time::sleep;
+    use tokio_stream::wrappers::ReceiverStream;
+    use tonic::codec::Codec as _;
+    use tonic::transport::Endpoint;
+    use towline_fixtures::ca::Ca;
+    use towline_fixtures::node::grant;
+    use towline_proto::node::Grant;
+
+    use super::*;
+    use crate::discovery::{Discovery, Setup};
+    use crate::join;
+    use crate::map_cache::MapCache;
+    use crate::state::{Membership, StateDir};
+
+    const HEARTBEAT: Duration = Duration::from_secs(15);
+    const DAY: Duration = Duration::from_secs(86_400);
+
+    /// A client in an open session, and the controller's end of its watch.
+    struct Scene {
+        discovery: Discovery,
+        session: Session,
+        controller: mpsc::Sender<Result<Frame<Bytes>, Infallible>>,
+        /// What the client sends in its watch.
+        requests: mpsc::Receiver<pb::WatchRequest>,
+        _events: mpsc::Receiver<crate::discovery::Event>,
+        _configured: watch::Sender<Vec<ControllerAddress>>,
+        _directory: tempfile::TempDir,
+    }
+
+    impl Scene {
+        fn new() -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            let state = Arc::new(StateDir::open(directory.path()).unwrap());
+            let keys = state.keys_or_generate().unwrap();
+            let ca = Ca::new(1);
+            let csr = keys.identity.signing_request().unwrap();
+            let csr = CertificateSigningRequestParams::from_der(&csr.into()).unwrap();
+            state.store_certificate(&[ca.issue("node", &csr.public_key, DAY)]).unwrap();
+            let own = Grant {
+                identity_key: keys.identity.public(),
+                wireguard_keys: vec![keys.wireguard.public()],
+                ..grant(1)
+            };
+            let address: ControllerAddress = "127.0.0.1:1".parse().unwrap();
+            let membership =
+                Membership::new(ca.certificate(), vec![address.clone()], ca.grant(&own), ca.mesh());
+            let (sender, events) = mpsc::channel(64);
+            let (configured, seen) = watch::channel(Vec::new());
+            let setup = Setup {
+                counters: state.counters().unwrap(),
+                state,
+                keys,
+                membership: membership.unwrap(),
+                configured: seen,
+                mark: 0,
+                map: MapCache::new(ca.public(), own.node_id),
+            };
+            let discovery = Discovery::new(setup, sender).unwrap();
+
+            let (controller, responses) = mpsc::channel(8);
+            let mut codec =
+                tonic_prost::ProstCodec::<pb::WatchRequest, pb::WatchResponse>::default();
+            let incoming = Streaming::new_request(
+                codec.decoder(),
+                StreamBody::new(ReceiverStream::new(responses)),
+                None,
+                None,
+            );
+            // No call is made in these tests.
+            let channel = Endpoint::from_static("http://127.0.0.1:1").connect_lazy();
+            let (outgoing, requests) = mpsc::channel(64);
+            let session = Session {
+                address,
+                client: join::client(channel.clone()),
+                channel,
+                requests: outgoing,
+                incoming,
+                id: vec![1; 16],
+                reflectors: Vec::new(),
+                local: SocketAddr::from(([127, 0, 0, 1], 1)),
+                heartbeat: HEARTBEAT,
+                published: false,
+                retry_publish: None,
+                map_dirty: false,
+                map_saved: Instant::now(),
+            };
+            Self {
+                discovery,
+                session,
+                controller,
+                requests,
+                _events: events,
+                _configured: configured,
+                _directory: directory,
+            }
+        }
+
+        /// Follows the session until it ends. Returns the reason, and when it ended, in seconds.
+        async fn end(&mut self) -> (String, u64) {
+            let opened = Instant::now();
+            let (_announced, mut announcements) = watch::channel(None);
+            let (_commanding, mut commands) = mpsc::channel(1);
+            let followed =
+                self.discovery.follow(&mut self.session, &mut announcements, &mut commands).await;
+            let reason = match followed {
+                Ok(never) => match never {},
+                Err(Ended::Stop) => "stopped".to_owned(),
+                Err(Ended::Because(reason)) => reason.to_string(),
+            };
+            (reason, opened.elapsed().as_secs())
+        }
+    }
+
+    /// Returns a heartbeat of the controller: the message with the head of gRPC.
+    fn heartbeat() -> Frame<Bytes> {
+        let kind = pb::watch_response::Kind::Heartbeat(pb::Heartbeat { revision: 1 });
+        let message = pb::WatchResponse { kind: Some(kind) }.encode_to_vec();
+        let mut framed = BytesMut::new();
+        framed.put_u8(0);
+        framed.put_u32(u32::try_from(message.len()).unwrap());
+        framed.put_slice(&message);
+        Frame::data(framed.freeze())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_controller_that_sends_nothing_is_left_after_45_s_and_hears_the_client_until_then() {
+        let mut scene = Scene::new();
+        let (reason, seconds) = scene.end().await;
+        assert!(reason.contains("missed its heartbeats"), "{reason}");
+        assert_eq!(seconds, 45);
+        let mut sent = 0;
+        while scene.requests.try_recv().is_ok() {
+            sent += 1;
+        }
+        assert!((3..=4).contains(&sent), "one in 15 s: {sent}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn each_heartbeat_of_the_controller_starts_the_time_again() {
+        let mut scene = Scene::new();
+        let controller = scene.controller.clone();
+        tokio::spawn(async move {
+            for _ in 0..4 {
+                sleep(HEARTBEAT).await;
+                controller.send(Ok(heartbeat())).await.unwrap();
+            }
+        });
+        let (reason, seconds) = scene.end().await;
+        assert!(reason.contains("missed its heartbeats"), "{reason}");
+        assert_eq!(seconds, 60 + 45);
+    }
+}

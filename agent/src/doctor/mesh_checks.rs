@@ -96,7 +96,10 @@ fn subject(code: &str) -> Subject {
         "conntrack-full" => Subject::Conntrack,
         "reflector-silent" | "second-port-used" => Subject::Reflectors,
         "state-not-stored" | "kubernetes-facts-not-stored" => Subject::Disk,
-        "node-ip-unreached" | "kubeconfig-of-other-node" | "pod-network-invalid" => Subject::Cni,
+        "node-ip-unreached"
+        | "kubeconfig-of-other-node"
+        | "pod-network-of-other-mesh"
+        | "pod-network-invalid" => Subject::Cni,
         "cni-mtu-too-large" => Subject::Mtu,
         // Membership, join and leave, and what a newer agent reports.
         _ => Subject::Agent,

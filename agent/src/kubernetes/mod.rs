@@ -27,6 +27,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
+use towline_proto::id::MeshId;
 use towline_proto::mtu::Mtu;
 
 use crate::config::KubernetesConfig;
@@ -39,6 +40,8 @@ pub use reason::{ApiError, CniUnknown, NodeProblem, Unavailable};
 pub struct Setup {
     /// Settings: path of the credentials, and what may be announced.
     pub config: KubernetesConfig,
+    /// Id of the mesh that this machine joined; `None` if it has static peers alone.
+    pub mesh: Option<MeshId>,
     /// Name of the mesh's link, which is not a CNI link.
     pub link: String,
     /// MTU of the mesh's link.

@@ -22,7 +22,12 @@ use towline_host::register;
 use towline_netlink::{Group, MainTables, Monitor, Protocol};
 use towline_proto::backoff::{Backoff, Jitter};
 use towline_proto::code::Coded;
+use towline_proto::id::MeshId;
 
+/// Label of a Node with the id of the mesh to which the cluster's pod network belongs. Two meshes that both
+/// announced it would split the cluster: each node would reach the pods of its own mesh alone. Only the operator
+/// knows that the cluster's nodes are in two meshes, because each agent may read its own Node alone.
+const MESH_LABEL: &str = "towline.internal/mesh";
 /// Duration of a watch in seconds, after which the server ends it and the task starts another.
 const WATCH_SECONDS: u32 = 60;
 /// Longest delay between attempts.
@@ -85,6 +90,8 @@ struct Seen {
     name: String,
     node_ips: Vec<IpAddr>,
     pod_cidrs: Vec<IpNet>,
+    /// Value of the label [`MESH_LABEL`], if the Node has it.
+    mesh: Option<String>,
     /// Field that could not be parsed.
     problem: Option<NodeProblem>,
 }
@@ -264,6 +271,20 @@ impl Task {
             let (cni, unknown) = (self.view.cni.clone(), self.view.cni_unknown.clone());
             return self.publish(self.view.facts.clone(), (cni, unknown), problems);
         }
+        let other =
+            node.mesh.as_ref().zip(self.setup.mesh).filter(|(mesh, own)| !names(mesh, *own));
+        if let Some((mesh, own)) = other {
+            let (label, other) = (MESH_LABEL, one_line(mesh));
+            problems.push(NodeProblem::OtherMesh { label, other, own });
+            let facts = Facts {
+                node: node.name.clone(),
+                node_ips: node.node_ips.clone(),
+                pods: Vec::new(),
+                pod_cidrs: node.pod_cidrs.clone(),
+            };
+            let (cni, unknown) = (self.view.cni.clone(), self.view.cni_unknown.clone());
+            return self.publish(facts, (cni, unknown), problems);
+        }
         let mut facts = Facts {
             node: node.name.clone(),
             node_ips: node.node_ips.clone(),
@@ -372,8 +393,16 @@ impl Seen {
             .filter(|address| address.type_ == "InternalIP")
             .filter_map(|address| address.address.parse().ok())
             .collect();
-        Self { name: node.metadata.name.clone().unwrap_or_default(), node_ips, pod_cidrs, problem }
+        let labels = node.metadata.labels.as_ref();
+        let mesh = labels.and_then(|labels| labels.get(MESH_LABEL).cloned());
+        let name = node.metadata.name.clone().unwrap_or_default();
+        Self { name, node_ips, pod_cidrs, mesh, problem }
     }
+}
+
+/// Returns whether the value of the label names this mesh.
+fn names(label: &str, mesh: MeshId) -> bool {
+    label.parse::<MeshId>().is_ok_and(|named| named == mesh)
 }
 
 /// Watch of the kernel's links and routes.

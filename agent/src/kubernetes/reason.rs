@@ -1,6 +1,7 @@
 //! Reasons and problems of this machine's Node, for the operator.
 
 use towline_proto::codes;
+use towline_proto::id::MeshId;
 
 /// Reason why the Node is not available.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -150,6 +151,19 @@ pub enum NodeProblem {
         /// Its addresses.
         addresses: String,
     },
+    /// The Node says that its pod network belongs to another mesh.
+    #[error(
+        "the Node's label {label} names mesh {other}, and this machine joined mesh {own}: no pod network is \
+         announced: join that mesh, or remove the label if the cluster moved to this one"
+    )]
+    OtherMesh {
+        /// Name of the label.
+        label: &'static str,
+        /// Value of the label.
+        other: String,
+        /// Id of the mesh that this machine joined.
+        own: MeshId,
+    },
     /// Packets of pods may be larger than the mesh's link.
     #[error(
         "the CNI's link has an MTU of {now}, too large for the mesh's link: set {mtu} in its \
@@ -173,6 +187,7 @@ codes! {
     NodeProblem {
         InvalidPodNetwork => "pod-network-invalid",
         OtherMachine => "kubeconfig-of-other-node",
+        OtherMesh => "pod-network-of-other-mesh",
         CniMtu => "cni-mtu-too-large",
         NotStored => "kubernetes-facts-not-stored",
     }

@@ -1,6 +1,8 @@
 //! Reasons why the registry refuses an operation: one enum for each operation. Each message is one
 //! line that says what to do, and none contains a secret.
 
+use std::time::Duration;
+
 use ipnet::IpNet;
 use towline_types::id::{IdentityKey, NodeId, NodeName, TokenId, WireguardKey};
 use towline_types::limits;
@@ -101,6 +103,36 @@ pub enum JoinError {
     },
 }
 
+/// Reason to refuse the return of a node that the registry does not know.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum ReadmitError {
+    /// The node was removed.
+    #[error(transparent)]
+    Absent(#[from] NodeAbsent),
+    /// The grant is of another mesh.
+    #[error("the grant is of another mesh: join again with a token of this mesh")]
+    OtherMesh,
+    /// Another node has the name, a key or an address.
+    #[error(
+        "node `{name}` cannot return: another node has its name, a key or an address: remove the other one, or join again with a new token"
+    )]
+    Taken {
+        /// Name of the node.
+        name: NodeName,
+    },
+    /// The mesh has other overlay ranges.
+    #[error(
+        "node `{name}` cannot return: its addresses are outside of the mesh's overlay ranges: join again with a new token"
+    )]
+    OutsideOverlay {
+        /// Name of the node.
+        name: NodeName,
+    },
+    /// The mesh has the largest number of nodes.
+    #[error("the mesh is full: it has {} nodes: remove some", limits::NODES)]
+    MeshFull,
+}
+
 /// Reason to refuse the publication of a record.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum PublishError {
@@ -183,6 +215,12 @@ pub enum CreateTokenError {
     /// The largest number of tokens exists.
     #[error("too many tokens: wait until old ones are removed, 7 days after their expiry")]
     TooManyTokens,
+    /// The time after which ephemeral nodes are removed is too short or too long.
+    #[error(
+        "ephemeral nodes cannot be removed after {} s offline: use {} s to {} days",
+        .0.as_secs(), limits::EPHEMERAL_AFTER.0.as_secs(), limits::EPHEMERAL_AFTER.1.as_secs() / 86_400
+    )]
+    EphemeralAfter(Duration),
     /// A token that replaces a node has more than one use.
     #[error("a token that replaces a node allows only one use: leave --uses at 1")]
     ReplaceOnce,

@@ -81,6 +81,7 @@ impl Registry {
             labels: terms.labels,
             issued_at: now.unix,
             ephemeral: terms.ephemeral,
+            ephemeral_after: terms.ephemeral_after,
         };
         self.members.insert(Member {
             grant,

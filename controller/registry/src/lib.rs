@@ -13,6 +13,7 @@
 //! | `members` | the nodes, with an index for every value that is unique |
 //! | `claims` | which node holds which prefix |
 //! | `join` | admission of a node with a token |
+//! | `readmit` | the return of what a restored or empty store lost |
 //! | `publish` | a node's record, and the assignment of the prefixes that it claims |
 //! | `problems` | what the operator of a node should know |
 //! | [`sessions`] | the live sessions |
@@ -26,7 +27,7 @@
 //! - The identity key of a removed node can never join again; a tombstone is never deleted.
 //! - Revisions only grow, and each change of a node, a tombstone or the mesh has its own.
 //! - A node is removed by an operator, by itself, or by a machine that replaces it. An ephemeral
-//!   node is also removed when it is offline for longer than the lease.
+//!   node is also removed when it is offline for longer than its token says, by default the lease.
 //! - An operation on one node reads and writes a number of nodes that does not depend on the size of
 //!   the mesh.
 
@@ -40,6 +41,7 @@ mod members;
 mod now;
 mod problems;
 mod publish;
+mod readmit;
 pub mod sessions;
 pub mod token;
 
@@ -48,13 +50,14 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use towline_types::id::{IdentityKey, NodeId, NodeName, TokenId};
+use towline_types::limits;
 use towline_types::node::{MeshConfig, Node, Tombstone};
 use towline_types::ownership;
 
 use claims::Claims;
 pub use errors::{
     CreateTokenError, JoinError, LoadError, NoSuchNode, NodeAbsent, OverlayInUse, PublishError,
-    TokenUnknown,
+    ReadmitError, TokenUnknown,
 };
 pub use join::Join;
 pub use members::Member;
@@ -73,6 +76,10 @@ const TOKEN_KEPT: i64 = 7 * 24 * 3600;
 /// Shortest time between two writes of the times at which nodes were last seen.
 const LAST_SEEN_INTERVAL: Duration = Duration::from_secs(60);
 
+/// Time without periodic work after which the process counts as stopped in the meantime. The work is due every 5 s,
+/// and may wait for a slow disk.
+const STALLED: Duration = Duration::from_secs(30);
+
 /// Complete state of the registry.
 pub struct Registry {
     mesh: Mesh,
@@ -88,6 +95,10 @@ pub struct Registry {
     seen_stored_at: Option<Instant>,
     /// [`Sessions::opened_and_closed`] at that time.
     seen_stored: u64,
+    /// Monotonic time of the last periodic work; `None` before the first one.
+    ticked_at: Option<Instant>,
+    /// Monotonic time at which the process ran again after it was stopped; `None` if it never was.
+    awake_since: Option<Instant>,
     /// Records that changed since the last [`Registry::take_changes`].
     dirty: BTreeSet<Key>,
     /// Values that changed since then and have no signature yet.
@@ -197,6 +208,18 @@ pub enum Event {
         /// Id of the token that it joined with.
         token: TokenId,
     },
+    /// A node returned that the store did not have.
+    Readmitted {
+        /// Name of the node.
+        name: NodeName,
+        /// Id of the node.
+        node: NodeId,
+    },
+    /// A node returned a configuration of the mesh that the store did not have.
+    MeshReturned {
+        /// Generation of the configuration.
+        generation: u64,
+    },
     /// A node was removed.
     Removed {
         /// Name of the node.
@@ -298,6 +321,8 @@ impl Registry {
             problems: Problems::default(),
             seen_stored_at: None,
             seen_stored: 0,
+            ticked_at: None,
+            awake_since: None,
             dirty: BTreeSet::new(),
             unsigned: BTreeSet::new(),
             events: Vec::new(),
@@ -308,16 +333,24 @@ impl Registry {
     /// A store that is marked as a backup, or that is behind the file, was restored. Then the epoch is
     /// raised, so that all watches start with a full snapshot, and all tokens are revoked, since some
     /// may have been used after the backup.
-    pub fn start(&mut self, beside: Option<Starts>) -> Started {
+    ///
+    /// An epoch is at least the time at which it began, in seconds since 1970. So a second store under the
+    /// same CA (an empty one, or the same backup restored twice) does not repeat the epoch of the first, and
+    /// no client takes a revision of the first for one of the second.
+    pub fn start(&mut self, beside: Option<Starts>, now: Now) -> Started {
         let beside = beside.unwrap_or(Starts { count: 0, epoch: 0 });
+        let began = u64::try_from(now.unix).unwrap_or(0);
         let counters = &mut self.counters;
+        if counters.starts == 0 && !counters.is_backup {
+            counters.epoch = counters.epoch.max(began);
+        }
         let restored = counters.is_backup || counters.starts < beside.count;
         counters.is_backup = false;
         counters.starts = counters.starts.max(beside.count) + 1;
         self.dirty.insert(Key::Counters);
         let mut voided = 0;
         if restored {
-            counters.epoch = counters.epoch.max(beside.epoch) + 1;
+            counters.epoch = (counters.epoch.max(beside.epoch) + 1).max(began);
             for token in self.tokens.values_mut().filter(|token| !token.revoked) {
                 token.revoked = true;
                 voided += 1;
@@ -368,6 +401,10 @@ impl Registry {
         }
         if terms.replace.is_some() && terms.uses != 1 {
             return Err(CreateTokenError::ReplaceOnce);
+        }
+        let (least, most) = limits::EPHEMERAL_AFTER;
+        if let Some(after) = terms.ephemeral_after.filter(|after| *after < least || *after > most) {
+            return Err(CreateTokenError::EphemeralAfter(after));
         }
         let useless = |prefix: &&IpNet| ownership::is_useless_grant(**prefix, &self.mesh.config);
         if let Some(prefix) = terms.allowed_prefixes.iter().find(useless) {
@@ -441,14 +478,23 @@ impl Registry {
         self.note_about(node, None, problem);
     }
 
-    /// Does the periodic work: removes ephemeral nodes that are offline for longer than the lease,
-    /// moves prefixes of offline nodes to connected claimants, deletes old tokens, and at most once
-    /// a minute marks the last-seen times to be stored.
+    /// Does the periodic work: removes ephemeral nodes that are offline for too long, moves prefixes of
+    /// offline nodes to connected claimants, deletes old tokens, and at most once a minute marks the
+    /// last-seen times to be stored.
     pub fn tick(&mut self, sessions: &Sessions, now: Now) {
+        let was_stalled = self.is_stalled(now);
+        self.ticked_at = Some(now.mono);
+        if was_stalled {
+            // Nodes could not be heard in the meantime. They get their whole time again.
+            self.awake_since = Some(now.mono);
+        }
         for node in self.members.ephemeral() {
-            if self.is_away(node, sessions, now) {
+            let grant = self.members.get(node).map(|member| &member.grant);
+            let after = grant.and_then(|grant| grant.ephemeral_after);
+            let after = after.unwrap_or(self.mesh.config.lease);
+            if self.is_away_for(after, node, sessions, now) {
                 // This cannot fail: the node was just found.
-                let why = "ephemeral, offline for longer than the lease";
+                let why = "ephemeral, offline for too long";
                 let _ = self.remove(node, why, sessions, now);
             }
         }
@@ -586,14 +632,26 @@ impl Registry {
 
     /// Returns whether a node has been offline for longer than the lease.
     fn is_away(&self, node: NodeId, sessions: &Sessions, now: Now) -> bool {
-        if sessions.live(node, now).is_some() {
+        self.is_away_for(self.mesh.config.lease, node, sessions, now)
+    }
+
+    /// Returns whether a node has been offline for longer than `limit`. Time in which the controller itself was
+    /// away or stopped does not count.
+    fn is_away_for(&self, limit: Duration, node: NodeId, sessions: &Sessions, now: Now) -> bool {
+        if self.is_stalled(now) || sessions.live(node, now).is_some() {
             return false;
         }
         let Some(member) = self.members.get(node) else { return false };
-        let since = sessions
-            .last_heard(node)
-            .map_or(member.known_since, |heard| heard.max(member.known_since));
-        now.since(since) > self.mesh.config.lease
+        let heard = sessions.last_heard(node);
+        let since =
+            [heard, self.awake_since].into_iter().flatten().fold(member.known_since, Ord::max);
+        now.since(since) > limit
+    }
+
+    /// Returns whether the periodic work did not run for so long that the process was stopped, for example because
+    /// the machine was suspended.
+    fn is_stalled(&self, now: Now) -> bool {
+        self.ticked_at.is_some_and(|at| now.since(at) > STALLED)
     }
 
     /// Adds a problem of a node, which lasts until the claim is settled if there is one.

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
+use std::time::Duration;
 
 use ipnet::IpNet;
 use subtle::ConstantTimeEq;
@@ -96,8 +97,10 @@ pub struct TokenTerms {
     pub allowed_prefixes: Vec<IpNet>,
     /// Name of a node that the joining node replaces. Such a token has one use.
     pub replace: Option<NodeName>,
-    /// True if the nodes are removed once they are offline for longer than the lease.
+    /// True if the nodes are removed once they are offline for longer than [`Self::ephemeral_after`].
     pub ephemeral: bool,
+    /// Time that ephemeral nodes may be offline, within [`limits::EPHEMERAL_AFTER`]; `None`: the lease.
+    pub ephemeral_after: Option<Duration>,
 }
 
 impl TokenTerms {
@@ -111,6 +114,7 @@ impl TokenTerms {
             allowed_prefixes: Vec::new(),
             replace: None,
             ephemeral: false,
+            ephemeral_after: None,
         }
     }
 }

@@ -38,6 +38,11 @@ use towline_service::output::{self, Format, OutputError};
 use crate::config::{MetricsSettings, Settings, UiSettings};
 use crate::server::Controller;
 
+/// Least number of threads that serve connections, also on a machine with one processor.
+const LEAST_THREADS: usize = 2;
+/// Largest number of threads that serve connections: the map has one writer, so more would only wait.
+const MOST_THREADS: usize = 8;
+
 /// The Towline controller: certificate authority and registry of a mesh.
 #[derive(Debug, Parser)]
 #[command(
@@ -264,7 +269,7 @@ fn serve_until_signal(settings: Settings, log: &LogArgs) -> anyhow::Result<()> {
     let config = settings.resolve()?;
     log.init(log_config, "info")?;
     raise_file_limit();
-    block_on(async {
+    block_on_all_threads(async {
         // The handlers are installed before the start, so that no signal is missed.
         let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
@@ -302,6 +307,17 @@ fn raise_file_limit() {
 /// Formats a time until or since something. A clock that was set back makes it negative: 0.
 fn span(seconds: i64) -> String {
     output::span(Duration::from_secs(u64::try_from(seconds).unwrap_or(0)))
+}
+
+/// Runs the controller on several threads.
+fn block_on_all_threads<T>(future: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    let threads = std::thread::available_parallelism().map_or(LEAST_THREADS, usize::from);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(threads.clamp(LEAST_THREADS, MOST_THREADS))
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    runtime.block_on(future)
 }
 
 fn block_on<T>(future: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {

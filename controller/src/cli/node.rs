@@ -106,8 +106,10 @@ struct View {
     identity_key: IdentityKey,
     /// Labels of the node.
     labels: BTreeMap<String, String>,
-    /// True if the node is removed once it is offline for longer than the lease.
+    /// True if the node is removed once it is offline for longer than `ephemeral_after_seconds`.
     ephemeral: bool,
+    /// Time that the node may be offline if it is ephemeral; null: the mesh's lease.
+    ephemeral_after_seconds: Option<u64>,
     /// Time of its join.
     joined_at: Option<String>,
     /// Time of its last session.
@@ -151,6 +153,7 @@ impl View {
             identity_key: grant.identity_key,
             labels: grant.labels.iter().map(|(k, v)| (k.to_string(), v.clone())).collect(),
             ephemeral: grant.ephemeral,
+            ephemeral_after_seconds: grant.ephemeral_after.map(|after| after.as_secs()),
             joined_at: output::time(info.joined_at),
             last_seen: output::time(info.last_seen),
             session_address: info.session_address.clone(),

@@ -6,7 +6,7 @@ use ipnet::IpNet;
 use jiff::SignedDuration;
 use serde::Serialize;
 use std::collections::BTreeMap;
-use towline_proto::{limits, pb};
+use towline_proto::{convert, limits, pb};
 use towline_service::output::{self, Format};
 
 use super::client::{Client, status_error};
@@ -56,9 +56,13 @@ pub(super) struct Create {
     /// Name of a node that the joining machine replaces; it is removed at the join
     #[arg(long, value_name = "NAME")]
     replace: Option<String>,
-    /// Remove the nodes once they are offline for longer than the lease
+    /// Remove the nodes once they are offline for longer than the lease (10 minutes unless it was changed)
     #[arg(long)]
     ephemeral: bool,
+    /// Remove the nodes once they are offline for this time, `1m` to `30d`, instead of the lease; implies
+    /// --ephemeral
+    #[arg(long, value_name = "DURATION")]
+    ephemeral_after: Option<SignedDuration>,
     /// Output format; `table` prints only the token
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
@@ -112,6 +116,20 @@ impl Create {
         if ttl.as_secs() == 0 || ttl > limits::TOKEN_TTL {
             bail!("invalid --ttl: use one second to {} days", limits::TOKEN_TTL.as_secs() / 86_400);
         }
+        let ephemeral_after = match self.ephemeral_after {
+            None => None,
+            Some(after) => {
+                let (least, most) = limits::EPHEMERAL_AFTER;
+                let after = std::time::Duration::try_from(after).unwrap_or_default();
+                if after < least || after > most {
+                    bail!(
+                        "invalid --ephemeral-after: use one minute to {} days",
+                        most.as_secs() / 86_400
+                    );
+                }
+                Some(after)
+            }
+        };
         let labels = self.labels.iter().map(|label| {
             let (key, value) = label
                 .split_once('=')
@@ -131,7 +149,8 @@ impl Create {
             labels: labels.collect::<anyhow::Result<_>>()?,
             allowed_prefixes: self.prefixes.iter().map(Into::into).collect(),
             replace: self.replace.unwrap_or_default(),
-            ephemeral: self.ephemeral,
+            ephemeral: self.ephemeral || ephemeral_after.is_some(),
+            ephemeral_after_seconds: convert::whole_seconds(ephemeral_after),
         })
     }
 }
@@ -168,8 +187,10 @@ struct View {
     prefixes: Vec<String>,
     /// Name of the node that the joining machine replaces; empty: none.
     replace: String,
-    /// True if the nodes are removed once they are offline for longer than the lease.
+    /// True if the nodes are removed once they are offline for longer than `ephemeral_after_seconds`.
     ephemeral: bool,
+    /// Time that the nodes may be offline if they are ephemeral; null: the mesh's lease.
+    ephemeral_after_seconds: Option<u32>,
     /// Names of the nodes that joined with it.
     nodes: Vec<String>,
     #[serde(skip)]
@@ -202,6 +223,8 @@ impl From<pb::Token> for View {
             used: token.used,
             replace: token.replace,
             ephemeral: token.ephemeral,
+            ephemeral_after_seconds: Some(token.ephemeral_after_seconds)
+                .filter(|after| *after != 0),
             nodes: token.nodes,
             expires_in,
         }

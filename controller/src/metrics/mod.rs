@@ -16,7 +16,9 @@ use towline_service::metrics::Exposition;
 use crate::counters::Counters;
 use crate::listen::Places;
 use crate::map::Map;
+use crate::service::Admission;
 use crate::view::{NodeView, View};
+use crate::writer::Writer;
 
 pub use table::METRICS;
 use table::*;
@@ -34,8 +36,12 @@ pub struct Source {
     pub sessions: Arc<Mutex<Sessions>>,
     /// Connections by kind.
     pub places: Places,
-    /// Refused calls and commits.
+    /// Refused calls, commits and watches.
     pub counters: Arc<Counters>,
+    /// Nodes that load the whole map.
+    pub admission: Arc<Admission>,
+    /// Writer with its queue.
+    pub writer: Writer,
 }
 
 /// State of a join token.
@@ -93,6 +99,18 @@ impl Source {
         for (code, count) in self.counters.refused() {
             refused.sample(&[code], count);
         }
+        let mut limited = text.family(&LIMITED_CALLS);
+        for (limit, count) in self.counters.limited() {
+            limited.sample(&[limit], count);
+        }
+        text.one(&WATCH_LAG, self.counters.lag(self.map.revision()));
+        text.one(&LOADING, self.admission.loading());
+        let fan_outs = self.counters.fan_outs();
+        text.one(&FAN_OUTS, fan_outs.sent);
+        text.one(&FAN_OUT_TIME, fan_outs.time.as_secs_f64());
+        let (waiting, most) = self.writer.queue();
+        text.one(&QUEUE, waiting);
+        text.one(&QUEUE_LIMIT, most);
         let commits = self.counters.commits();
         text.one(&COMMITS, commits.done);
         text.one(&FAILED_COMMITS, commits.failed);
@@ -131,6 +149,7 @@ mod tests {
 
     use super::*;
     use crate::clock;
+    use crate::counters::Limit;
     use crate::view::ViewChange;
 
     #[test]
@@ -160,6 +179,8 @@ mod tests {
             token(4, usable),
         ]);
         counters.response(&tonic::Status::permission_denied("no").into_http::<String>());
+        counters.limit(Limit::Renew);
+        counters.fan_out(Duration::from_millis(250));
         counters.commit(Duration::from_millis(500), true);
         let source = Source {
             started: now,
@@ -168,6 +189,8 @@ mod tests {
             sessions: Arc::new(Mutex::new(Sessions::new(Duration::from_secs(1)))),
             places: Places::new(),
             counters: Arc::new(counters),
+            admission: Arc::default(),
+            writer: Writer::ended(),
         };
         let text = source.collect(now.plus(Duration::from_secs(2)));
         for line in [
@@ -181,6 +204,12 @@ mod tests {
             "towline_controller_tokens{state=\"revoked\"} 1",
             "towline_controller_connections{kind=\"node\"} 0",
             "towline_controller_refused_calls_total{code=\"permission_denied\"} 1",
+            "towline_controller_limited_calls_total{limit=\"renew\"} 1",
+            "towline_controller_watch_lag_revisions 0",
+            "towline_controller_loading_watches 0",
+            "towline_controller_fan_outs_total 1",
+            "towline_controller_fan_out_seconds_total 0.25",
+            "towline_controller_queued_requests 0",
             "towline_controller_commits_total 1",
             "towline_controller_commit_seconds_total 0.5",
         ] {

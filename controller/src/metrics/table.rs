@@ -34,6 +34,27 @@ towline_service::metrics! {
     /// Refused calls by code.
     REFUSED_CALLS: Counter "towline_controller_refused_calls_total" ["code"]
         "Calls that were refused, by the gRPC code of the answer.";
+    /// Calls that a limit refused.
+    LIMITED_CALLS: Counter "towline_controller_limited_calls_total" ["limit"]
+        "Calls that a limit refused, by the limit: what a node did too often (publish, watch, snapshot, renew, signal, summary, readmit), failed_joins, loading (too many nodes load the map), stopping.";
+    /// Revisions by which the slowest watch is behind.
+    WATCH_LAG: Gauge "towline_controller_watch_lag_revisions" []
+        "Revisions by which the slowest watch is behind the newest one.";
+    /// Watches that load the whole map.
+    LOADING: Gauge "towline_controller_loading_watches" []
+        "Watches that load the whole map now. Further ones wait once there are 256.";
+    /// Messages of changes.
+    FAN_OUTS: Counter "towline_controller_fan_outs_total" []
+        "Messages of changes that were sent to watches that have the whole map.";
+    /// Time until messages of changes were sent.
+    FAN_OUT_TIME: Counter "towline_controller_fan_out_seconds_total" []
+        "Time from the newest change in each message until it was sent, over all messages.";
+    /// Requests in the writer's queue.
+    QUEUE: Gauge "towline_controller_queued_requests" []
+        "Requests that wait for the thread that changes the mesh.";
+    /// Limit of the writer's queue.
+    QUEUE_LIMIT: Gauge "towline_controller_queued_requests_limit" []
+        "Largest number of requests that can wait; further ones wait in their connections.";
     /// Commits of the store.
     COMMITS: Counter "towline_controller_commits_total" []
         "Transactions of the store that succeeded; several requests share one.";

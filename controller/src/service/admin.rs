@@ -293,6 +293,7 @@ fn terms(request: pb::CreateTokenRequest) -> Result<TokenTerms, Status> {
             .map_err(|error| error.status())?,
         replace,
         ephemeral: request.ephemeral,
+        ephemeral_after: convert::seconds(request.ephemeral_after_seconds),
     })
 }
 

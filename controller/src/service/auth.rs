@@ -15,9 +15,10 @@ use tonic::{Request, Status};
 use tower::{Layer, Service};
 use towline_proto::id::{IdentityKey, MeshId, NodeId, NodeName};
 
-use crate::listen::ConnectionInfo;
-use crate::map::Map;
+use crate::listen::{ConnectionInfo, PresentedPeer};
+use crate::map::{AccessError, Map};
 use crate::peer::PeerName;
+use towline_registry::NodeAbsent;
 
 use super::refusal::no_access;
 
@@ -33,6 +34,9 @@ pub enum Role {
     Node,
     /// A node of the mesh, also with an expired certificate.
     ExpiredNode,
+    /// The holder of a node's certificate that was not removed, also if the certificate has expired or if the
+    /// mesh does not know the node.
+    Certified,
     /// An administrator of the mesh.
     Admin,
 }
@@ -42,6 +46,7 @@ pub const ROLES: &[(&str, Role)] = &[
     ("/towline.v1.Discovery/Hello", Role::Anyone),
     ("/towline.v1.Discovery/Join", Role::Anyone),
     ("/towline.v1.Discovery/Renew", Role::ExpiredNode),
+    ("/towline.v1.Discovery/Readmit", Role::Certified),
     ("/towline.v1.Discovery/Publish", Role::Node),
     ("/towline.v1.Discovery/Watch", Role::Node),
     ("/towline.v1.Discovery/Leave", Role::Node),
@@ -55,6 +60,8 @@ pub const ROLES: &[(&str, Role)] = &[
     ("/towline.v1.Admin/ListTunnels", Role::Admin),
     ("/towline.v1.Admin/ListEvents", Role::Admin),
     ("/towline.v1.Admin/Backup", Role::Admin),
+    ("/grpc.health.v1.Health/Check", Role::Anyone),
+    ("/grpc.health.v1.Health/Watch", Role::Anyone),
 ];
 
 /// Client that calls an RPC, an extension of each request that passed the [`Authorizer`].
@@ -73,6 +80,8 @@ pub enum CallerIdentity {
     Anyone,
     /// The client is a node of the mesh.
     Node(CallingNode),
+    /// The client holds a node's certificate. The mesh need not know the node.
+    Certified(NodeId, IdentityKey),
     /// The client is an administrator.
     Admin,
 }
@@ -103,6 +112,16 @@ impl Caller {
             _ => Err(Status::permission_denied("only a node may call this RPC")),
         }
     }
+
+    /// Returns the id and the key in the certificate of a client that the mesh need not know.
+    pub fn certified<T>(request: &Request<T>) -> Result<(NodeId, IdentityKey), Status> {
+        match Self::of(request)?.identity {
+            CallerIdentity::Certified(id, key) => Ok((id, key)),
+            _ => Err(Status::permission_denied(
+                "only the holder of a node's certificate may call this RPC",
+            )),
+        }
+    }
 }
 
 /// Authorization check that every request passes.
@@ -126,26 +145,46 @@ impl Authorizer {
             Role::Anyone => CallerIdentity::Anyone,
             Role::Node => CallerIdentity::Node(self.node(connection, false)?),
             Role::ExpiredNode => CallerIdentity::Node(self.node(connection, true)?),
+            Role::Certified => self.certified(connection)?,
             Role::Admin => self.admin(connection)?,
         };
         Ok(Caller { address: connection.address, identity })
     }
 
     fn node(&self, connection: &ConnectionInfo, expired: bool) -> Result<CallingNode, Status> {
-        let presented = connection.peer.as_ref().ok_or_else(|| {
-            Status::unauthenticated("a node's certificate is required: join the mesh first")
-        })?;
-        let peer = &presented.peer;
-        let PeerName::Node(id) = peer.name else {
-            return Err(Status::permission_denied("a node's certificate is required"));
-        };
-        self.check_mesh(peer.mesh_id)?;
+        let (id, presented) = self.certificate(connection)?;
         if presented.expired && !expired {
             return Err(Status::unauthenticated("the node's certificate has expired: renew it"));
         }
-        let member = self.map.member(id, &peer.key);
+        let identity = presented.peer.key;
+        let member = self.map.member(id, &identity);
         let (name, _) = member.map_err(|error| no_access(&error, &self.map))?;
-        Ok(CallingNode { id, name, identity: peer.key })
+        Ok(CallingNode { id, name, identity })
+    }
+
+    fn certified(&self, connection: &ConnectionInfo) -> Result<CallerIdentity, Status> {
+        let (id, presented) = self.certificate(connection)?;
+        match self.map.member(id, &presented.peer.key) {
+            Ok(_) | Err(AccessError::Absent(NodeAbsent::Unknown { .. })) => {
+                Ok(CallerIdentity::Certified(id, presented.peer.key))
+            }
+            Err(error) => Err(no_access(&error, &self.map)),
+        }
+    }
+
+    /// Returns the id in a node's certificate, and the certificate's identity.
+    fn certificate<'a>(
+        &self,
+        connection: &'a ConnectionInfo,
+    ) -> Result<(NodeId, &'a PresentedPeer), Status> {
+        let presented = connection.peer.as_deref().ok_or_else(|| {
+            Status::unauthenticated("a node's certificate is required: join the mesh first")
+        })?;
+        let PeerName::Node(id) = presented.peer.name else {
+            return Err(Status::permission_denied("a node's certificate is required"));
+        };
+        self.check_mesh(presented.peer.mesh_id)?;
+        Ok((id, presented))
     }
 
     fn admin(&self, connection: &ConnectionInfo) -> Result<CallerIdentity, Status> {
@@ -251,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_without_a_certificate_may_only_say_hello_and_join() {
+    fn a_client_without_a_certificate_may_only_say_hello_join_and_ask_for_health() {
         let authorizer = Authorizer::new(Arc::new(Map::new()), MeshId([1; 16]));
         let address = SocketAddr::from(([192, 0, 2, 1], 1));
         let stranger = ConnectionInfo { address, peer: None };

@@ -11,6 +11,8 @@ use towline_proto::id::NodeId;
 use towline_proto::limits;
 use towline_proto::rate::{Rate, TokenBucket};
 
+use crate::counters::Limit;
+
 /// Work that a node asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Work {
@@ -26,9 +28,24 @@ pub(super) enum Work {
     Signal,
     /// Keeping a summary for operators.
     Summary,
+    /// Adding a node that the store does not have.
+    Readmit,
 }
 
 impl Work {
+    /// Returns the limit that refuses it, for the metrics.
+    pub(super) const fn limit(self) -> Limit {
+        match self {
+            Self::Publish => Limit::Publish,
+            Self::Watch => Limit::Watch,
+            Self::Snapshot => Limit::Snapshot,
+            Self::Renew => Limit::Renew,
+            Self::Signal => Limit::Signal,
+            Self::Summary => Limit::Summary,
+            Self::Readmit => Limit::Readmit,
+        }
+    }
+
     /// Returns the rate at which a node may ask for it.
     const fn rate(self) -> Rate {
         match self {
@@ -43,6 +60,8 @@ impl Work {
             Self::Signal => Rate::per_second(50, 256),
             // An agent reports every 30 s at most, and soon after each connection.
             Self::Summary => Rate::one_per(Duration::from_secs(15), 6),
+            // Once after the loss of the store. A refused node repeats it with each attempt to connect.
+            Self::Readmit => Rate::one_per(Duration::from_secs(30), 6),
         }
     }
 }
@@ -52,7 +71,7 @@ impl Work {
 pub struct Budgets(Mutex<BTreeMap<(NodeId, Work), TokenBucket>>);
 
 /// Number of budgets at which unused ones are forgotten.
-const KEPT: usize = 6 * limits::NODES;
+const KEPT: usize = 7 * limits::NODES;
 
 impl Budgets {
     /// Spends one unit of work of a node.
@@ -76,8 +95,15 @@ impl Budgets {
 mod tests {
     use super::*;
 
-    const WORK: [Work; 6] =
-        [Work::Publish, Work::Watch, Work::Snapshot, Work::Renew, Work::Signal, Work::Summary];
+    const WORK: [Work; 7] = [
+        Work::Publish,
+        Work::Watch,
+        Work::Snapshot,
+        Work::Renew,
+        Work::Signal,
+        Work::Summary,
+        Work::Readmit,
+    ];
 
     #[test]
     fn each_node_has_its_own_budget_of_each_work() {

@@ -12,6 +12,7 @@ use towline_proto::convert::{self, Invalid};
 use towline_proto::id::{NodeId, NodeName, TokenId, WireguardKey};
 use towline_proto::join_proof::{self, Claim};
 use towline_proto::pb::discovery_server::Discovery;
+use towline_proto::refusal::with_retry_after;
 use towline_proto::token::TokenSecret;
 use towline_proto::{limits, pb, signed};
 use towline_service::grpc;
@@ -19,12 +20,13 @@ use x25519_dalek::{PublicKey, StaticSecret};
 
 use crate::authority::{Subject, csr_key};
 use crate::clock;
+use crate::counters::Limit;
 use crate::entropy::{random, secret_hash};
 use crate::events::MeshEvent;
 use crate::ledger::Ledger;
 use crate::map::AccessError;
 use towline_registry::sessions::{Occupied, Session, Sessions};
-use towline_registry::{Join, JoinError, PublishError};
+use towline_registry::{Join, JoinError, PublishError, ReadmitError};
 
 use super::auth::Caller;
 use super::budgets::Work;
@@ -116,11 +118,10 @@ impl Discovery for DiscoveryService {
         let source = Caller::of(&request)?.address;
         let wait = self.shared.failed_joins.lock().wait(source.ip(), clock::now().mono);
         if !wait.is_zero() {
-            return Err(Status::resource_exhausted(format!(
-                "too many failed joins from {}: wait {} s",
-                source.ip(),
-                wait.as_secs() + 1
-            )));
+            self.shared.counters.limit(Limit::FailedJoins);
+            let seconds = wait.as_secs() + 1;
+            let text = format!("too many failed joins from {}: wait {seconds} s", source.ip());
+            return Err(with_retry_after(Status::resource_exhausted(text), wait));
         }
         let join = WireJoin::parse(request.into_inner()).map_err(|error| error.status())?;
         Ok(Response::new(self.admit(join, source).await?))
@@ -143,6 +144,39 @@ impl Discovery for DiscoveryService {
             certificate_chain: self.certificates(node.id, &public)?,
             grant: Some(grant),
         }))
+    }
+
+    async fn readmit(
+        &self,
+        request: Request<pb::ReadmitRequest>,
+    ) -> Result<Response<pb::ReadmitResponse>, Status> {
+        let (id, identity) = Caller::certified(&request)?;
+        self.shared.spend_of(id, &id, Work::Readmit)?;
+        let pb::ReadmitRequest { grant, mesh, tombstones } = request.into_inner();
+        let key = self.shared.authority.public_key();
+        let untrusted = |error: signed::Untrusted| Status::invalid_argument(error.to_string());
+        let grant = signed::grant(grant.as_ref(), key).map_err(untrusted)?;
+        if (grant.node_id, grant.identity_key) != (id, identity) {
+            return Err(Status::permission_denied(
+                "the grant is of another node than the certificate",
+            ));
+        }
+        let mesh = match mesh {
+            Some(mesh) => Some(signed::mesh(Some(&mesh), key).map_err(untrusted)?),
+            None => None,
+        };
+        watch::resync(&self.shared, tombstones, None).await?;
+        let change = move |ledger: &mut Ledger, _: &Sessions, now| {
+            if let Some(mesh) = mesh {
+                ledger.registry().adopt_mesh(mesh);
+            }
+            ledger.registry().readmit(grant, now)
+        };
+        self.shared.apply(change).await?.map_err(|error| match error {
+            ReadmitError::Absent(error) => absent(&error, &self.shared.map),
+            other => other.status(),
+        })?;
+        Ok(Response::new(pb::ReadmitResponse {}))
     }
 
     async fn publish(
@@ -194,10 +228,14 @@ impl Discovery for DiscoveryService {
         convert::bounded("instance_id", start.instance_id.len(), 64)
             .map_err(|error| error.status())?;
         let cursor = Watcher::cursor(&self.shared.map, (start.epoch, start.revision));
+        let mut loading = None;
         if cursor == 0 {
+            // A node that waited in vain keeps its budget.
+            let place = self.shared.admission.place().await;
+            loading = Some(place.inspect_err(|_| self.shared.counters.limit(Limit::Loading))?);
             self.shared.spend(&node, Work::Snapshot)?;
         }
-        watch::resync(&self.shared, start.tombstones).await?;
+        watch::resync(&self.shared, start.tombstones, start.mesh).await?;
 
         let id = random().map_err(|error| error.status())?;
         let now = clock::now();
@@ -224,7 +262,7 @@ impl Discovery for DiscoveryService {
         let connected = MeshEvent::NodeConnected { node: node.name.clone(), address };
         self.shared.events.add(&connected);
         let (responses, receiver) = tokio::sync::mpsc::channel(1);
-        let watcher = Watcher::new(self.shared.clone(), node, id, cursor, responses);
+        let watcher = Watcher::new(self.shared.clone(), node, id, cursor, loading, responses);
         tokio::spawn(watcher.run(requests));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
@@ -300,6 +338,10 @@ mod tests {
             let _ = pb::WatchRequest::decode(bytes.as_slice());
             if let Ok(summary) = pb::MeshSummary::decode(bytes.as_slice()) {
                 let _ = towline_proto::summary::MeshSummary::try_from(summary);
+            }
+            if let Ok(readmit) = pb::ReadmitRequest::decode(bytes.as_slice()) {
+                let _ = signed::grant(readmit.grant.as_ref(), &IdentityKey([1; 32]));
+                let _ = signed::mesh(readmit.mesh.as_ref(), &IdentityKey([1; 32]));
             }
             if let Ok(publish) = pb::PublishRequest::decode(bytes.as_slice()) {
                 let _ = signed::record(publish.record.as_ref(), &IdentityKey([1; 32]));

@@ -3,9 +3,11 @@
 //! proofs; the registry decides the rest.
 
 mod admin;
+mod admission;
 mod auth;
 mod budgets;
 mod discovery;
+mod health;
 mod refusal;
 mod signals;
 mod watch;
@@ -19,6 +21,7 @@ use tonic::Status;
 use towline_proto::convert::Invalid;
 use towline_proto::id::{NodeId, NodeName};
 use towline_proto::rate::Rate;
+use towline_proto::refusal::with_retry_after;
 use towline_proto::source_limiter::SourceLimiter;
 use towline_proto::token::ControllerAddress;
 use towline_proto::{pb, signed};
@@ -26,6 +29,7 @@ use x25519_dalek::{PublicKey, StaticSecret};
 
 use crate::authority::Authority;
 use crate::clock;
+use crate::counters::Counters;
 use crate::events::Events;
 use crate::ledger::Ledger;
 use crate::map::Map;
@@ -42,10 +46,12 @@ use budgets::Work;
 use refusal::{Refusal, absent};
 
 pub use admin::AdminService;
+pub use admission::{Admission, drain_begins};
 pub use auth::{Authorizer, Caller, ROLES, Role};
 pub use budgets::Budgets;
 pub use discovery::DiscoveryService;
 pub(crate) use discovery::WireJoin;
+pub use health::HealthService;
 pub use refusal::tombstone_of;
 pub use signals::Signals;
 
@@ -85,8 +91,12 @@ pub struct Shared {
     pub events: Arc<Events>,
     /// UDP port of the STUN server; `None` if it could not be bound.
     pub reflector: Option<u16>,
-    /// Value that becomes true when the controller stops.
-    pub stopping: tokio::sync::watch::Receiver<bool>,
+    /// Places of nodes that load the whole map.
+    pub admission: Arc<Admission>,
+    /// Counters for the metrics.
+    pub counters: Arc<Counters>,
+    /// Time over which watches end, set when the controller stops.
+    pub stopping: tokio::sync::watch::Receiver<Option<Duration>>,
 }
 
 impl Shared {
@@ -109,13 +119,22 @@ impl Shared {
 
     /// Spends one unit of a node's budget.
     fn spend(&self, node: &CallingNode, work: Work) -> Result<(), Status> {
-        self.budgets.spend(node.id, work, clock::now().mono).map_err(|wait| {
+        self.spend_of(node.id, &node.name, work)
+    }
+
+    /// Spends one unit of the budget of a node whose name need not be known.
+    fn spend_of(
+        &self,
+        node: NodeId,
+        name: &dyn std::fmt::Display,
+        work: Work,
+    ) -> Result<(), Status> {
+        self.budgets.spend(node, work, clock::now().mono).map_err(|wait| {
             let seconds = wait.as_secs() + 1;
-            tracing::debug!(node = %node.name, ?work, seconds, "budget used up");
-            Status::resource_exhausted(format!(
-                "node `{}` asks too often: wait {seconds} s",
-                node.name
-            ))
+            tracing::debug!(node = %name, ?work, seconds, "budget used up");
+            self.counters.limit(work.limit());
+            let text = format!("node `{name}` asks too often: wait {seconds} s");
+            with_retry_after(Status::resource_exhausted(text), wait)
         })
     }
 

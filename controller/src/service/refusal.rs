@@ -3,13 +3,15 @@
 use tonic::{Code, Status};
 use towline_proto::convert::Invalid;
 use towline_proto::pb;
+use towline_proto::refusal::of_unknown_node;
 
 use crate::authority::InvalidCsr;
 use crate::entropy::NoEntropy;
 use crate::map::{AccessError, Map};
 use crate::writer::Unavailable;
 use towline_registry::{
-    CreateTokenError, JoinError, NoSuchNode, NodeAbsent, OverlayInUse, PublishError, TokenUnknown,
+    CreateTokenError, JoinError, NoSuchNode, NodeAbsent, OverlayInUse, PublishError, ReadmitError,
+    TokenUnknown,
 };
 
 /// Error of an operation that has a gRPC code.
@@ -53,11 +55,25 @@ impl Refusal for PublishError {
     }
 }
 
+impl Refusal for ReadmitError {
+    fn code(&self) -> Code {
+        match self {
+            Self::Absent(_) | Self::OtherMesh | Self::OutsideOverlay { .. } => {
+                Code::PermissionDenied
+            }
+            Self::Taken { .. } => Code::AlreadyExists,
+            Self::MeshFull => Code::ResourceExhausted,
+        }
+    }
+}
+
 impl Refusal for CreateTokenError {
     fn code(&self) -> Code {
         match self {
             Self::TooManyTokens => Code::ResourceExhausted,
-            Self::Unusable(_) | Self::ReplaceOnce => Code::InvalidArgument,
+            Self::Unusable(_) | Self::ReplaceOnce | Self::EphemeralAfter(_) => {
+                Code::InvalidArgument
+            }
         }
     }
 }
@@ -104,7 +120,8 @@ impl Refusal for InvalidCsr {
     }
 }
 
-/// Returns the status of an absent node. If the node was removed, the details have its tombstone.
+/// Returns the status of an absent node. If the node was removed, the details have its tombstone. If it is not
+/// known, the metadata says so, and the node may ask to be readmitted.
 pub(super) fn absent(error: &NodeAbsent, map: &Map) -> Status {
     let tombstone = match error {
         NodeAbsent::Removed { node, .. } => map.tombstone(*node),
@@ -112,7 +129,11 @@ pub(super) fn absent(error: &NodeAbsent, map: &Map) -> Status {
     };
     let details = tombstone.map(|tombstone| prost::Message::encode_to_vec(&tombstone));
     let details = details.unwrap_or_default().into();
-    Status::with_details(Code::PermissionDenied, error.to_string(), details)
+    let status = Status::with_details(Code::PermissionDenied, error.to_string(), details);
+    match error {
+        NodeAbsent::Removed { .. } => status,
+        NodeAbsent::Unknown { .. } => of_unknown_node(status),
+    }
 }
 
 /// Returns the status of a certificate's holder who is not a node of the mesh.

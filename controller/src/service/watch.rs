@@ -7,6 +7,7 @@
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -19,6 +20,8 @@ use towline_proto::summary::MeshSummary;
 use towline_proto::{limits, pb, signed};
 
 use crate::clock;
+use crate::counters::Limit;
+use crate::entropy;
 use crate::events::MeshEvent;
 use crate::ledger::Ledger;
 use crate::map::Map;
@@ -26,6 +29,7 @@ use towline_registry::NodeProblem;
 use towline_registry::sessions::{SessionId, Sessions};
 
 use super::Shared;
+use super::admission::{Place, drain_begins};
 use super::auth::CallingNode;
 use super::budgets::Work;
 use super::refusal::{Refusal as _, absent};
@@ -40,6 +44,9 @@ const VERIFIED_AT_ONCE: usize = 64;
 /// costs each watcher one message, and the controller's work for deltas stays below its capacity.
 const PAUSE_PER_WATCHER: Duration = Duration::from_micros(50);
 
+/// Time after which a node that loads the whole map gives its place to another one, though it has not read all.
+const LOADING: Duration = Duration::from_secs(60);
+
 /// A running watch.
 pub(super) struct Watcher {
     shared: Arc<Shared>,
@@ -49,6 +56,10 @@ pub(super) struct Watcher {
     cursor: u64,
     /// True once everything that existed at the start of the watch was sent.
     synced: bool,
+    /// Copy of the cursor for the metrics.
+    sent: Arc<AtomicU64>,
+    /// Place among the nodes that load the whole map, until this one has loaded it.
+    loading: Option<Place>,
     responses: mpsc::Sender<Result<pb::WatchResponse, Status>>,
 }
 
@@ -62,15 +73,18 @@ enum Due {
 }
 
 impl Watcher {
-    /// Creates a watch that sends the changes after the revision `cursor`.
+    /// Creates a watch that sends the changes after the revision `cursor`. `loading` is its place if it loads the
+    /// whole map.
     pub(super) fn new(
         shared: Arc<Shared>,
         node: CallingNode,
         session: SessionId,
         cursor: u64,
+        loading: Option<Place>,
         responses: mpsc::Sender<Result<pb::WatchResponse, Status>>,
     ) -> Self {
-        Self { shared, node, session, cursor, synced: false, responses }
+        let sent = shared.counters.cursor(cursor);
+        Self { shared, node, session, cursor, synced: false, sent, loading, responses }
     }
 
     /// Returns the revision after which a client that has the map at this epoch and revision gets changes.
@@ -118,6 +132,9 @@ impl Watcher {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         ticks.tick().await;
         let mut silence = pin!(sleep(deadline));
+        let mut loading = pin!(sleep(LOADING));
+        // Set once the controller stops, until this watch ends. Watches end one after the other.
+        let mut last: Option<Pin<Box<Sleep>>> = None;
         let mut due = Due::Ready;
         // Set after a message of changes to a watcher that has the whole map, until its pause is over.
         let mut pause: Option<Pin<Box<Sleep>>> = None;
@@ -127,9 +144,15 @@ impl Watcher {
             let responses = self.responses.clone();
             let is_paused = due == Due::Changes && pause.is_some();
             tokio::select! {
-                _ = stopping.wait_for(|stopping| *stopping) => {
+                over = drain_begins(&mut stopping), if last.is_none() => {
+                    last = Some(Box::pin(sleep(over.mul_f64(entropy::fraction()))));
+                }
+                () = async { if let Some(last) = &mut last { last.await } }, if last.is_some() => {
+                    self.shared.counters.limit(Limit::Stopping);
                     return Some(Status::unavailable("the controller is stopping: try again"));
                 }
+                // A client that reads slowly must not keep others from loading the map.
+                () = &mut loading, if self.loading.is_some() => self.loading = None,
                 request = requests.message() => match request {
                     Ok(Some(request)) => {
                         silence.as_mut().reset(Instant::now() + deadline);
@@ -241,8 +264,18 @@ impl Watcher {
             Due::Changes => {
                 let (mut changes, all) = map.changes_after(self.cursor);
                 self.cursor = changes.revision;
+                let was_synced = self.synced;
                 self.synced |= all;
                 changes.synced = self.synced;
+                self.sent.store(self.cursor, Ordering::Relaxed);
+                if was_synced && !changes.changes.is_empty() {
+                    let published = map.published_at();
+                    let time = published.map(|at| clock::now().since(at)).unwrap_or_default();
+                    self.shared.counters.fan_out(time);
+                }
+                if self.synced {
+                    self.loading = None;
+                }
                 (Kind::Changes(changes), if all { Due::Nothing } else { Due::Changes })
             }
             Due::Heartbeat | Due::Nothing => {
@@ -269,6 +302,9 @@ impl Watcher {
 
     fn carry(&self, signal: pb::Signal) {
         let may = self.shared.budgets.spend(self.node.id, Work::Signal, clock::now().mono).is_ok();
+        if !may {
+            self.shared.counters.limit(Limit::Signal);
+        }
         let carried = may && self.shared.signals.carry(self.node.id, signal);
         if !carried {
             tracing::debug!(node = %self.node.name, limited = !may, "signal dropped");
@@ -279,6 +315,7 @@ impl Watcher {
     fn keep(&self, summary: pb::MeshSummary) {
         let now = clock::now();
         if self.shared.budgets.spend(self.node.id, Work::Summary, now.mono).is_err() {
+            self.shared.counters.limit(Limit::Summary);
             tracing::debug!(node = %self.node.name, "summary dropped: budget used up");
             return;
         }
@@ -298,26 +335,42 @@ fn replaced() -> Status {
     Status::aborted("the session was replaced by a newer one")
 }
 
-/// Adds the tombstones of a client that this controller does not have, after it verified them.
-pub(super) async fn resync(shared: &Shared, tombstones: Vec<pb::Signed>) -> Result<(), Status> {
+/// Adds the tombstones of a client that this controller does not have, and takes over the client's configuration
+/// of the mesh if it is newer, after it verified them.
+pub(super) async fn resync(
+    shared: &Shared,
+    tombstones: Vec<pb::Signed>,
+    mesh: Option<pb::Signed>,
+) -> Result<(), Status> {
     convert::bounded("list of tombstones", tombstones.len(), limits::TOMBSTONES)
         .map_err(|error| error.status())?;
+    let key = shared.authority.public_key();
+    let untrusted = |error: signed::Untrusted| Status::invalid_argument(error.to_string());
     let mut unknown = Vec::new();
     for (i, tombstone) in tombstones.into_iter().enumerate() {
         if names_removed_node(shared, &tombstone) {
             continue;
         }
-        let verified = signed::tombstone(Some(&tombstone), shared.authority.public_key())
-            .map_err(|error| Status::invalid_argument(error.to_string()))?;
-        unknown.push(verified);
+        unknown.push(signed::tombstone(Some(&tombstone), key).map_err(untrusted)?);
         if i % VERIFIED_AT_ONCE == 0 {
             tokio::task::yield_now().await;
         }
     }
-    if unknown.is_empty() {
+    let mesh = match mesh {
+        Some(mesh) if mesh != shared.map.mesh() => {
+            let theirs = signed::mesh(Some(&mesh), key).map_err(untrusted)?;
+            let ours = signed::mesh(Some(&shared.map.mesh()), key).map_err(untrusted)?;
+            (theirs.generation > ours.generation).then_some(theirs)
+        }
+        _ => None,
+    };
+    if unknown.is_empty() && mesh.is_none() {
         return Ok(());
     }
     let change = move |ledger: &mut Ledger, sessions: &Sessions, now| {
+        if let Some(mesh) = mesh {
+            ledger.registry().adopt_mesh(mesh);
+        }
         ledger.registry().resync(unknown, sessions, now)
     };
     let learned = shared.apply(change).await?;
@@ -348,4 +401,168 @@ pub(super) async fn note_clone(
     // If this fails, only the note is missing; the second session is refused in any case.
     let _ = shared.apply(change).await;
     code
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use bytes::{BufMut as _, Bytes, BytesMut};
+    use http_body::Frame;
+    use http_body_util::StreamBody;
+    use parking_lot::Mutex;
+    use prost::Message as _;
+    use tokio::sync::watch;
+    use tokio_stream::wrappers::ReceiverStream;
+    use tonic::Code;
+    use tonic::codec::Codec as _;
+    use towline_proto::id::{IdentityKey, NodeName};
+    use towline_proto::source_limiter::SourceLimiter;
+    use towline_registry::sessions::Session;
+    use x25519_dalek::{PublicKey, StaticSecret};
+
+    use super::*;
+    use crate::authority::Authority;
+    use crate::config::HEARTBEAT;
+    use crate::events::Events;
+    use crate::map::MapChange;
+    use crate::service::{Admission, Budgets, FAILED_JOINS, Signals};
+    use crate::state_dir::StateDir;
+    use crate::writer::Writer;
+
+    const NODE: NodeId = NodeId([1; 16]);
+    const SESSION: SessionId = [2; 16];
+
+    /// A watch of a mesh with one node, and both ends of it.
+    struct Scene {
+        /// Messages of the client. Dropping it ends the client's stream.
+        client: mpsc::Sender<Result<Frame<Bytes>, Infallible>>,
+        responses: mpsc::Receiver<Result<pb::WatchResponse, Status>>,
+        stop: watch::Sender<Option<Duration>>,
+        opened: Instant,
+    }
+
+    impl Scene {
+        fn new() -> Self {
+            let root = tempfile::tempdir().unwrap();
+            let dir = StateDir::new(root.path());
+            let authority = Authority::load_or_create(&dir, true, 1_700_000_000).unwrap();
+            let proof_key = StaticSecret::from([1; 32]);
+            let (stop, stopping) = watch::channel(None);
+            let shared = Shared {
+                authority: Arc::new(authority),
+                writer: Writer::ended(),
+                map: Arc::new(Map::new()),
+                view: Arc::default(),
+                sessions: Arc::new(Mutex::new(Sessions::new(HEARTBEAT))),
+                failed_joins: Mutex::new(SourceLimiter::new(FAILED_JOINS)),
+                proof_public: PublicKey::from(&proof_key),
+                proof_key,
+                advertise: Vec::new(),
+                budgets: Budgets::default(),
+                signals: Signals::default(),
+                summaries: Arc::default(),
+                events: Arc::new(Events::new(1)),
+                admission: Arc::new(Admission::new()),
+                counters: Arc::default(),
+                reflector: None,
+                stopping,
+            };
+            let identity = IdentityKey([3; 32]);
+            let name: NodeName = "a".parse().unwrap();
+            let entry = pb::Entry::default();
+            let node =
+                MapChange::Node { revision: 1, id: NODE, name: name.clone(), identity, entry };
+            shared.map.apply(1, 1, vec![node]);
+            let now = clock::now();
+            let address = SocketAddr::from(([192, 0, 2, 1], 1000));
+            let session = Session::new(SESSION, vec![1], address, now);
+            shared.sessions.lock().open(NODE, session, now).unwrap();
+
+            let (client, requests) = mpsc::channel(8);
+            let body = StreamBody::new(ReceiverStream::new(requests));
+            let mut codec =
+                tonic_prost::ProstCodec::<pb::WatchResponse, pb::WatchRequest>::default();
+            let requests = Streaming::new_request(codec.decoder(), body, None, None);
+            let (sender, responses) = mpsc::channel(1);
+            let node = CallingNode { id: NODE, name, identity };
+            let watcher = Watcher::new(Arc::new(shared), node, SESSION, 0, None, sender);
+            tokio::spawn(watcher.run(requests));
+            Self { client, responses, stop, opened: Instant::now() }
+        }
+
+        /// Sends a heartbeat as a client does: the message with the head of gRPC.
+        async fn beat(&self) {
+            let kind = pb::watch_request::Kind::Heartbeat(pb::Heartbeat { revision: 1 });
+            let message = pb::WatchRequest { kind: Some(kind) }.encode_to_vec();
+            let mut framed = BytesMut::new();
+            framed.put_u8(0);
+            framed.put_u32(u32::try_from(message.len()).unwrap());
+            framed.put_slice(&message);
+            self.client.send(Ok(Frame::data(framed.freeze()))).await.unwrap();
+        }
+
+        /// Reads until the watch ends. Returns the number of heartbeats, the code, and when it ended, in seconds
+        /// after it was opened. There is no code if another message waited for the client at the end.
+        async fn end(&mut self) -> (usize, Option<Code>, u64) {
+            let mut heartbeats = 0;
+            let code = loop {
+                match self.responses.recv().await {
+                    Some(Ok(response)) => {
+                        let kind = response.kind.unwrap();
+                        heartbeats +=
+                            usize::from(matches!(kind, pb::watch_response::Kind::Heartbeat(_)));
+                    }
+                    Some(Err(status)) => break Some(status.code()),
+                    None => break None,
+                }
+            };
+            (heartbeats, code, self.opened.elapsed().as_secs())
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_sends_nothing_is_noticed_after_45_s_and_hears_the_controller_until_then()
+    {
+        let mut scene = Scene::new();
+        let (heartbeats, code, seconds) = scene.end().await;
+        assert!(code.is_none_or(|code| code == Code::DeadlineExceeded), "{code:?}");
+        assert_eq!(seconds, 45);
+        assert!((2..=3).contains(&heartbeats), "one in 15 s: {heartbeats}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn each_heartbeat_of_the_client_starts_the_time_again() {
+        let mut scene = Scene::new();
+        for _ in 0..4 {
+            sleep(HEARTBEAT).await;
+            scene.beat().await;
+            // The messages of the controller are read, as an agent does.
+            while scene.responses.try_recv().is_ok() {}
+        }
+        let (_, code, seconds) = scene.end().await;
+        assert!(code.is_none_or(|code| code == Code::DeadlineExceeded), "{code:?}");
+        assert_eq!(seconds, 60 + 45);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_reads_nothing_is_noticed_too() {
+        let scene = Scene::new();
+        let gone = scene.client.clone();
+        let Scene { responses, .. } = scene;
+        sleep(HEARTBEAT * 3).await;
+        tokio::task::yield_now().await;
+        sleep(Duration::from_secs(1)).await;
+        assert!(gone.is_closed(), "the watch ended though a message waits for the client");
+        drop(responses);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_watch_ends_within_the_time_that_the_stop_leaves() {
+        let mut scene = Scene::new();
+        scene.stop.send(Some(Duration::from_secs(5))).unwrap();
+        let (_, code, seconds) = scene.end().await;
+        assert!(code.is_none_or(|code| code == Code::Unavailable), "{code:?}");
+        assert!(seconds <= 5, "{seconds}");
+    }
 }

@@ -43,6 +43,10 @@ pub const CONTROLLER_ADDRESS_BYTES: usize = 255;
 pub const TOKEN_USES: u32 = 10_000;
 /// Longest lifetime of a token.
 pub const TOKEN_TTL: Duration = Duration::from_secs(30 * 24 * 3600);
+/// Time that an ephemeral node may be offline before it is removed: the shortest, which is longer than a session
+/// without heartbeats lasts, and the longest.
+pub const EPHEMERAL_AFTER: (Duration, Duration) =
+    (Duration::from_secs(60), Duration::from_secs(30 * 24 * 3600));
 /// Bytes in a signal that the controller forwards from one node to another. A sealed
 /// [`CallMe`](crate::frame::Probe::CallMe) with [`CANDIDATES`] candidates fits.
 pub const SIGNAL_BYTES: usize = 1024;

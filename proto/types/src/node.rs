@@ -39,8 +39,10 @@ pub struct Grant {
     pub labels: BTreeMap<Label, String>,
     /// Time at which the grant was issued, in seconds since 1970.
     pub issued_at: i64,
-    /// True if the node is removed once it is offline for longer than [`MeshConfig::lease`].
+    /// True if the node is removed once it is offline for longer than [`Self::ephemeral_after`].
     pub ephemeral: bool,
+    /// Time that an ephemeral node may be offline; `None`: [`MeshConfig::lease`].
+    pub ephemeral_after: Option<Duration>,
 }
 
 impl Grant {
@@ -334,6 +336,7 @@ mod tests {
             labels: BTreeMap::new(),
             issued_at: 0,
             ephemeral: false,
+            ephemeral_after: None,
         }
     }
 

@@ -202,4 +202,45 @@ proptest! {
             }
         }
     }
+
+    #[test]
+    fn an_emptied_store_gets_back_exactly_the_nodes_that_were_there(
+        actions in prop::collection::vec(action(), 1..60),
+        first in any::<usize>(),
+    ) {
+        let mut world = World::new();
+        let mut grants = BTreeMap::new();
+        for action in &actions {
+            world.apply_action(action);
+            let members = world.registry.members().map(|member| &member.grant);
+            grants.extend(members.map(|grant| (grant.node_id, grant.clone())));
+        }
+        let there: BTreeSet<NodeId> =
+            world.registry.members().map(|member| member.grant.node_id).collect();
+        let tombstones: Vec<Tombstone> =
+            world.registry.removed_nodes().map(|removed| removed.tombstone.clone()).collect();
+        // Nodes that were removed try it too, before anyone returns their tombstones.
+        let mut grants: Vec<_> = grants.into_values().collect();
+        if !grants.is_empty() {
+            let first = first % grants.len();
+            grants.rotate_left(first);
+        }
+        let mut empty = World::new();
+        empty.now = world.now;
+        let readmit = |world: &mut World| {
+            for grant in &grants {
+                // Another node may be in the way until its tombstone arrives.
+                let _ = world.registry.readmit(grant.clone(), world.now);
+            }
+            world.commit();
+            world.check();
+        };
+        readmit(&mut empty);
+        empty.registry.resync(tombstones, &empty.sessions, empty.now);
+        empty.commit();
+        readmit(&mut empty);
+        let back: BTreeSet<NodeId> =
+            empty.registry.members().map(|member| member.grant.node_id).collect();
+        prop_assert_eq!(back, there);
+    }
 }

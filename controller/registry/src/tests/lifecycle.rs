@@ -21,10 +21,46 @@ fn an_ephemeral_node_goes_when_it_stays_away_and_others_never_do() {
 }
 
 #[test]
+fn an_ephemeral_node_goes_after_the_time_of_its_token() {
+    let mut world = World::new();
+    let after = Duration::from_secs(90);
+    let terms = |after| TokenTerms { ephemeral: true, ephemeral_after: Some(after), ..terms() };
+    let token = world.token(terms(after));
+    let node = world.join(token, "a", 1).unwrap();
+    world.advance(after);
+    assert!(world.registry.member(node).is_ok());
+    world.advance(Duration::from_secs(1));
+    assert!(world.is_removed(node));
+    for wrong in [Duration::from_secs(59), Duration::from_secs(31 * 24 * 3600)] {
+        let id = TokenId([9; 8]);
+        let refused = world.registry.create_token(id, SECRET, terms(wrong), i64::MAX, world.now);
+        assert_eq!(refused.err(), Some(CreateTokenError::EphemeralAfter(wrong)));
+    }
+}
+
+#[test]
+fn a_controller_that_was_stopped_does_not_remove_the_nodes_that_it_could_not_hear() {
+    let mut world = World::new();
+    let token = world.token(TokenTerms { ephemeral: true, ..terms() });
+    let node = world.join(token, "a", 1).unwrap();
+    world.open(node);
+    world.advance(Duration::from_secs(60));
+    // The process is stopped for a day, and its periodic work is the first that runs then.
+    world.now = world.now.plus(LEASE * 144);
+    world.registry.tick(&world.sessions, world.now);
+    assert!(world.registry.member(node).is_ok());
+    world.advance(LEASE);
+    assert!(world.registry.member(node).is_ok());
+    world.advance(Duration::from_secs(1));
+    assert!(world.is_removed(node), "it did not come back");
+}
+
+#[test]
 fn a_restored_store_voids_open_tokens_and_begins_a_new_epoch() {
     let mut world = World::new();
-    let started = world.registry.start(None);
-    assert_eq!(started.starts, Starts { count: 1, epoch: 1 });
+    let started = world.registry.start(None, world.now);
+    let began = u64::try_from(world.now.unix).unwrap();
+    assert_eq!(started.starts, Starts { count: 1, epoch: began });
     assert!(!started.restored);
     let token = world.token(terms());
     world.commit();
@@ -32,22 +68,37 @@ fn a_restored_store_voids_open_tokens_and_begins_a_new_epoch() {
     let backup = world.stored.clone();
 
     let tombstone = world.remove(node);
-    let started = world.registry.start(Some(started.starts));
+    let started = world.registry.start(Some(started.starts), world.now);
     assert!(!started.restored);
     world.commit();
 
     world.stored = backup;
     world.reload();
     assert!(world.registry.member(node).is_ok(), "the backup is older than the removal");
-    let started = world.registry.start(Some(started.starts));
+    let started = world.registry.start(Some(started.starts), world.now);
     assert!(started.restored);
-    assert_eq!((started.starts.epoch, started.voided), (2, 2));
+    assert_eq!((started.starts.epoch, started.voided), (began + 1, 2));
     assert!(matches!(world.join(token, "b", 2), Err(JoinError::TokenRevoked { .. })));
 
     let known = vec![tombstone];
     assert_eq!(world.registry.resync(known.clone(), &world.sessions, world.now), 1);
     assert_eq!(world.registry.resync(known, &world.sessions, world.now), 0);
     assert!(world.is_removed(node));
+}
+
+#[test]
+fn a_backup_that_is_restored_twice_begins_two_epochs() {
+    let mut world = World::new();
+    world.registry.start(None, world.now);
+    world.commit();
+    world.stored.counters.is_backup = true;
+    let mut restore = |later: u64| {
+        world.reload();
+        let now = world.now.plus(Duration::from_secs(later));
+        world.registry.start(None, now).starts.epoch
+    };
+    let (first, second) = (restore(60), restore(90));
+    assert!(second > first, "{first} {second}");
 }
 
 #[test]

@@ -5,6 +5,7 @@ mod invariants;
 mod join;
 mod lifecycle;
 mod publish;
+mod readmit;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -170,8 +171,19 @@ impl World {
         self.sessions.close(node, node.0, self.now);
     }
 
-    /// Advances the clock. Connected nodes send a heartbeat.
+    /// Advances the clock, in steps as the periodic work does. Connected nodes send a heartbeat in each.
     fn advance(&mut self, time: Duration) {
+        /// Longest step, so that the controller does not seem to have been stopped.
+        const STEP: Duration = Duration::from_secs(20);
+        let mut left = time;
+        while !left.is_zero() {
+            let step = left.min(STEP);
+            self.step(step);
+            left -= step;
+        }
+    }
+
+    fn step(&mut self, time: Duration) {
         let nodes = self.registry.members().map(|member| member.grant.node_id);
         let is_live = |node: &NodeId| self.sessions.live(*node, self.now).is_some();
         let connected: Vec<NodeId> = nodes.filter(is_live).collect();

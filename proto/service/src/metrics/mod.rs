@@ -12,7 +12,7 @@ mod server;
 
 use std::fmt::{self, Write as _};
 
-pub use server::serve;
+pub use server::{Readiness, serve, serve_with_health};
 
 /// Content type of [`Exposition::text`].
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";

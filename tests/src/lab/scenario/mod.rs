@@ -28,6 +28,7 @@ pub mod many;
 pub mod mtu;
 pub mod nat;
 pub mod nodes;
+pub mod outage;
 pub mod plan;
 pub mod scale;
 mod scene;

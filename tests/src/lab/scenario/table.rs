@@ -9,7 +9,7 @@ use clap::{ArgMatches, Args, Command, FromArgMatches};
 use super::selection::{Entry, Selection, list};
 use super::{
     Setting, attack, bench, bootstrap, coexist, crash, demo, departure, explain, failover, hosts,
-    idle, interop, kubernetes, leak, many, mtu, nat, nodes, plan, scale, vm,
+    idle, interop, kubernetes, leak, many, mtu, nat, nodes, outage, plan, scale, vm,
 };
 use crate::lab::binaries::{Binaries, Profile};
 use crate::lab::interrupt;
@@ -79,6 +79,13 @@ pub const SCENARIOS: &[Scenario] = &[
         help: "Break paths, and measure how long the traffic is interrupted",
         arguments: none,
         run: |_, flags| on_plain_hosts(Profile::Dev, failover::run, flags),
+    },
+    Scenario {
+        name: "outage",
+        aliases: &[],
+        help: "Take all controllers away while nodes reboot and roam; bring back one that lost its store",
+        arguments: none,
+        run: |_, flags| on_plain_hosts(Profile::Dev, outage::run, flags),
     },
     Scenario {
         name: "idle",

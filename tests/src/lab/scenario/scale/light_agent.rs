@@ -243,7 +243,8 @@ impl Watch {
     ) -> anyhow::Result<Self> {
         let (requests, stream) = mpsc::channel(4);
         let instance_id = (number as u64).to_be_bytes().to_vec();
-        let start = pb::WatchStart { epoch, revision, instance_id, tombstones: Vec::new() };
+        let start =
+            pb::WatchStart { epoch, revision, instance_id, tombstones: Vec::new(), mesh: None };
         requests.send(pb::WatchRequest { kind: Some(Ask::Start(start)) }).await?;
         let mut responses = client.watch(ReceiverStream::new(stream)).await?.into_inner();
         let first = responses.message().await?.and_then(|first| first.kind);
