@@ -46,7 +46,7 @@ use crate::service::{
     AdminService, Authorizer, Budgets, DiscoveryService, FAILED_JOINS, Shared, Signals,
 };
 use crate::state_dir::{Lock, StateDir, StateError};
-use crate::store::{CommitError, OpenError, Store};
+use crate::store::{CommitError, FileStore, OpenError, Store};
 use crate::tls::{self, ServerCertificate, TlsError};
 use crate::view::View;
 use crate::writer::{self, LoadError, Writer};
@@ -375,20 +375,20 @@ fn open_ledger(
     settings: &MeshSettings,
     advertise: &[ControllerAddress],
     now: Now,
-) -> Result<(Store, Ledger), ServeError> {
+) -> Result<(Box<dyn Store>, Ledger), ServeError> {
     let path = dir.store();
     let store = if fresh {
         let mut ledger = Ledger::create(authority.clone(), first_mesh(authority, settings)?);
-        let store = Store::create(&path, &ledger.take_changes(BTreeMap::new).writes)?;
+        let store = FileStore::create(&path, &ledger.take_changes(BTreeMap::new).writes)?;
         if let Ok(file) = std::fs::File::open(&path) {
             dir.give(&file)?;
         }
         tracing::info!(mesh = %authority.mesh_id(), ca = %authority.fingerprint(), "mesh created");
         store
     } else {
-        Store::open(&path)?
+        FileStore::open(&path)?
     };
-    begin(dir, store, authority, settings, advertise, now)
+    begin(dir, Box::new(store), authority, settings, advertise, now)
 }
 
 /// Loads the ledger, counts this start and applies the configuration. The addresses that this
@@ -398,13 +398,13 @@ fn open_ledger(
 /// that the next start finds consistent counters.
 fn begin(
     dir: &StateDir,
-    mut store: Store,
+    mut store: Box<dyn Store>,
     authority: &Arc<Authority>,
     settings: &MeshSettings,
     advertise: &[ControllerAddress],
     now: Now,
-) -> Result<(Store, Ledger), ServeError> {
-    let mut ledger = writer::read(&store, authority.clone(), now)?;
+) -> Result<(Box<dyn Store>, Ledger), ServeError> {
+    let mut ledger = writer::read(&mut *store, authority.clone(), now)?;
     let started = ledger.registry().start(dir.starts()?);
     if started.restored {
         tracing::warn!(
@@ -439,13 +439,14 @@ fn begin(
              `towline-controller mesh set --controllers`"
         );
     }
-    match store.commit(store.sequence(), &ledger.take_changes(BTreeMap::new).writes) {
+    let expected = store.sequence();
+    match store.commit(expected, &ledger.take_changes(BTreeMap::new).writes) {
         Ok(_) => {}
         // The new epoch of a restored store must be on the disk before a client sees it.
         Err(error @ CommitError::Failed { .. }) if !started.restored => {
             tracing::error!(%error, "start not counted, changed settings not applied");
             store.reopen()?;
-            let ledger = writer::read(&store, authority.clone(), now)?;
+            let ledger = writer::read(&mut *store, authority.clone(), now)?;
             return Ok((store, ledger));
         }
         Err(error) => return Err(error.into()),
@@ -574,21 +575,23 @@ mod tests {
         drop(first);
         let before = dir.starts().unwrap().unwrap();
 
-        let store = Store::open(&dir.store()).unwrap();
+        let store = FileStore::open(&dir.store()).unwrap();
         store.fail_next_commit();
-        let (mut store, mut ledger) = begin(&dir, store, &authority, &settings, &[], now).unwrap();
+        let (mut store, mut ledger) =
+            begin(&dir, Box::new(store), &authority, &settings, &[], now).unwrap();
         assert_eq!(*ledger.registry().mesh(), mesh);
         assert_eq!(dir.starts().unwrap(), Some(before));
         // Once the disk has room, commits succeed again.
-        store.commit(store.sequence(), &[]).unwrap();
+        let expected = store.sequence();
+        store.commit(expected, &[]).unwrap();
         drop(store);
 
         // A restored backup is not served before its new epoch is on the disk.
         let ahead = Starts { count: before.count + 5, ..before };
         dir.set_starts(ahead).unwrap();
-        let store = Store::open(&dir.store()).unwrap();
+        let store = FileStore::open(&dir.store()).unwrap();
         store.fail_next_commit();
-        assert!(begin(&dir, store, &authority, &settings, &[], now).is_err());
+        assert!(begin(&dir, Box::new(store), &authority, &settings, &[], now).is_err());
         let (_store, _ledger) = open_ledger(&dir, false, &authority, &settings, &[], now).unwrap();
         assert_eq!(dir.starts().unwrap().unwrap().count, ahead.count + 1);
     }
