@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -46,7 +46,8 @@ use crate::service::{
     AdminService, Authorizer, Budgets, DiscoveryService, FAILED_JOINS, Shared, Signals,
 };
 use crate::state_dir::{Lock, StateDir, StateError};
-use crate::store::{CommitError, FileStore, OpenError, Store};
+use crate::store::etcd::EtcdError;
+use crate::store::{CommitError, Identity, OpenError, Place, Store};
 use crate::tls::{self, ServerCertificate, TlsError};
 use crate::view::View;
 use crate::writer::{self, LoadError, Writer};
@@ -85,9 +86,6 @@ pub enum ServeError {
     /// The store cannot be written.
     #[error(transparent)]
     Commit(#[from] CommitError),
-    /// It cannot be determined whether the store exists.
-    #[error("{0}")]
-    Incomplete(String),
     /// The configuration changes an overlay range that nodes use.
     #[error(transparent)]
     Overlay(#[from] OverlayInUse),
@@ -135,6 +133,8 @@ pub struct Controller {
     shared: Shared,
     stop: watch::Sender<bool>,
     writer_ended: oneshot::Receiver<()>,
+    /// Error that ends the use of the store, if something can end it.
+    lost: Option<oneshot::Receiver<OpenError>>,
     /// Address of the metrics, if they are served.
     metrics: Option<SocketAddr>,
     counters: Arc<Counters>,
@@ -147,6 +147,11 @@ pub async fn serve(config: Config, shutdown: impl Future<Output = ()>) -> Result
 }
 
 impl ServeError {
+    /// Returns whether another controller uses the store. It may end, and this one take its place.
+    pub fn is_in_use(&self) -> bool {
+        matches!(self, Self::Open(OpenError::Etcd(EtcdError::InUse { .. })))
+    }
+
     /// Returns the error of binding `address`, with the owner of the port if it is visible.
     fn listen(address: SocketAddr, source: std::io::Error) -> Self {
         let is_taken = source.kind() == std::io::ErrorKind::AddrInUse;
@@ -166,10 +171,12 @@ impl Controller {
         let address = listener.local_addr().map_err(listen_error)?;
 
         let now = clock::now();
-        let fresh = is_fresh(&dir)?;
+        let place = Place::open(&config.store, dir.store())?;
+        let fresh = is_fresh(&dir, &place)?;
         let authority = Arc::new(Authority::load_or_create(&dir, fresh, now.unix)?);
-        let (store, ledger) =
-            open_ledger(&dir, fresh, &authority, &config.mesh, &config.advertise, now)?;
+        let (mut store, ledger) =
+            open_ledger(&dir, place, fresh, &authority, &config.mesh, &config.advertise, now)?;
+        let lost = store.lost();
         // A controller that was set up before serves its mesh even if the disk is full.
         match authority::renew_admin(&dir, &authority, now.unix) {
             Err(error) if fresh => return Err(error.into()),
@@ -233,6 +240,7 @@ impl Controller {
             shared,
             stop,
             writer_ended,
+            lost,
             metrics: config.metrics,
             counters,
             started: now,
@@ -315,6 +323,7 @@ impl Controller {
             () = shutdown => Ok(()),
             ended = &mut server => ended.map_err(ServeError::from),
             _ = &mut writer_ended => Err(ServeError::WriterEnded),
+            error = end_of_use(self.lost) => Err(ServeError::Open(error)),
         };
         tracing::info!("stopping");
         let _ = stop.send(true);
@@ -352,17 +361,23 @@ fn standing(map: Arc<Map>) -> impl Fn(&PresentedPeer) -> Standing + Clone {
     }
 }
 
-/// Returns whether no mesh was ever set up in this directory. A directory with the counter of starts
-/// but without the store is an error: a new mesh in it would overwrite what is left. The CA's files
-/// alone are left by a first start that was interrupted, and are used again.
-fn is_fresh(dir: &StateDir) -> Result<bool, ServeError> {
-    let store: PathBuf = dir.store();
-    let exists = store.try_exists().map_err(|error| {
-        ServeError::Incomplete(format!("cannot access {}: {error}", store.display()))
-    })?;
-    match (exists, dir.starts()?.is_some()) {
+/// Returns the error that ends the use of the store, once there is one.
+async fn end_of_use(lost: Option<oneshot::Receiver<OpenError>>) -> OpenError {
+    if let Some(lost) = lost
+        && let Ok(error) = lost.await
+    {
+        return error;
+    }
+    std::future::pending().await
+}
+
+/// Returns whether no mesh was ever set up in this directory and at the place of the store. A directory
+/// with the counter of starts but without the store is an error: a new mesh in it would overwrite what
+/// is left. The CA's files alone are left by a first start that was interrupted, and are used again.
+fn is_fresh(dir: &StateDir, place: &Place) -> Result<bool, ServeError> {
+    match (place.has_mesh()?, dir.starts()?.is_some()) {
         (false, false) => Ok(true),
-        (false, true) => Err(OpenError::Missing(store).into()),
+        (false, true) => Err(place.missing().into()),
         // Also after a kill during the first start, once the store exists.
         (true, _) => Ok(false),
     }
@@ -370,31 +385,34 @@ fn is_fresh(dir: &StateDir) -> Result<bool, ServeError> {
 
 fn open_ledger(
     dir: &StateDir,
+    place: Place,
     fresh: bool,
     authority: &Arc<Authority>,
     settings: &MeshSettings,
     advertise: &[ControllerAddress],
     now: Now,
 ) -> Result<(Box<dyn Store>, Ledger), ServeError> {
-    let path = dir.store();
+    let identity =
+        Identity { mesh: authority.mesh_id().to_string(), ca: authority.fingerprint().to_string() };
     let store = if fresh {
         let mut ledger = Ledger::create(authority.clone(), first_mesh(authority, settings)?);
-        let store = FileStore::create(&path, &ledger.take_changes(BTreeMap::new).writes)?;
-        if let Ok(file) = std::fs::File::open(&path) {
+        let is_file = matches!(place, Place::File(_));
+        let store = place.create(&identity, &ledger.take_changes(BTreeMap::new).writes)?;
+        if is_file && let Ok(file) = std::fs::File::open(dir.store()) {
             dir.give(&file)?;
         }
         tracing::info!(mesh = %authority.mesh_id(), ca = %authority.fingerprint(), "mesh created");
         store
     } else {
-        FileStore::open(&path)?
+        place.store(&identity)?
     };
-    begin(dir, Box::new(store), authority, settings, advertise, now)
+    begin(dir, store, authority, settings, advertise, now)
 }
 
 /// Loads the ledger, counts this start and applies the configuration. The addresses that this
 /// controller advertises become the mesh's list of controllers if it has none yet.
 ///
-/// If the disk accepts no writes, the mesh is served unchanged. The start is not counted then, so
+/// If the store accepts no writes, the mesh is served unchanged. The start is not counted then, so
 /// that the next start finds consistent counters.
 fn begin(
     dir: &StateDir,
@@ -443,7 +461,7 @@ fn begin(
     match store.commit(expected, &ledger.take_changes(BTreeMap::new).writes) {
         Ok(_) => {}
         // The new epoch of a restored store must be on the disk before a client sees it.
-        Err(error @ CommitError::Failed { .. }) if !started.restored => {
+        Err(error @ (CommitError::Failed { .. } | CommitError::Etcd(_))) if !started.restored => {
             tracing::error!(%error, "start not counted, changed settings not applied");
             store.reopen()?;
             let ledger = writer::read(&mut *store, authority.clone(), now)?;
@@ -560,6 +578,7 @@ mod tests {
     use ipnet::IpNet;
 
     use super::*;
+    use crate::store::FileStore;
     use towline_registry::Starts;
 
     #[test]
@@ -567,10 +586,11 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let dir = StateDir::new(directory.path().join("state"));
         let _lock = dir.lock().unwrap();
+        let file = || Place::File(dir.store());
         let now = clock::now();
         let authority = Arc::new(Authority::load_or_create(&dir, true, now.unix).unwrap());
         let settings = MeshSettings::default();
-        let mut first = open_ledger(&dir, true, &authority, &settings, &[], now).unwrap();
+        let mut first = open_ledger(&dir, file(), true, &authority, &settings, &[], now).unwrap();
         let mesh = first.1.registry().mesh().clone();
         drop(first);
         let before = dir.starts().unwrap().unwrap();
@@ -592,7 +612,8 @@ mod tests {
         let store = FileStore::open(&dir.store()).unwrap();
         store.fail_next_commit();
         assert!(begin(&dir, Box::new(store), &authority, &settings, &[], now).is_err());
-        let (_store, _ledger) = open_ledger(&dir, false, &authority, &settings, &[], now).unwrap();
+        let (_store, _ledger) =
+            open_ledger(&dir, file(), false, &authority, &settings, &[], now).unwrap();
         assert_eq!(dir.starts().unwrap().unwrap().count, ahead.count + 1);
     }
 

@@ -31,8 +31,11 @@ use towline_service::manual::{self, Shell};
 use towline_service::notify::Notifier;
 use towline_service::output::{self, Format, OutputError};
 
-use crate::config::{MetricsSettings, Settings};
-use crate::server::Controller;
+use crate::config::{Config, EtcdTable, MetricsSettings, Settings};
+use crate::server::{Controller, ServeError};
+
+/// Interval at which a controller that waits for its turn asks whether the store is free.
+const STANDBY: Duration = Duration::from_secs(2);
 
 /// The Towline controller: certificate authority and registry of a mesh.
 #[derive(Debug, Parser)]
@@ -113,6 +116,9 @@ enum ConfigCommand {
 
 #[derive(Debug, Args)]
 struct Serve {
+    /// Store of the mesh: `file`, or `etcd://HOST:PORT,HOST:PORT` [default: file]
+    #[arg(long, env = "TOWLINE_CONTROLLER_STORE", value_name = "STORE")]
+    store: Option<String>,
     /// Address to listen on [default: [::]:7443]
     #[allow(rustdoc::broken_intra_doc_links, reason = "text of the command line, not a link")]
     #[arg(long, env = "TOWLINE_CONTROLLER_LISTEN", value_name = "ADDR:PORT")]
@@ -181,6 +187,7 @@ impl Serve {
         }
         let flags = Settings {
             state_dir: None,
+            store: self.store,
             listen: self.listen,
             advertise: some(self.advertise),
             overlay_v6: self.overlay_v6,
@@ -191,6 +198,7 @@ impl Serve {
             lease: self.lease,
             log: None,
             metrics: MetricsSettings { listen: self.metrics_listen },
+            etcd: EtcdTable::default(),
         };
         Ok(flags.or(common.settings()?))
     }
@@ -254,7 +262,11 @@ fn serve_until_signal(settings: Settings, log: &LogArgs) -> anyhow::Result<()> {
         let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
         let notifier = Notifier::from_environment();
-        let controller = Controller::start(config)?;
+        let controller = tokio::select! {
+            started = start(config, &notifier) => started?,
+            _ = terminate.recv() => return Ok(()),
+            _ = interrupt.recv() => return Ok(()),
+        };
         tracing::info!(
             version = towline_proto::VERSION,
             state_dir = %controller.state_dir().display(),
@@ -273,6 +285,25 @@ fn serve_until_signal(settings: Settings, log: &LogArgs) -> anyhow::Result<()> {
             .await?;
         Ok(())
     })
+}
+
+/// Starts the controller. While another one uses the store, it waits for its turn.
+async fn start(config: Config, notifier: &Notifier) -> Result<Controller, ServeError> {
+    let mut is_waiting = false;
+    loop {
+        match Controller::start(config.clone()) {
+            Err(error) if error.is_in_use() => {
+                if !is_waiting {
+                    tracing::info!(%error, "waiting: another controller serves the mesh");
+                    // The service manager need not wait too.
+                    notifier.ready();
+                }
+                is_waiting = true;
+            }
+            result => return result,
+        }
+        tokio::time::sleep(STANDBY).await;
+    }
 }
 
 /// Raises the limit on open files to the hard limit, since each node holds a connection. A failure

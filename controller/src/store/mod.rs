@@ -7,13 +7,18 @@
 //! | module | owns |
 //! |---|---|
 //! | `file` | the store of one controller: one redb file beside the CA's key |
+//! | [`etcd`] | a store that outlives the machine of a controller |
 //!
 //! Calls block; the [`writer`](crate::writer) makes them on its own thread.
 
+pub mod etcd;
 mod file;
 
 use std::path::PathBuf;
 
+use tokio::sync::oneshot;
+
+use etcd::{EtcdError, EtcdSettings, EtcdStore};
 pub use file::FileStore;
 
 /// Version of the format of the records. It is raised with every change that an older controller cannot
@@ -40,6 +45,96 @@ pub trait Store: Send {
 
     /// Opens the store again after a failed commit, to find out what is in it.
     fn reopen(&mut self) -> Result<(), OpenError>;
+
+    /// Returns a receiver of the error that ends the use of the store, for example because another
+    /// controller took over. `None` if nothing ends it, or after the first call.
+    fn lost(&mut self) -> Option<oneshot::Receiver<OpenError>> {
+        None
+    }
+}
+
+/// Mesh that a store belongs to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// Id of the mesh.
+    pub mesh: String,
+    /// Fingerprint of the CA's certificate.
+    pub ca: String,
+}
+
+/// Location of the store, as the configuration says it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Location {
+    /// A file in the state directory.
+    #[default]
+    File,
+    /// An etcd cluster.
+    Etcd(EtcdSettings),
+}
+
+/// Place of a store, which need not have a mesh yet.
+pub enum Place {
+    /// Path of a file.
+    File(PathBuf),
+    /// Store in etcd whose owner is this controller.
+    Etcd(Box<EtcdStore>),
+}
+
+impl Place {
+    /// Opens the place. `file` is the path of the store in the state directory.
+    pub fn open(location: &Location, file: PathBuf) -> Result<Self, OpenError> {
+        Ok(match location {
+            Location::File => Self::File(file),
+            Location::Etcd(settings) => Self::Etcd(Box::new(EtcdStore::connect(settings.clone())?)),
+        })
+    }
+
+    /// Returns whether a mesh was set up at the place.
+    pub fn has_mesh(&self) -> Result<bool, OpenError> {
+        match self {
+            Self::File(path) => path
+                .try_exists()
+                .map_err(|error| OpenError::Io { path: path.clone(), why: error.to_string() }),
+            Self::Etcd(store) => Ok(store.has_mesh()),
+        }
+    }
+
+    /// Returns the error that no mesh was set up at the place.
+    pub fn missing(&self) -> OpenError {
+        match self {
+            Self::File(path) => OpenError::Missing(path.clone()),
+            Self::Etcd(store) => store.missing().into(),
+        }
+    }
+
+    /// Creates the store of a new mesh with `records`. A store that exists is not replaced.
+    pub fn create(
+        self,
+        identity: &Identity,
+        records: &[Write],
+    ) -> Result<Box<dyn Store>, OpenError> {
+        let store: Box<dyn Store> = match self {
+            Self::File(path) => Box::new(FileStore::create(&path, records)?),
+            Self::Etcd(mut store) => {
+                store.create(identity, records)?;
+                store
+            }
+        };
+        Ok(store)
+    }
+
+    /// Returns the store, which must have the mesh of this identity.
+    pub fn store(self, identity: &Identity) -> Result<Box<dyn Store>, OpenError> {
+        let store: Box<dyn Store> = match self {
+            // The records in it are signed by the CA.
+            Self::File(path) => Box::new(FileStore::open(&path)?),
+            Self::Etcd(store) => {
+                store.check(identity)?;
+                store
+            }
+        };
+        Ok(store)
+    }
 }
 
 /// One change: a key and its new value, or `None` to remove it.
@@ -86,6 +181,9 @@ pub enum OpenError {
         /// Error of the operating system or of redb.
         why: String,
     },
+    /// The store in etcd cannot be used.
+    #[error(transparent)]
+    Etcd(#[from] EtcdError),
 }
 
 /// Error of a commit.
@@ -109,4 +207,8 @@ pub enum CommitError {
         /// Error of redb.
         why: String,
     },
+    /// The store in etcd refused the changes, or it is not known whether they are in it. The store has to
+    /// be opened again to find out.
+    #[error(transparent)]
+    Etcd(#[from] EtcdError),
 }
