@@ -237,11 +237,13 @@ impl Settings {
     pub fn location(&self) -> Result<Location, ConfigError> {
         let table = &self.etcd;
         let invalid = |setting: &'static str, why: String| ConfigError::Setting { setting, why };
-        let text = self.store.as_deref().unwrap_or(FILE_STORE);
-        if text == FILE_STORE {
+        let Some(text) = self.store.as_deref() else {
             if *table != EtcdTable::default() {
                 return Err(invalid("etcd", format!("`store` does not begin with {SCHEME}")));
             }
+            return Ok(Location::File);
+        };
+        if text == FILE_STORE {
             return Ok(Location::File);
         }
         let url =

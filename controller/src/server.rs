@@ -361,6 +361,12 @@ fn standing(map: Arc<Map>) -> impl Fn(&PresentedPeer) -> Standing + Clone {
     }
 }
 
+/// Returns the identity of the CA's mesh in a store.
+pub(crate) fn identity(authority: &Authority) -> Identity {
+    let (mesh, ca) = (authority.mesh_id().to_string(), authority.fingerprint().to_string());
+    Identity { mesh, ca }
+}
+
 /// Returns the error that ends the use of the store, once there is one.
 async fn end_of_use(lost: Option<oneshot::Receiver<OpenError>>) -> OpenError {
     if let Some(lost) = lost

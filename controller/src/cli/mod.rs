@@ -3,6 +3,7 @@
 //!
 //! `serve` runs the controller. The commands `token`, `node`, `mesh` and `backup` call a running one
 //! over gRPC, with the administrator's credential from the state directory. They never open its store.
+//! The command `store` opens a store that no running controller has.
 
 #![expect(clippy::print_stderr, reason = "diagnostics of the command line")]
 
@@ -11,6 +12,7 @@ mod client;
 mod examples;
 mod mesh;
 mod node;
+mod store;
 mod token;
 
 use std::net::SocketAddr;
@@ -82,6 +84,9 @@ enum Command {
     /// Copy the store of the running controller into a new file
     #[command(after_help = examples::BACKUP)]
     Backup(backup::Backup),
+    /// Move a mesh between stores
+    #[command(subcommand)]
+    Store(store::Store),
     /// Check the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -236,6 +241,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Node(command) => block_on(node::run(command, &common)),
         Command::Mesh(command) => block_on(mesh::run(command, &common)),
         Command::Backup(command) => Ok(output::print(&block_on(command.run(&common))?)?),
+        Command::Store(command) => Ok(output::print(&command.run(&common)?)?),
         Command::Config(ConfigCommand::Check(serve)) => {
             serve.settings(&common)?.resolve()?;
             eprintln!("the configuration is valid");
