@@ -254,6 +254,16 @@ mod tests {
     }
 
     #[test]
+    fn a_file_is_a_store() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("towline.redb");
+        crate::store::conformance::check(
+            |records| Box::new(FileStore::create(&path, records).unwrap()),
+            || Box::new(FileStore::open(&path).unwrap()),
+        );
+    }
+
+    #[test]
     fn what_was_committed_is_there_after_a_reopen_without_a_close() {
         let root = tempfile::tempdir().unwrap();
         let path = root.path().join("towline.redb");

@@ -11,6 +11,8 @@
 //!
 //! Calls block; the [`writer`](crate::writer) makes them on its own thread.
 
+#[cfg(test)]
+mod conformance;
 pub mod etcd;
 mod file;
 

@@ -276,6 +276,16 @@ pub(super) fn decode_part(bytes: &[u8]) -> Option<Vec<Write>> {
     Some(part.writes.into_iter().map(write).collect())
 }
 
+/// Decodes a head and encodes it again, for fuzzing. `None` if it is malformed.
+pub(crate) fn recode_head(bytes: &[u8]) -> Option<Vec<u8>> {
+    Some(Head::read(bytes, "").ok()?.encode_to_vec())
+}
+
+/// Decodes a staged part and encodes it again, for fuzzing. `None` if it is malformed.
+pub(crate) fn recode_part(bytes: &[u8]) -> Option<Vec<u8>> {
+    Some(encode_part(&decode_part(bytes)?).to_vec())
+}
+
 fn encode_part(writes: &[Write]) -> Bytes {
     let write = |(key, value): &Write| StagedWrite {
         key: key.clone(),

@@ -29,6 +29,7 @@ use tokio::sync::oneshot;
 
 pub use errors::EtcdError;
 use layout::Head;
+pub(crate) use layout::{recode_head, recode_part};
 use session::{Outcome, Placed, Session};
 pub use settings::{
     CertificateFiles, EtcdSettings, EtcdUrl, LoginFile, SCHEME, TlsFiles, UrlError,
@@ -213,3 +214,6 @@ impl Drop for EtcdStore {
         let _ = self.thread.wait(release);
     }
 }
+
+#[cfg(test)]
+mod tests;

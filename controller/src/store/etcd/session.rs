@@ -195,10 +195,12 @@ impl Session {
                     success: vec![RequestOp::delete(first, end)],
                     failure: Vec::new(),
                 };
-                if !self.transact(remove).await?.succeeded {
-                    return Err(self.changed());
+                match self.transact(remove).await {
+                    Ok(answer) if !answer.succeeded => Err(self.changed()),
+                    // A full store can be read.
+                    Ok(_) | Err(EtcdError::Full(_)) => Ok(Some(placed)),
+                    Err(error) => Err(error),
                 }
-                Ok(Some(placed))
             }
         }
     }
