@@ -418,6 +418,9 @@ mod tests {
         assert_eq!(settings.tls.unwrap().client.unwrap().key, Path::new("/k"));
         assert_eq!(settings.login.unwrap().user, "u");
         assert_eq!(etcd("store = \"etcd://a:2379\"\n[etcd]\nplaintext = true").tls, None);
+        let shipped = etcd(include_str!("../../deploy/etcd/controller.toml"));
+        assert_eq!(shipped.url.endpoints().len(), 3);
+        assert!(shipped.tls.unwrap().client.is_some());
         for (text, words) in [
             ("store = \"etcd://a:2379\"", "in clear"),
             ("store = \"etcd://u:secret@a:2379\"", "password_file"),
