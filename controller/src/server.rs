@@ -52,7 +52,7 @@ use crate::tls::{self, ServerCertificate, TlsError};
 use crate::view::View;
 use crate::writer::{self, LoadError, Writer};
 use towline_registry::sessions::Sessions;
-use towline_registry::{Now, OverlayInUse};
+use towline_registry::{Now, OverlayInUse, Starts};
 
 /// Time to wait for connections to close when the controller stops, and again for the store.
 const GRACE: Duration = Duration::from_millis(700);
@@ -60,6 +60,10 @@ const GRACE: Duration = Duration::from_millis(700);
 const CERTIFICATE_CHECK: Duration = Duration::from_secs(300);
 /// Interval of the registry's periodic work, see [`Registry::tick`](towline_registry::Registry::tick).
 const TICK: Duration = Duration::from_secs(5);
+/// Interval at which the sequence number of the store is written into the state directory.
+const SEQUENCE_NOTE: Duration = Duration::from_secs(60);
+/// Consequence of a sequence number that is not written, for the log.
+const SEQUENCE_NOT_WRITTEN: &str = "a restored snapshot of the store may not be noticed";
 /// Interval of HTTP/2 pings on idle connections, and the timeout of a ping.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(10));
 /// Largest number of concurrent HTTP/2 streams on one connection.
@@ -271,7 +275,7 @@ impl Controller {
             counters: counters.clone(),
         };
         let measuring = tokio::spawn(measure(self.metrics, source));
-        let mut writer_ended = self.writer_ended;
+        let (mut writer_ended, last) = (self.writer_ended, counters.clone());
         tracing::info!(%address, "listening");
         let (accepted, connections) = mpsc::channel(64);
         let accepting = tokio::spawn(listen::accept(
@@ -285,6 +289,7 @@ impl Controller {
         let writer = shared.writer.clone();
         let ticking =
             tokio::spawn(tick(writer.clone(), shared.map.clone(), shared.sessions.clone()));
+        let noting = tokio::spawn(note_sequence(dir.clone(), counters.clone()));
         let reflector = self.reflector;
         let reflecting = tokio::spawn(async move {
             if let Some(reflector) = reflector {
@@ -327,7 +332,7 @@ impl Controller {
         };
         tracing::info!("stopping");
         let _ = stop.send(true);
-        for task in [accepting, renewing, ticking, reflecting, measuring] {
+        for task in [accepting, renewing, ticking, noting, reflecting, measuring] {
             task.abort();
         }
         if result.is_ok() {
@@ -345,6 +350,10 @@ impl Controller {
             writer_ended.await
         })
         .await;
+        let sequence = last.sequence();
+        if sequence > 0 {
+            warn_unless_stored(dir.set_sequence(sequence), SEQUENCE_NOT_WRITTEN);
+        }
         dir.remove("address")?;
         result
     }
@@ -429,7 +438,8 @@ fn begin(
     now: Now,
 ) -> Result<(Box<dyn Store>, Ledger), ServeError> {
     let mut ledger = writer::read(&mut *store, authority.clone(), now)?;
-    let started = ledger.registry().start(dir.starts()?);
+    let beside = newest_start(dir.starts()?, dir.sequence()?, &*store, ledger.counters());
+    let started = ledger.registry().start(beside);
     if started.restored {
         tracing::warn!(
             epoch = started.starts.epoch,
@@ -479,7 +489,26 @@ fn begin(
         Err(error) if started.restored || dir.starts()?.is_none() => return Err(error.into()),
         stored => warn_unless_stored(stored, "this start is counted in the store only"),
     }
+    // Only now: a store that was restored must look like that until its new epoch is on the disk.
+    warn_unless_stored(dir.set_sequence(store.sequence()), SEQUENCE_NOT_WRITTEN);
     Ok((store, ledger))
+}
+
+/// Returns the counters of the newest start that is known. A store that is behind the sequence number
+/// that it had is one from before that start, for example a snapshot of etcd that was restored. Unless
+/// its epoch is newer than that number: then another controller has noticed it already.
+fn newest_start(
+    beside: Option<Starts>,
+    last: Option<u64>,
+    store: &dyn Store,
+    counters: towline_registry::Counters,
+) -> Option<Starts> {
+    let is_noticed = beside.is_some_and(|beside| counters.epoch > beside.epoch);
+    if is_noticed || last.is_none_or(|last| store.sequence() >= last) {
+        return beside;
+    }
+    let beside = beside.unwrap_or(Starts { count: 0, epoch: counters.epoch });
+    Some(Starts { count: beside.count.max(counters.starts.saturating_add(1)), ..beside })
 }
 
 /// Logs a file that could not be written, and the consequence of that.
@@ -565,6 +594,27 @@ async fn measure(address: Option<SocketAddr>, source: metrics::Source) {
     towline_service::metrics::serve(address, collect).await;
 }
 
+/// Writes the sequence number of the store into the state directory, once a minute if it has changed.
+async fn note_sequence(dir: StateDir, counters: Arc<Counters>) {
+    let mut written = 0;
+    let mut notes = interval(SEQUENCE_NOTE);
+    loop {
+        notes.tick().await;
+        let (dir, sequence) = (dir.clone(), counters.sequence());
+        if sequence == written {
+            continue;
+        }
+        // Connections do not wait for the disk.
+        let writing = tokio::task::spawn_blocking(move || dir.set_sequence(sequence));
+        match writing.await {
+            Ok(Ok(())) => written = sequence,
+            Ok(Err(error)) => warn_unless_stored(Err(error), SEQUENCE_NOT_WRITTEN),
+            // It is stopping.
+            Err(_) => return,
+        }
+    }
+}
+
 /// Runs the registry's periodic work.
 async fn tick(writer: Writer, map: Arc<Map>, sessions: Arc<Mutex<Sessions>>) {
     let mut ticks = interval(TICK);
@@ -585,7 +635,6 @@ mod tests {
 
     use super::*;
     use crate::store::FileStore;
-    use towline_registry::Starts;
 
     #[test]
     fn a_controller_serves_from_a_disk_that_takes_nothing() {
@@ -621,6 +670,32 @@ mod tests {
         let (_store, _ledger) =
             open_ledger(&dir, file(), false, &authority, &settings, &[], now).unwrap();
         assert_eq!(dir.starts().unwrap().unwrap().count, ahead.count + 1);
+    }
+
+    #[test]
+    fn a_store_that_is_behind_what_it_was_is_a_restored_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let dir = StateDir::new(directory.path().join("state"));
+        let _lock = dir.lock().unwrap();
+        let now = clock::now();
+        let authority = Arc::new(Authority::load_or_create(&dir, true, now.unix).unwrap());
+        let settings = MeshSettings::default();
+        // The store is closed when the result is dropped.
+        let epoch_of_start = |fresh| {
+            let place = Place::File(dir.store());
+            let opened = open_ledger(&dir, place, fresh, &authority, &settings, &[], now);
+            opened.map(|(_store, ledger)| ledger.counters().epoch).unwrap()
+        };
+        let epoch = epoch_of_start(true);
+        assert_eq!(epoch_of_start(false), epoch);
+        dir.set_sequence(1000).unwrap();
+        assert_eq!(epoch_of_start(false), epoch + 1);
+        assert_eq!(epoch_of_start(false), epoch + 1, "it is noticed once");
+        // Another controller on the same store noticed it first.
+        dir.set_sequence(1000).unwrap();
+        let starts = dir.starts().unwrap().unwrap();
+        dir.set_starts(Starts { epoch, ..starts }).unwrap();
+        assert_eq!(epoch_of_start(false), epoch + 1);
     }
 
     #[test]

@@ -237,10 +237,13 @@ impl Thread {
             let begun = clock::now();
             let committed = self.store.commit(expected, &changes.writes);
             self.published.counters.commit(clock::now().since(begun.mono), committed.is_ok());
-            if let Err(error) = committed {
-                tracing::error!(%error, "cannot store changes");
-                self.broken = true;
-                return Err(Unavailable(error.to_string().into()));
+            match committed {
+                Ok(sequence) => self.published.counters.set_sequence(sequence),
+                Err(error) => {
+                    tracing::error!(%error, "cannot store changes");
+                    self.broken = true;
+                    return Err(Unavailable(error.to_string().into()));
+                }
             }
             let counters = self.ledger.counters();
             self.published.map.apply(counters.epoch, counters.revision, changes.map);
