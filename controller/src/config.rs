@@ -25,6 +25,9 @@ use crate::store::etcd::{
 pub const FILE: &str = "/etc/towline/controller.toml";
 /// Default state directory.
 pub const STATE_DIR: &str = "/var/lib/towline-controller";
+/// Environment variable in which systemd names the directory of the credentials of a service
+/// (systemd.exec(5), `LoadCredential=`).
+const CREDENTIALS: &str = "CREDENTIALS_DIRECTORY";
 /// Default store: a file in the state directory.
 pub const FILE_STORE: &str = "file";
 /// Default listening address: all addresses, or those of IPv4 on a machine without IPv6.
@@ -43,6 +46,8 @@ pub const HEARTBEAT: Duration = Duration::from_secs(15);
 pub struct Config {
     /// State directory.
     pub state_dir: PathBuf,
+    /// Directory of the credentials that systemd passes to the service, if it passes any.
+    pub credentials: Option<PathBuf>,
     /// Location of the store.
     pub store: Location,
     /// Listening address.
@@ -338,7 +343,17 @@ impl Settings {
         if metrics.is_some_and(|address| address.port() == 0) {
             return Err(invalid("metrics-listen", "use a port of 1 to 65535".into()));
         }
-        Ok(Config { state_dir, store, listen, advertise, mesh, heartbeat: HEARTBEAT, metrics })
+        let credentials = std::env::var_os(CREDENTIALS).map(PathBuf::from);
+        Ok(Config {
+            state_dir,
+            credentials,
+            store,
+            listen,
+            advertise,
+            mesh,
+            heartbeat: HEARTBEAT,
+            metrics,
+        })
     }
 }
 

@@ -168,7 +168,7 @@ impl Controller {
     /// Locks the state directory (the first start fills it) and binds the address. Must be called
     /// within a tokio runtime.
     pub fn start(config: Config) -> Result<Self, ServeError> {
-        let dir = StateDir::new(&config.state_dir);
+        let dir = StateDir::new(&config.state_dir).with_credentials(config.credentials.clone());
         let lock = dir.lock()?;
         let listen_error = |source| ServeError::listen(config.listen, source);
         let listener = listen::bind(config.listen).map_err(listen_error)?;

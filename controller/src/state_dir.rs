@@ -29,6 +29,8 @@ use towline_registry::Starts;
 #[derive(Debug, Clone)]
 pub struct StateDir {
     root: PathBuf,
+    /// Directory with the credentials that the service manager passes; `None` if it passes none.
+    credentials: Option<PathBuf>,
 }
 
 /// Lock on a state directory. It is released on drop.
@@ -67,7 +69,29 @@ pub enum StateError {
 impl StateDir {
     /// Returns the state directory at `root`, without any access to it.
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into() }
+        Self { root: root.into(), credentials: None }
+    }
+
+    /// Returns the state directory together with the directory of systemd's credentials
+    /// (`LoadCredential=`). What is there takes the place of the file of the same name.
+    #[must_use]
+    pub fn with_credentials(self, credentials: Option<PathBuf>) -> Self {
+        Self { credentials, ..self }
+    }
+
+    /// Reads a credential that the service manager passed; `None` if it did not pass it. The service manager
+    /// sees to it that no other user can read it.
+    pub fn credential(&self, name: &str) -> Result<Option<Zeroizing<String>>, StateError> {
+        let Some(path) = self.credentials.as_ref().map(|directory| directory.join(name)) else {
+            return Ok(None);
+        };
+        match std::fs::read_to_string(&path) {
+            Ok(text) => Ok(Some(Zeroizing::new(text))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(source) => {
+                Err(DirectoryError::Io { act: "read the credential", path, source }.into())
+            }
+        }
     }
 
     /// Returns the path of the directory.

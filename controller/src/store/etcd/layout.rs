@@ -122,11 +122,6 @@ impl Keys {
         Self { prefix }
     }
 
-    /// Returns the prefix.
-    pub(super) fn prefix(&self) -> &str {
-        &self.prefix
-    }
-
     /// Returns the key of the head.
     pub(super) fn head(&self) -> Bytes {
         self.key("head")
