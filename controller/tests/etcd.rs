@@ -11,6 +11,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 const BINARY: &str = env!("CARGO_BIN_EXE_towline-controller");
+/// Arguments that start a controller. Tokens need an address of it.
+const SERVE: [&str; 5] =
+    ["serve", "--listen", "127.0.0.1:0", "--advertise", "controller.example:7443"];
 
 /// A process that is killed when dropped.
 struct Process(Child);
@@ -39,7 +42,7 @@ struct Controller {
 impl Controller {
     /// Starts a controller, and reads its log up to a line with these words.
     fn start(dir: &Path, store: &str, words: &str) -> Self {
-        let mut command = command(&["serve", "--listen", "127.0.0.1:0"], dir, store);
+        let mut command = command(&SERVE, dir, store);
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let log = BufReader::new(child.stderr.take().unwrap());
         let mut controller = Self { process: Process(child), log };
@@ -163,7 +166,7 @@ fn controllers_take_over_from_one_another_and_lose_nothing() {
     // A controller with a CA of its own is told so.
     let stranger = root.path().join("stranger");
     Controller::start(&stranger, "file", serves).detach().terminate();
-    let refused = run(&["serve", "--listen", "127.0.0.1:0"], &stranger, &store);
+    let refused = run(&SERVE, &stranger, &store);
     let error = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(!refused.status.success() && error.contains("the same ca.key and ca.crt"), "{error}");
 }
