@@ -10,6 +10,8 @@ use towline_proto::token::ControllerAddress;
 pub const SCHEME: &str = "etcd://";
 /// First part of the keys where the URL names none.
 const PREFIX: &str = "towline";
+/// Parts that the prefix may not have: below another prefix, they are what a mesh keeps its records in.
+const RESERVED: [&str; 2] = ["records", "staged"];
 /// Largest length of the prefix of the keys, in bytes.
 const PREFIX_BYTES: usize = 128;
 
@@ -79,6 +81,9 @@ pub enum UrlError {
     /// The prefix is malformed.
     #[error("the prefix after the addresses may have letters, digits, `-`, `_`, `.` and `/`")]
     Prefix,
+    /// The keys would be among those of another mesh.
+    #[error("no part of the prefix may be `records` or `staged`: a mesh has keys of these names")]
+    Reserved,
 }
 
 impl EtcdUrl {
@@ -105,6 +110,9 @@ impl EtcdUrl {
         };
         if prefix.len() > PREFIX_BYTES || !prefix.split('/').all(is_part) {
             return Err(UrlError::Prefix);
+        }
+        if prefix.split('/').any(|part| RESERVED.contains(&part)) {
+            return Err(UrlError::Reserved);
         }
         Ok(Self { endpoints, prefix: prefix.to_owned() })
     }
@@ -178,6 +186,7 @@ mod tests {
         assert_eq!(refused("etcd://a:1,a:1"), UrlError::Count);
         let many: Vec<String> = (1..=9).map(|port| format!("a:{port}")).collect();
         assert_eq!(refused(&format!("etcd://{}", many.join(","))), UrlError::Count);
+        assert_eq!(refused("etcd://a:1/towline/records"), UrlError::Reserved);
         for prefix in ["a b", "//", "a//b", "a\n", &"x".repeat(200)] {
             assert_eq!(refused(&format!("etcd://a:1/{prefix}")), UrlError::Prefix, "{prefix}");
         }
