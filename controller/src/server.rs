@@ -407,8 +407,7 @@ fn open_ledger(
     advertise: &[ControllerAddress],
     now: Now,
 ) -> Result<(Box<dyn Store>, Ledger), ServeError> {
-    let identity =
-        Identity { mesh: authority.mesh_id().to_string(), ca: authority.fingerprint().to_string() };
+    let identity = identity(authority);
     let store = if fresh {
         let mut ledger = Ledger::create(authority.clone(), first_mesh(authority, settings)?);
         let is_file = matches!(place, Place::File(_));
