@@ -343,10 +343,9 @@ impl Settings {
         if metrics.is_some_and(|address| address.port() == 0) {
             return Err(invalid("metrics-listen", "use a port of 1 to 65535".into()));
         }
-        let credentials = std::env::var_os(CREDENTIALS).map(PathBuf::from);
         Ok(Config {
             state_dir,
-            credentials,
+            credentials: credentials(),
             store,
             listen,
             advertise,
@@ -355,6 +354,11 @@ impl Settings {
             metrics,
         })
     }
+}
+
+/// Returns the directory of the credentials that systemd passes to this process, if it passes any.
+pub fn credentials() -> Option<PathBuf> {
+    std::env::var_os(CREDENTIALS).map(PathBuf::from)
 }
 
 /// Checks that a mesh configuration can hold these ranges.

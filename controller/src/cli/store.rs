@@ -10,7 +10,7 @@ use clap::{Args, Subcommand};
 use super::{Common, examples};
 use crate::authority::Authority;
 use crate::clock;
-use crate::config::Settings;
+use crate::config::{self, Settings};
 use crate::ledger::Ledger;
 use crate::server;
 use crate::state_dir::StateDir;
@@ -108,7 +108,8 @@ impl Transfer {
     fn place(&self, common: &Common) -> anyhow::Result<(StateDir, Location)> {
         let flags = Settings { store: self.store.clone(), ..Settings::default() };
         let settings = flags.or(common.settings()?);
-        Ok((StateDir::new(settings.state_dir()), settings.location()?))
+        let dir = StateDir::new(settings.state_dir()).with_credentials(config::credentials());
+        Ok((dir, settings.location()?))
     }
 }
 
