@@ -98,13 +98,16 @@ pub enum Subject<'a> {
 }
 
 impl Authority {
-    /// Reads the CA from the state directory. If `fresh` is set, nothing was signed with it yet,
-    /// and missing files are created. This also completes a first start that was interrupted
-    /// between the two files.
+    /// Reads the CA from the credentials of the service manager or from the state directory. If `fresh` is
+    /// set, nothing was signed with it yet, and missing files are created. This also completes a first
+    /// start that was interrupted between the two files. A certificate that is a credential is copied to
+    /// the state directory, where the command line reads it.
     pub fn load_or_create(dir: &StateDir, fresh: bool, now: i64) -> Result<Self, AuthorityError> {
         let gone =
             |name: &str| AuthorityError::Gone { missing: dir.file(name).display().to_string() };
-        let key = match dir.read_key("ca.key")? {
+        let passed = dir.credential("ca.key")?;
+        let stored = if passed.is_some() { passed } else { dir.read_key("ca.key")? };
+        let key = match stored {
             Some(pem) => key_pair(&pem)
                 .ok_or_else(|| dir.damaged("ca.key", "it does not contain an Ed25519 key"))?,
             None if fresh => {
@@ -114,7 +117,15 @@ impl Authority {
             }
             None => return Err(gone("ca.key")),
         };
-        let certificate = match dir.read("ca.crt")? {
+        let stored = dir.read("ca.crt")?;
+        let stored = match dir.credential("ca.crt")? {
+            Some(passed) if stored.as_ref() != Some(&*passed) => {
+                dir.write("ca.crt", 0o644, &passed)?;
+                Some(String::clone(&passed))
+            }
+            Some(_) | None => stored,
+        };
+        let certificate = match stored {
             Some(pem) => CertificateDer::from_pem_slice(pem.as_bytes())
                 .map_err(|_| dir.damaged("ca.crt", "it does not contain a certificate"))?,
             None if fresh => {
@@ -309,6 +320,19 @@ mod tests {
         dir.remove("ca.key").unwrap();
         let error = Authority::load_or_create(&dir, false, 0).err().unwrap();
         assert!(error.to_string().contains("ca.key is missing"), "{error}");
+    }
+
+    #[test]
+    fn the_authority_of_another_controller_can_be_passed_as_credentials() {
+        let (first, second) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let theirs = authority(&StateDir::new(first.path()));
+        let credentials = Some(first.path().to_owned());
+        let dir = StateDir::new(second.path().join("state")).with_credentials(credentials);
+        let ours = Authority::load_or_create(&dir, false, 0).unwrap();
+        assert_eq!(ours.fingerprint(), theirs.fingerprint());
+        assert!(dir.read_key("ca.key").unwrap().is_none(), "the key stays where it was passed");
+        assert!(dir.read("ca.crt").unwrap().is_some(), "the command line reads it");
+        Authority::load_or_create(&dir, false, 0).unwrap();
     }
 
     #[test]

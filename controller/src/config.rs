@@ -16,10 +16,20 @@ use towline_proto::token::ControllerAddress;
 use towline_service::config_file::{self, FileError};
 use towline_service::log::LogConfig;
 
+use crate::store::Location;
+use crate::store::etcd::{
+    CertificateFiles, EtcdSettings, EtcdUrl, LoginFile, SCHEME, TlsFiles, UrlError,
+};
+
 /// Configuration file that is read if `--config` is not given. It need not exist.
 pub const FILE: &str = "/etc/towline/controller.toml";
 /// Default state directory.
 pub const STATE_DIR: &str = "/var/lib/towline-controller";
+/// Environment variable in which systemd names the directory of the credentials of a service
+/// (systemd.exec(5), `LoadCredential=`).
+const CREDENTIALS: &str = "CREDENTIALS_DIRECTORY";
+/// Default store: a file in the state directory.
+pub const FILE_STORE: &str = "file";
 /// Default listening address: all addresses, or those of IPv4 on a machine without IPv6.
 pub const LISTEN: &str = "[::]:7443";
 /// Default IPv4 range of the overlay. It does not overlap RFC 1918 or 100.64.0.0/10.
@@ -36,6 +46,10 @@ pub const HEARTBEAT: Duration = Duration::from_secs(15);
 pub struct Config {
     /// State directory.
     pub state_dir: PathBuf,
+    /// Directory of the credentials that systemd passes to the service, if it passes any.
+    pub credentials: Option<PathBuf>,
+    /// Location of the store.
+    pub store: Location,
     /// Listening address.
     pub listen: SocketAddr,
     /// Addresses of the controllers that are written into tokens. At the first start they become the
@@ -85,6 +99,10 @@ pub struct MeshSettings {
 pub struct Settings {
     /// Directory of the CA, the administrator's credential and the store, mode 0700.
     pub state_dir: Option<PathBuf>,
+    /// Store of the mesh: `file` is one file in the state directory. `etcd://HOST:PORT,HOST:PORT` is an etcd
+    /// cluster (3.4 or later), whose keys begin with `/towline/`; `etcd://HOST:PORT/PREFIX` names another
+    /// prefix. Several controllers with the same CA may name one cluster: one of them serves, the others wait.
+    pub store: Option<String>,
     /// Address on which the controller listens. The default is every address of both families, or of
     /// IPv4 alone where the machine has no IPv6.
     pub listen: Option<SocketAddr>,
@@ -122,6 +140,29 @@ pub struct Settings {
     pub metrics: MetricsSettings,
     /// Settings of the web page.
     pub ui: UiSettings,
+    /// How to reach the etcd cluster that `store` names.
+    pub etcd: EtcdTable,
+}
+
+/// Settings of the etcd cluster.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EtcdTable {
+    /// PEM file with the CA certificates that sign the certificates of the members. Without it, only members on
+    /// this machine are connected to.
+    pub ca: Option<PathBuf>,
+    /// PEM file with the client certificate, where etcd asks for one. `key` is needed too.
+    pub certificate: Option<PathBuf>,
+    /// PEM file with the private key of the client certificate.
+    pub key: Option<PathBuf>,
+    /// User to log in as, where etcd has authentication enabled. It needs the permission to read and write the
+    /// keys of the prefix.
+    pub user: Option<String>,
+    /// File with the password of the user.
+    pub password_file: Option<PathBuf>,
+    /// Connect to other machines without TLS. Who is on the way can then read the store, and change what is
+    /// not signed: tokens.
+    pub plaintext: bool,
 }
 
 /// Settings of the metrics for Prometheus.
@@ -201,6 +242,7 @@ impl Settings {
     pub fn or(self, below: Self) -> Self {
         Self {
             state_dir: self.state_dir.or(below.state_dir),
+            store: self.store.or(below.store),
             listen: self.listen.or(below.listen),
             advertise: self.advertise.or(below.advertise),
             overlay_v6: self.overlay_v6.or(below.overlay_v6),
@@ -216,6 +258,14 @@ impl Settings {
                 allow_remote: self.ui.allow_remote.or(below.ui.allow_remote),
                 hosts: self.ui.hosts.or(below.ui.hosts),
             },
+            etcd: EtcdTable {
+                ca: self.etcd.ca.or(below.etcd.ca),
+                certificate: self.etcd.certificate.or(below.etcd.certificate),
+                key: self.etcd.key.or(below.etcd.key),
+                user: self.etcd.user.or(below.etcd.user),
+                password_file: self.etcd.password_file.or(below.etcd.password_file),
+                plaintext: self.etcd.plaintext || below.etcd.plaintext,
+            },
         }
     }
 
@@ -224,10 +274,50 @@ impl Settings {
         self.state_dir.clone().unwrap_or_else(|| STATE_DIR.into())
     }
 
+    /// Returns the location of the store.
+    pub fn location(&self) -> Result<Location, ConfigError> {
+        let table = &self.etcd;
+        let invalid = |setting: &'static str, why: String| ConfigError::Setting { setting, why };
+        let Some(text) = self.store.as_deref() else {
+            if *table != EtcdTable::default() {
+                return Err(invalid("etcd", format!("`store` does not begin with {SCHEME}")));
+            }
+            return Ok(Location::File);
+        };
+        if text == FILE_STORE {
+            return Ok(Location::File);
+        }
+        let url =
+            EtcdUrl::parse(text).map_err(|error: UrlError| invalid("store", error.to_string()))?;
+        let client = match (&table.certificate, &table.key) {
+            (Some(certificate), Some(key)) => {
+                Some(CertificateFiles { certificate: certificate.clone(), key: key.clone() })
+            }
+            (None, None) => None,
+            _ => return Err(invalid("etcd", "`certificate` and `key` need each other".into())),
+        };
+        let tls = table.ca.clone().map(|ca| TlsFiles { ca, client: client.clone() });
+        if tls.is_none() && client.is_some() {
+            return Err(invalid("etcd", "`certificate` needs `ca`".into()));
+        }
+        if tls.is_none() && !table.plaintext && !url.is_loopback() {
+            let why = "without `ca` it would be reached in clear: name the CA of its certificates";
+            return Err(invalid("etcd", why.into()));
+        }
+        let login = match (&table.user, &table.password_file) {
+            (Some(user), Some(password)) if !user.is_empty() => {
+                Some(LoginFile { user: user.clone(), password: password.clone() })
+            }
+            (None, None) => None,
+            _ => return Err(invalid("etcd", "`user` and `password_file` need each other".into())),
+        };
+        Ok(Location::Etcd(EtcdSettings { url, tls, login }))
+    }
+
     /// Checks the settings, applies defaults to absent ones, and returns the configuration.
     pub fn resolve(self) -> Result<Config, ConfigError> {
         let invalid = |setting: &'static str, why: String| ConfigError::Setting { setting, why };
-        let state_dir = self.state_dir();
+        let (state_dir, store) = (self.state_dir(), self.location()?);
         let listen = match self.listen {
             Some(listen) => listen,
             None => LISTEN.parse().map_err(|_| invalid("listen", "no default".into()))?,
@@ -290,7 +380,17 @@ impl Settings {
             return Err(invalid("metrics-listen", "use a port of 1 to 65535".into()));
         }
         let ui = self.ui.resolve().map_err(|(setting, why)| invalid(setting, why))?;
-        Ok(Config { state_dir, listen, advertise, mesh, heartbeat: HEARTBEAT, metrics, ui })
+        Ok(Config {
+            state_dir,
+            credentials: credentials(),
+            store,
+            listen,
+            advertise,
+            mesh,
+            heartbeat: HEARTBEAT,
+            metrics,
+            ui,
+        })
     }
 }
 
@@ -321,6 +421,11 @@ impl UiSettings {
         let hosts = hosts.iter().map(|host| host.to_ascii_lowercase()).collect();
         Ok(Some(UiConfig { listen, hosts }))
     }
+}
+
+/// Returns the directory of the credentials that systemd passes to this process, if it passes any.
+pub fn credentials() -> Option<PathBuf> {
+    std::env::var_os(CREDENTIALS).map(PathBuf::from)
 }
 
 /// Checks that a mesh configuration can hold these ranges.
@@ -393,6 +498,40 @@ mod tests {
         let remote =
             "listen = \"198.19.0.1:7480\"\nallow_remote = true\nhosts = [\"Mesh.example\"]";
         assert_eq!(page(remote).unwrap().hosts, ["mesh.example"]);
+    }
+
+    #[test]
+    fn etcd_is_reached_with_tls_and_without_it_on_this_machine_alone() {
+        let location = |text: &str| parse(text).unwrap().location();
+        assert_eq!(location("").unwrap(), Location::File);
+        assert_eq!(location("store = \"file\"").unwrap(), Location::File);
+        let etcd = |text: &str| match location(text).unwrap() {
+            Location::Etcd(settings) => settings,
+            Location::File => panic!("{text}"),
+        };
+        assert_eq!(etcd("store = \"etcd://127.0.0.1:2379\"").tls, None);
+        let settings = etcd(
+            "store = \"etcd://a:2379,b:2379/prod\"\n[etcd]\nca = \"/ca\"\ncertificate = \"/c\"\n\
+             key = \"/k\"\nuser = \"u\"\npassword_file = \"/p\"",
+        );
+        assert_eq!(settings.url.to_string(), "etcd://a:2379,b:2379/prod");
+        assert_eq!(settings.tls.unwrap().client.unwrap().key, Path::new("/k"));
+        assert_eq!(settings.login.unwrap().user, "u");
+        assert_eq!(etcd("store = \"etcd://a:2379\"\n[etcd]\nplaintext = true").tls, None);
+        let shipped = etcd(include_str!("../../deploy/etcd/controller.toml"));
+        assert_eq!(shipped.url.endpoints().len(), 3);
+        assert!(shipped.tls.unwrap().client.is_some());
+        for (text, words) in [
+            ("store = \"etcd://a:2379\"", "in clear"),
+            ("store = \"etcd://u:secret@a:2379\"", "password_file"),
+            ("store = \"redis://secret\"", "etcd://"),
+            ("[etcd]\nca = \"/ca\"", "does not begin with etcd://"),
+            ("store = \"etcd://127.0.0.1:1\"\n[etcd]\nkey = \"/k\"", "need each other"),
+            ("store = \"etcd://127.0.0.1:1\"\n[etcd]\nuser = \"u\"", "need each other"),
+        ] {
+            let error = location(text).unwrap_err().to_string();
+            assert!(error.contains(words) && !error.contains("secret"), "{error}");
+        }
     }
 
     #[test]

@@ -84,6 +84,7 @@ pub struct Counters {
     commits: AtomicU64,
     failed_commits: AtomicU64,
     commit_nanoseconds: AtomicU64,
+    sequence: AtomicU64,
 }
 
 /// Commits of the store since the start.
@@ -178,6 +179,16 @@ impl Counters {
         counter.fetch_add(1, Ordering::Relaxed);
         let nanoseconds = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         self.commit_nanoseconds.fetch_add(nanoseconds, Ordering::Relaxed);
+    }
+
+    /// Notes the sequence number of the store after a commit.
+    pub fn set_sequence(&self, sequence: u64) {
+        self.sequence.store(sequence, Ordering::Relaxed);
+    }
+
+    /// Returns the sequence number of the store after the last commit; 0 before the first one.
+    pub fn sequence(&self) -> u64 {
+        self.sequence.load(Ordering::Relaxed)
     }
 
     /// Returns the number of refused calls by the name of their code. Codes that never occurred are left out.

@@ -6,6 +6,7 @@ use x25519_dalek::StaticSecret;
 
 use crate::authority::csr_key;
 use crate::service::WireJoin;
+use crate::store::etcd;
 use crate::stored;
 
 /// Parses a join request as the controller does. Returns true if the request is well-formed and its
@@ -33,6 +34,16 @@ pub fn stored(key: &str, bytes: &[u8]) -> Option<Vec<u8>> {
         }
         Key::Mesh | Key::Node(_) | Key::RemovedNode(_) => None,
     }
+}
+
+/// Decodes the head of a store in etcd, and encodes it again. `None` if it is malformed.
+pub fn etcd_head(bytes: &[u8]) -> Option<Vec<u8>> {
+    etcd::recode_head(bytes)
+}
+
+/// Decodes a part of a staged change in etcd, and encodes it again. `None` if it is malformed.
+pub fn etcd_part(bytes: &[u8]) -> Option<Vec<u8>> {
+    etcd::recode_part(bytes)
 }
 
 /// Returns the text of a token's key in the store.

@@ -14,8 +14,8 @@
 //!   I/O, signatures or wire API.
 //! - [`ledger`] has the registry's signed statements: it signs what the registry returns unsigned,
 //!   and encodes records for the store.
-//! - [`writer`] is the only thread that owns the ledger and the [`store`]. A change is stored
-//!   before it is acknowledged and before a watcher sees it.
+//! - [`writer`] is the only thread that owns the ledger and the [`store`], which is a file or an etcd
+//!   cluster. A change is stored before it is acknowledged and before a watcher sees it.
 //! - [`map`] is the state that watchers see. Each watcher is a cursor in it; nothing is queued.
 //! - [`view`] is the state that operators see, and [`metrics`] what Prometheus reads of all parts.
 //! - [`summaries`] has what the nodes report about their tunnels, [`tunnels`] turns it into tables and pictures,

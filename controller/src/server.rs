@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -49,14 +49,15 @@ use crate::service::{
     Signals, drain_begins,
 };
 use crate::state_dir::{Lock, StateDir, StateError};
-use crate::store::{CommitError, OpenError, Store};
+use crate::store::etcd::EtcdError;
+use crate::store::{CommitError, Identity, OpenError, Place, Store};
 use crate::summaries::Summaries;
 use crate::tls::{self, ServerCertificate, TlsError};
 use crate::ui;
 use crate::view::View;
 use crate::writer::{self, LoadError, Writer};
 use towline_registry::sessions::Sessions;
-use towline_registry::{Now, OverlayInUse};
+use towline_registry::{Now, OverlayInUse, Starts};
 
 /// Time to wait for connections to close when the controller stops, and again for the store.
 const GRACE: Duration = Duration::from_millis(700);
@@ -67,6 +68,10 @@ const DRAIN: (Duration, Duration) = (Duration::from_millis(1), Duration::from_se
 const CERTIFICATE_CHECK: Duration = Duration::from_secs(300);
 /// Interval of the registry's periodic work, see [`Registry::tick`](towline_registry::Registry::tick).
 const TICK: Duration = Duration::from_secs(5);
+/// Interval at which the sequence number of the store is written into the state directory.
+const SEQUENCE_NOTE: Duration = Duration::from_secs(60);
+/// Consequence of a sequence number that is not written, for the log.
+const SEQUENCE_NOT_WRITTEN: &str = "a restored snapshot of the store may not be noticed";
 /// Interval of HTTP/2 pings on idle connections, and the timeout of a ping.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(10));
 /// Largest number of concurrent HTTP/2 streams on one connection.
@@ -93,9 +98,6 @@ pub enum ServeError {
     /// The store cannot be written.
     #[error(transparent)]
     Commit(#[from] CommitError),
-    /// It cannot be determined whether the store exists.
-    #[error("{0}")]
-    Incomplete(String),
     /// The configuration changes an overlay range that nodes use.
     #[error(transparent)]
     Overlay(#[from] OverlayInUse),
@@ -147,6 +149,8 @@ pub struct Controller {
     shared: Shared,
     stop: watch::Sender<Option<Duration>>,
     writer_ended: oneshot::Receiver<()>,
+    /// Error that ends the use of the store, if something can end it.
+    lost: Option<oneshot::Receiver<OpenError>>,
     /// Address of the metrics, if they are served.
     metrics: Option<SocketAddr>,
     /// Address of the web page and the host names that it answers to, if it is served.
@@ -161,6 +165,11 @@ pub async fn serve(config: Config, shutdown: impl Future<Output = ()>) -> Result
 }
 
 impl ServeError {
+    /// Returns whether another controller uses the store. It may end, and this one take its place.
+    pub fn is_in_use(&self) -> bool {
+        matches!(self, Self::Open(OpenError::Etcd(EtcdError::InUse { .. })))
+    }
+
     /// Returns the error of binding `address`, with the owner of the port if it is visible.
     fn listen(address: SocketAddr, source: std::io::Error) -> Self {
         let is_taken = source.kind() == std::io::ErrorKind::AddrInUse;
@@ -173,17 +182,19 @@ impl Controller {
     /// Locks the state directory (the first start fills it) and binds the address. Must be called
     /// within a tokio runtime.
     pub fn start(config: Config) -> Result<Self, ServeError> {
-        let dir = StateDir::new(&config.state_dir);
+        let dir = StateDir::new(&config.state_dir).with_credentials(config.credentials.clone());
         let lock = dir.lock()?;
         let listen_error = |source| ServeError::listen(config.listen, source);
         let listener = listen::bind(config.listen).map_err(listen_error)?;
         let address = listener.local_addr().map_err(listen_error)?;
 
         let now = clock::now();
-        let fresh = is_fresh(&dir)?;
+        let place = Place::open(&config.store, dir.store())?;
+        let fresh = is_fresh(&dir, &place)?;
         let authority = Arc::new(Authority::load_or_create(&dir, fresh, now.unix)?);
-        let (store, ledger) =
-            open_ledger(&dir, fresh, &authority, &config.mesh, &config.advertise, now)?;
+        let (mut store, ledger) =
+            open_ledger(&dir, place, fresh, &authority, &config.mesh, &config.advertise, now)?;
+        let lost = store.lost();
         // A controller that was set up before serves its mesh even if the disk is full.
         match authority::renew_admin(&dir, &authority, now.unix) {
             Err(error) if fresh => return Err(error.into()),
@@ -256,6 +267,7 @@ impl Controller {
             shared,
             stop,
             writer_ended,
+            lost,
             metrics: config.metrics,
             ui: config.ui,
             counters,
@@ -295,7 +307,7 @@ impl Controller {
             mesh_id: shared.authority.mesh_id(),
         };
         let showing = tokio::spawn(ui::serve(self.ui, page));
-        let mut writer_ended = self.writer_ended;
+        let (mut writer_ended, last) = (self.writer_ended, counters.clone());
         tracing::info!(%address, "listening");
         let (accepted, connections) = mpsc::channel(64);
         // While watches end, no connection is accepted, but the server must not take that for its end.
@@ -316,6 +328,7 @@ impl Controller {
             shared.sessions.clone(),
             shared.summaries.clone(),
         ));
+        let noting = tokio::spawn(note_sequence(dir.clone(), counters.clone()));
         let reflector = self.reflector;
         let reflecting = tokio::spawn(async move {
             if let Some(reflector) = reflector {
@@ -356,11 +369,12 @@ impl Controller {
             () = shutdown => Ok(()),
             ended = &mut server => ended.map_err(ServeError::from),
             _ = &mut writer_ended => Err(ServeError::WriterEnded),
+            error = end_of_use(self.lost) => Err(ServeError::Open(error)),
         };
         let over = if result.is_ok() { drain_time(map.watchers()) } else { Duration::ZERO };
         tracing::info!(watches_end_within_ms = over.as_millis(), "stopping");
         let _ = stop.send(Some(over));
-        for task in [accepting, renewing, ticking, reflecting, showing] {
+        for task in [accepting, renewing, ticking, noting, reflecting, showing] {
             task.abort();
         }
         if result.is_ok() {
@@ -380,6 +394,10 @@ impl Controller {
             writer_ended.await
         })
         .await;
+        let sequence = last.sequence();
+        if sequence > 0 {
+            warn_unless_stored(dir.set_sequence(sequence), SEQUENCE_NOT_WRITTEN);
+        }
         dir.remove("address")?;
         result
     }
@@ -401,17 +419,29 @@ fn standing(map: Arc<Map>) -> impl Fn(&PresentedPeer) -> Standing + Clone {
     }
 }
 
-/// Returns whether no mesh was ever set up in this directory. A directory with the counter of starts
-/// but without the store is an error: a new mesh in it would overwrite what is left. The CA's files
-/// alone are left by a first start that was interrupted, and are used again.
-fn is_fresh(dir: &StateDir) -> Result<bool, ServeError> {
-    let store: PathBuf = dir.store();
-    let exists = store.try_exists().map_err(|error| {
-        ServeError::Incomplete(format!("cannot access {}: {error}", store.display()))
-    })?;
-    match (exists, dir.starts()?.is_some()) {
+/// Returns the identity of the CA's mesh in a store.
+pub(crate) fn identity(authority: &Authority) -> Identity {
+    let (mesh, ca) = (authority.mesh_id().to_string(), authority.fingerprint().to_string());
+    Identity { mesh, ca }
+}
+
+/// Returns the error that ends the use of the store, once there is one.
+async fn end_of_use(lost: Option<oneshot::Receiver<OpenError>>) -> OpenError {
+    if let Some(lost) = lost
+        && let Ok(error) = lost.await
+    {
+        return error;
+    }
+    std::future::pending().await
+}
+
+/// Returns whether no mesh was ever set up in this directory and at the place of the store. A directory
+/// with the counter of starts but without the store is an error: a new mesh in it would overwrite what
+/// is left. The CA's files alone are left by a first start that was interrupted, and are used again.
+fn is_fresh(dir: &StateDir, place: &Place) -> Result<bool, ServeError> {
+    match (place.has_mesh()?, dir.starts()?.is_some()) {
         (false, false) => Ok(true),
-        (false, true) => Err(OpenError::Missing(store).into()),
+        (false, true) => Err(place.missing().into()),
         // Also after a kill during the first start, once the store exists.
         (true, _) => Ok(false),
     }
@@ -419,23 +449,25 @@ fn is_fresh(dir: &StateDir) -> Result<bool, ServeError> {
 
 fn open_ledger(
     dir: &StateDir,
+    place: Place,
     fresh: bool,
     authority: &Arc<Authority>,
     settings: &MeshSettings,
     advertise: &[ControllerAddress],
     now: Now,
-) -> Result<(Store, Ledger), ServeError> {
-    let path = dir.store();
+) -> Result<(Box<dyn Store>, Ledger), ServeError> {
+    let identity = identity(authority);
     let store = if fresh {
         let mut ledger = Ledger::create(authority.clone(), first_mesh(authority, settings)?);
-        let store = Store::create(&path, &ledger.take_changes(BTreeMap::new).writes)?;
-        if let Ok(file) = std::fs::File::open(&path) {
+        let is_file = matches!(place, Place::File(_));
+        let store = place.create(&identity, &ledger.take_changes(BTreeMap::new).writes)?;
+        if is_file && let Ok(file) = std::fs::File::open(dir.store()) {
             dir.give(&file)?;
         }
         tracing::info!(mesh = %authority.mesh_id(), ca = %authority.fingerprint(), "mesh created");
         store
     } else {
-        Store::open(&path)?
+        place.store(&identity)?
     };
     begin(dir, store, authority, settings, advertise, now)
 }
@@ -443,18 +475,19 @@ fn open_ledger(
 /// Loads the ledger, counts this start and applies the configuration. The addresses that this
 /// controller advertises become the mesh's list of controllers if it has none yet.
 ///
-/// If the disk accepts no writes, the mesh is served unchanged. The start is not counted then, so
+/// If the store accepts no writes, the mesh is served unchanged. The start is not counted then, so
 /// that the next start finds consistent counters.
 fn begin(
     dir: &StateDir,
-    mut store: Store,
+    mut store: Box<dyn Store>,
     authority: &Arc<Authority>,
     settings: &MeshSettings,
     advertise: &[ControllerAddress],
     now: Now,
-) -> Result<(Store, Ledger), ServeError> {
-    let mut ledger = writer::read(&store, authority.clone(), now)?;
-    let started = ledger.registry().start(dir.starts()?, now);
+) -> Result<(Box<dyn Store>, Ledger), ServeError> {
+    let mut ledger = writer::read(&mut *store, authority.clone(), now)?;
+    let beside = newest_start(dir.starts()?, dir.sequence()?, &*store, ledger.counters());
+    let started = ledger.registry().start(beside, now);
     if started.restored {
         tracing::warn!(
             epoch = started.starts.epoch,
@@ -488,13 +521,14 @@ fn begin(
              `towline-controller mesh set --controllers`"
         );
     }
-    match store.commit(store.sequence(), &ledger.take_changes(BTreeMap::new).writes) {
+    let expected = store.sequence();
+    match store.commit(expected, &ledger.take_changes(BTreeMap::new).writes) {
         Ok(_) => {}
         // The new epoch of a restored store must be on the disk before a client sees it.
-        Err(error @ CommitError::Failed { .. }) if !started.restored => {
+        Err(error @ (CommitError::Failed { .. } | CommitError::Etcd(_))) if !started.restored => {
             tracing::error!(%error, "start not counted, changed settings not applied");
             store.reopen()?;
-            let ledger = writer::read(&store, authority.clone(), now)?;
+            let ledger = writer::read(&mut *store, authority.clone(), now)?;
             return Ok((store, ledger));
         }
         Err(error) => return Err(error.into()),
@@ -503,7 +537,26 @@ fn begin(
         Err(error) if started.restored || dir.starts()?.is_none() => return Err(error.into()),
         stored => warn_unless_stored(stored, "this start is counted in the store only"),
     }
+    // Only now: a store that was restored must look like that until its new epoch is on the disk.
+    warn_unless_stored(dir.set_sequence(store.sequence()), SEQUENCE_NOT_WRITTEN);
     Ok((store, ledger))
+}
+
+/// Returns the counters of the newest start that is known. A store that is behind the sequence number
+/// that it had is one from before that start, for example a snapshot of etcd that was restored. Unless
+/// its epoch is newer than that number: then another controller has noticed it already.
+fn newest_start(
+    beside: Option<Starts>,
+    last: Option<u64>,
+    store: &dyn Store,
+    counters: towline_registry::Counters,
+) -> Option<Starts> {
+    let is_noticed = beside.is_some_and(|beside| counters.epoch > beside.epoch);
+    if is_noticed || last.is_none_or(|last| store.sequence() >= last) {
+        return beside;
+    }
+    let beside = beside.unwrap_or(Starts { count: 0, epoch: counters.epoch });
+    Some(Starts { count: beside.count.max(counters.starts.saturating_add(1)), ..beside })
 }
 
 /// Logs a file that could not be written, and the consequence of that.
@@ -597,6 +650,27 @@ async fn measure(
     towline_service::metrics::serve_with_health(address, collect, Some(Arc::new(ready))).await;
 }
 
+/// Writes the sequence number of the store into the state directory, once a minute if it has changed.
+async fn note_sequence(dir: StateDir, counters: Arc<Counters>) {
+    let mut written = 0;
+    let mut notes = interval(SEQUENCE_NOTE);
+    loop {
+        notes.tick().await;
+        let (dir, sequence) = (dir.clone(), counters.sequence());
+        if sequence == written {
+            continue;
+        }
+        // Connections do not wait for the disk.
+        let writing = tokio::task::spawn_blocking(move || dir.set_sequence(sequence));
+        match writing.await {
+            Ok(Ok(())) => written = sequence,
+            Ok(Err(error)) => warn_unless_stored(Err(error), SEQUENCE_NOT_WRITTEN),
+            // It is stopping.
+            Err(_) => return,
+        }
+    }
+}
+
 /// Runs the registry's periodic work.
 async fn tick(
     writer: Writer,
@@ -622,37 +696,41 @@ mod tests {
     use ipnet::IpNet;
 
     use super::*;
-    use towline_registry::Starts;
+    use crate::store::FileStore;
 
     #[test]
     fn a_controller_serves_from_a_disk_that_takes_nothing() {
         let directory = tempfile::tempdir().unwrap();
         let dir = StateDir::new(directory.path().join("state"));
         let _lock = dir.lock().unwrap();
+        let file = || Place::File(dir.store());
         let now = clock::now();
         let authority = Arc::new(Authority::load_or_create(&dir, true, now.unix).unwrap());
         let settings = MeshSettings::default();
-        let mut first = open_ledger(&dir, true, &authority, &settings, &[], now).unwrap();
+        let mut first = open_ledger(&dir, file(), true, &authority, &settings, &[], now).unwrap();
         let mesh = first.1.registry().mesh().clone();
         drop(first);
         let before = dir.starts().unwrap().unwrap();
 
-        let store = Store::open(&dir.store()).unwrap();
+        let store = FileStore::open(&dir.store()).unwrap();
         store.fail_next_commit();
-        let (mut store, mut ledger) = begin(&dir, store, &authority, &settings, &[], now).unwrap();
+        let (mut store, mut ledger) =
+            begin(&dir, Box::new(store), &authority, &settings, &[], now).unwrap();
         assert_eq!(*ledger.registry().mesh(), mesh);
         assert_eq!(dir.starts().unwrap(), Some(before));
         // Once the disk has room, commits succeed again.
-        store.commit(store.sequence(), &[]).unwrap();
+        let expected = store.sequence();
+        store.commit(expected, &[]).unwrap();
         drop(store);
 
         // A restored backup is not served before its new epoch is on the disk.
         let ahead = Starts { count: before.count + 5, ..before };
         dir.set_starts(ahead).unwrap();
-        let store = Store::open(&dir.store()).unwrap();
+        let store = FileStore::open(&dir.store()).unwrap();
         store.fail_next_commit();
-        assert!(begin(&dir, store, &authority, &settings, &[], now).is_err());
-        let (_store, _ledger) = open_ledger(&dir, false, &authority, &settings, &[], now).unwrap();
+        assert!(begin(&dir, Box::new(store), &authority, &settings, &[], now).is_err());
+        let (_store, _ledger) =
+            open_ledger(&dir, file(), false, &authority, &settings, &[], now).unwrap();
         assert_eq!(dir.starts().unwrap().unwrap().count, ahead.count + 1);
     }
 
@@ -661,6 +739,32 @@ mod tests {
         let times =
             [0, 3, 1_000, 10_000, usize::MAX].map(|watches| drain_time(watches).as_millis());
         assert_eq!(times, [0, 3, 1_000, 5_000, 5_000]);
+    }
+
+    #[test]
+    fn a_store_that_is_behind_what_it_was_is_a_restored_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let dir = StateDir::new(directory.path().join("state"));
+        let _lock = dir.lock().unwrap();
+        let now = clock::now();
+        let authority = Arc::new(Authority::load_or_create(&dir, true, now.unix).unwrap());
+        let settings = MeshSettings::default();
+        // The store is closed when the result is dropped.
+        let epoch_of_start = |fresh| {
+            let place = Place::File(dir.store());
+            let opened = open_ledger(&dir, place, fresh, &authority, &settings, &[], now);
+            opened.map(|(_store, ledger)| ledger.counters().epoch).unwrap()
+        };
+        let epoch = epoch_of_start(true);
+        assert_eq!(epoch_of_start(false), epoch);
+        dir.set_sequence(1000).unwrap();
+        assert_eq!(epoch_of_start(false), epoch + 1);
+        assert_eq!(epoch_of_start(false), epoch + 1, "it is noticed once");
+        // Another controller on the same store noticed it first.
+        dir.set_sequence(1000).unwrap();
+        let starts = dir.starts().unwrap().unwrap();
+        dir.set_starts(Starts { epoch, ..starts }).unwrap();
+        assert_eq!(epoch_of_start(false), epoch + 1);
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //! | `admin.key`, `admin.crt` | the administrator's credential | 0600 |
 //! | `towline.redb` | the store | 0600 |
 //! | `starts` | number of the controller's starts, and the mesh's epoch: a store that is behind was restored from a backup | 0600 |
+//! | `sequence` | sequence number that the store had, written once a minute and at the end: a store that is behind was restored | 0600 |
 //! | `address` | address on which the running controller listens, for its own command line | 0644 |
 //! | `lock` | lock file, locked while a controller runs | 0600 |
 //!
@@ -28,6 +29,8 @@ use towline_registry::Starts;
 #[derive(Debug, Clone)]
 pub struct StateDir {
     root: PathBuf,
+    /// Directory with the credentials that the service manager passes; `None` if it passes none.
+    credentials: Option<PathBuf>,
 }
 
 /// Lock on a state directory. It is released on drop.
@@ -66,7 +69,29 @@ pub enum StateError {
 impl StateDir {
     /// Returns the state directory at `root`, without any access to it.
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into() }
+        Self { root: root.into(), credentials: None }
+    }
+
+    /// Returns the state directory together with the directory of systemd's credentials
+    /// (`LoadCredential=`). What is there takes the place of the file of the same name.
+    #[must_use]
+    pub fn with_credentials(self, credentials: Option<PathBuf>) -> Self {
+        Self { credentials, ..self }
+    }
+
+    /// Reads a credential that the service manager passed; `None` if it did not pass it. The service manager
+    /// sees to it that no other user can read it.
+    pub fn credential(&self, name: &str) -> Result<Option<Zeroizing<String>>, StateError> {
+        let Some(path) = self.credentials.as_ref().map(|directory| directory.join(name)) else {
+            return Ok(None);
+        };
+        match std::fs::read_to_string(&path) {
+            Ok(text) => Ok(Some(Zeroizing::new(text))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(source) => {
+                Err(DirectoryError::Io { act: "read the credential", path, source }.into())
+            }
+        }
     }
 
     /// Returns the path of the directory.
@@ -164,6 +189,18 @@ impl StateDir {
         self.write("starts", 0o600, &format!("{} {}\n", starts.count, starts.epoch))
     }
 
+    /// Reads the sequence number that the store had; `None` before the first start.
+    pub fn sequence(&self) -> Result<Option<u64>, StateError> {
+        let Some(text) = self.read("sequence")? else { return Ok(None) };
+        let number = text.trim_end().parse();
+        number.map(Some).map_err(|_| self.damaged("sequence", "it does not contain a number"))
+    }
+
+    /// Writes the sequence number of the store, which has it on the disk already.
+    pub fn set_sequence(&self, sequence: u64) -> Result<(), StateError> {
+        self.write("sequence", 0o600, &format!("{sequence}\n"))
+    }
+
     /// Returns an error about a damaged file.
     pub fn damaged(&self, name: &str, why: &'static str) -> StateError {
         StateError::Damaged { path: self.root.join(name), why }
@@ -223,5 +260,10 @@ mod tests {
         assert_eq!(dir.starts().unwrap(), Some(starts));
         dir.write("starts", 0o600, "three").unwrap();
         assert!(matches!(dir.starts(), Err(StateError::Damaged { .. })));
+        assert_eq!(dir.sequence().unwrap(), None);
+        dir.set_sequence(7).unwrap();
+        assert_eq!(dir.sequence().unwrap(), Some(7));
+        dir.write("sequence", 0o600, "").unwrap();
+        assert!(matches!(dir.sequence(), Err(StateError::Damaged { .. })));
     }
 }

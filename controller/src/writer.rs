@@ -67,7 +67,7 @@ pub enum LoadError {
     /// The records in the store are invalid.
     #[error("{path} is damaged: {error}: restore it from a backup")]
     Load {
-        /// Path of the store's file.
+        /// Name of the store.
         path: String,
         /// Description of the damage.
         error: ledger::ReadError,
@@ -90,15 +90,19 @@ pub struct Published {
 }
 
 /// Loads the ledger from an open store.
-pub fn read(store: &Store, authority: Arc<Authority>, now: Now) -> Result<Ledger, LoadError> {
-    let path = || store.path().display().to_string();
-    Ledger::load(authority, store.load()?, now)
-        .map_err(|error| LoadError::Load { path: path(), error })
+pub fn read(
+    store: &mut dyn Store,
+    authority: Arc<Authority>,
+    now: Now,
+) -> Result<Ledger, LoadError> {
+    let records = store.load()?;
+    Ledger::load(authority, records, now)
+        .map_err(|error| LoadError::Load { path: store.name(), error })
 }
 
 /// Starts the writer's thread. The receiver resolves when the thread has ended.
 pub fn start(
-    store: Store,
+    store: Box<dyn Store>,
     ledger: Ledger,
     authority: Arc<Authority>,
     published: Published,
@@ -179,7 +183,7 @@ impl Writer {
 
 /// State of the writer's thread.
 struct Thread {
-    store: Store,
+    store: Box<dyn Store>,
     ledger: Ledger,
     authority: Arc<Authority>,
     published: Published,
@@ -248,10 +252,13 @@ impl Thread {
             let begun = clock::now();
             let committed = self.store.commit(expected, &changes.writes);
             self.published.counters.commit(clock::now().since(begun.mono), committed.is_ok());
-            if let Err(error) = committed {
-                tracing::error!(%error, "cannot store changes");
-                self.broken = true;
-                return Err(Unavailable(error.to_string().into()));
+            match committed {
+                Ok(sequence) => self.published.counters.set_sequence(sequence),
+                Err(error) => {
+                    tracing::error!(%error, "cannot store changes");
+                    self.broken = true;
+                    return Err(Unavailable(error.to_string().into()));
+                }
             }
             let counters = self.ledger.counters();
             self.published.map.apply(counters.epoch, counters.revision, changes.map);
@@ -274,7 +281,8 @@ impl Thread {
             return Ok(());
         }
         let reread = self.store.reopen().map_err(LoadError::from);
-        let ledger = reread.and_then(|()| read(&self.store, self.authority.clone(), clock::now()));
+        let ledger =
+            reread.and_then(|()| read(&mut *self.store, self.authority.clone(), clock::now()));
         match ledger {
             Ok(ledger) => {
                 self.published.replace(&ledger);
@@ -313,6 +321,7 @@ fn log(event: &Event) {
 mod tests {
     use super::*;
     use crate::state_dir::StateDir;
+    use crate::store::FileStore;
     use std::collections::BTreeMap;
     use std::time::Duration;
     use towline_fixtures::node::mesh_config;
@@ -340,7 +349,7 @@ mod tests {
         );
         let sessions = Sessions::new(Duration::from_secs(1));
         let writes = ledger.take_changes(BTreeMap::new).writes;
-        let store = Store::create(&dir.store(), &writes).unwrap();
+        let store = FileStore::create(&dir.store(), &writes).unwrap();
         store.fail_next_commit();
         let published = Published {
             map: Arc::new(Map::new()),
@@ -350,7 +359,7 @@ mod tests {
             events: Arc::new(Events::new(1)),
         };
         let (view, counters) = (published.view.clone(), published.counters.clone());
-        let (writer, ended) = start(store, ledger, authority, published).unwrap();
+        let (writer, ended) = start(Box::new(store), ledger, authority, published).unwrap();
 
         let error = writer.run(create_token(1)).await.unwrap_err();
         assert!(error.to_string().contains("free space"), "{error}");
@@ -363,7 +372,7 @@ mod tests {
         writer.stop().await;
         ended.await.unwrap();
         assert!(writer.run(create_token(3)).await.is_err(), "a handle that is left is of no use");
-        let store = Store::open(&dir.store()).unwrap();
+        let mut store = FileStore::open(&dir.store()).unwrap();
         assert_eq!(
             store.load().unwrap().iter().filter(|(k, _)| k.starts_with("token/")).count(),
             1

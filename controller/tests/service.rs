@@ -565,7 +565,7 @@ async fn nodes_return_to_an_empty_store_with_their_grants_and_with_the_configura
     let (mesh, grant) = (watch.ready.mesh.clone(), watch.ready.grant.clone());
     let epoch = watch.ready.epoch;
     controller.stop().await;
-    for file in ["towline.redb", "starts"] {
+    for file in ["towline.redb", "starts", "sequence"] {
         std::fs::remove_file(root.path().join(file)).unwrap();
     }
 

@@ -9,7 +9,7 @@ use towline_proto::pb;
 
 use super::Common;
 use super::client::{TIMEOUT, status_error};
-use crate::store::{Store, Write};
+use crate::store::{FileStore, Write};
 
 /// Arguments of `backup`.
 #[derive(Debug, Args)]
@@ -40,7 +40,7 @@ impl Backup {
                 break;
             }
         }
-        Store::create(&self.file, &records)?;
+        FileStore::create(&self.file, &records)?;
         Ok(format!(
             "{} records saved in {shown}: keep the controller's ca.key and ca.crt with it",
             records.len()

@@ -109,6 +109,20 @@ Examples:
   # seen with
   kubectl get towlinenodes,towlinepaths";
 
+pub(super) const STORE_EXPORT: &str = "\
+Examples:
+  # the controller is stopped; while it runs, use `towline-controller backup`
+  towline-controller store export /root/mesh.redb
+  # a store in etcd, which may be in use
+  towline-controller store export --store etcd://127.0.0.1:2379 /root/mesh.redb";
+
+pub(super) const STORE_IMPORT: &str = "\
+Examples:
+  # the controller is stopped, and `store` of the configuration names an empty etcd
+  towline-controller store import /root/mesh.redb
+  # back into a file, after towline.redb was moved away
+  towline-controller store import --store file /root/mesh.redb";
+
 pub(super) const CONFIG_CHECK: &str = "\
 Examples:
   towline-controller config check

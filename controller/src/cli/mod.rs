@@ -3,6 +3,7 @@
 //!
 //! `serve` runs the controller. The commands `token`, `node`, `mesh` and `backup` call a running one
 //! over gRPC, with the administrator's credential from the state directory. They never open its store.
+//! The command `store` opens a store that no running controller has.
 
 #![expect(clippy::print_stderr, reason = "diagnostics of the command line")]
 
@@ -14,6 +15,7 @@ mod mesh;
 mod node;
 #[cfg(feature = "kubernetes")]
 mod publish;
+mod store;
 mod token;
 mod tunnels;
 
@@ -35,8 +37,11 @@ use towline_service::manual::{self, Shell};
 use towline_service::notify::Notifier;
 use towline_service::output::{self, Format, OutputError};
 
-use crate::config::{MetricsSettings, Settings, UiSettings};
-use crate::server::Controller;
+use crate::config::{Config, EtcdTable, MetricsSettings, Settings, UiSettings};
+use crate::server::{Controller, ServeError};
+
+/// Interval at which a controller that waits for its turn asks whether the store is free.
+const STANDBY: Duration = Duration::from_secs(2);
 
 /// Least number of threads that serve connections, also on a machine with one processor.
 const LEAST_THREADS: usize = 2;
@@ -88,6 +93,9 @@ enum Command {
     /// Copy the store of the running controller into a new file
     #[command(after_help = examples::BACKUP)]
     Backup(backup::Backup),
+    /// Move a mesh between stores
+    #[command(subcommand)]
+    Store(store::Store),
     /// Write nodes and paths into the Kubernetes API, as read-only objects, until it is stopped
     #[cfg(feature = "kubernetes")]
     #[command(after_help = examples::PUBLISH)]
@@ -126,6 +134,9 @@ enum ConfigCommand {
 
 #[derive(Debug, Args)]
 struct Serve {
+    /// Store of the mesh: `file`, or `etcd://HOST:PORT,HOST:PORT` [default: file]
+    #[arg(long, env = "TOWLINE_CONTROLLER_STORE", value_name = "STORE")]
+    store: Option<String>,
     /// Address to listen on [default: [::]:7443]
     #[allow(rustdoc::broken_intra_doc_links, reason = "text of the command line, not a link")]
     #[arg(long, env = "TOWLINE_CONTROLLER_LISTEN", value_name = "ADDR:PORT")]
@@ -198,6 +209,7 @@ impl Serve {
         }
         let flags = Settings {
             state_dir: None,
+            store: self.store,
             listen: self.listen,
             advertise: some(self.advertise),
             overlay_v6: self.overlay_v6,
@@ -209,6 +221,7 @@ impl Serve {
             log: None,
             metrics: MetricsSettings { listen: self.metrics_listen },
             ui: UiSettings { listen: self.ui, ..UiSettings::default() },
+            etcd: EtcdTable::default(),
         };
         Ok(flags.or(common.settings()?))
     }
@@ -246,6 +259,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Node(command) => block_on(node::run(command, &common)),
         Command::Mesh(command) => block_on(mesh::run(command, &common)),
         Command::Backup(command) => Ok(output::print(&block_on(command.run(&common))?)?),
+        Command::Store(command) => Ok(output::print(&command.run(&common)?)?),
         #[cfg(feature = "kubernetes")]
         Command::Publish(command) => block_on(command.run(&common)),
         Command::Config(ConfigCommand::Check(serve)) => {
@@ -274,7 +288,11 @@ fn serve_until_signal(settings: Settings, log: &LogArgs) -> anyhow::Result<()> {
         let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
         let notifier = Notifier::from_environment();
-        let controller = Controller::start(config)?;
+        let controller = tokio::select! {
+            started = start(config, &notifier) => started?,
+            _ = terminate.recv() => return Ok(()),
+            _ = interrupt.recv() => return Ok(()),
+        };
         tracing::info!(
             version = towline_proto::VERSION,
             state_dir = %controller.state_dir().display(),
@@ -293,6 +311,25 @@ fn serve_until_signal(settings: Settings, log: &LogArgs) -> anyhow::Result<()> {
             .await?;
         Ok(())
     })
+}
+
+/// Starts the controller. While another one uses the store, it waits for its turn.
+async fn start(config: Config, notifier: &Notifier) -> Result<Controller, ServeError> {
+    let mut is_waiting = false;
+    loop {
+        match Controller::start(config.clone()) {
+            Err(error) if error.is_in_use() => {
+                if !is_waiting {
+                    tracing::info!(%error, "waiting: another controller serves the mesh");
+                    // The service manager need not wait too.
+                    notifier.ready();
+                }
+                is_waiting = true;
+            }
+            result => return result,
+        }
+        tokio::time::sleep(STANDBY).await;
+    }
 }
 
 /// Raises the limit on open files to the hard limit, since each node holds a connection. A failure

@@ -53,14 +53,15 @@ pub fn files(bytes: &[u8]) {
     }
 }
 
-/// Decodes what the agent and the controller stored: a map, a certificate, records without signature.
+/// Decodes what the agent and the controller stored: a map, a certificate, records without signature, and what is
+/// beside them in etcd.
 /// The first byte selects the kind.
 ///
 /// A value that is accepted is encoded to one that is accepted and encoded in the same way.
 pub fn stored(bytes: &[u8]) {
     let Some((which, bytes)) = bytes.split_first() else { return };
     let empty = || MapCache::new(CA.public(), NodeId([1; 16]));
-    match which % 5 {
+    match which % 7 {
         0 => {
             if let Ok(map) = empty().restore(bytes) {
                 let encoded = map.encode();
@@ -72,6 +73,12 @@ pub fn stored(bytes: &[u8]) {
         1 => {
             let key = certificate::public_key(bytes);
             assert_eq!(certificate::validity(bytes).is_some(), key.is_some());
+        }
+        5 | 6 => {
+            let recode = if which % 7 == 5 { controller::etcd_head } else { controller::etcd_part };
+            if let Some(encoded) = recode(bytes) {
+                assert_eq!(recode(&encoded), Some(encoded));
+            }
         }
         kind => {
             let key = match kind {
@@ -169,7 +176,9 @@ pub(super) fn stored_seeds() -> Vec<Vec<u8>> {
     };
     let token = token.encode_to_vec();
     let token = [&[10, 32][..], &[3; 32], &[18, token.len() as u8], &token].concat();
-    [map.encode(), CA.certificate().to_vec(), counters.to_vec(), seen, token]
+    let head = [&[8, 2, 16, 1, 26, 1, b'm', 34, 1, b'c', 42, 8][..], &[9; 8]].concat();
+    let part = vec![10, 6, 10, 1, b'a', 18, 1, b'v'];
+    [map.encode(), CA.certificate().to_vec(), counters.to_vec(), seen, token, head, part]
         .into_iter()
         .zip(0u8..)
         .map(|(bytes, kind)| [&[kind], bytes.as_slice()].concat())

@@ -73,6 +73,7 @@ fn controller() -> File {
         root: item("controller/src/config.rs", "Settings"),
         defaults: serde_json::json!({
             "state_dir": controller_config::STATE_DIR,
+            "store": controller_config::FILE_STORE,
             "listen": controller_config::LISTEN,
             "overlay_v4": controller_config::OVERLAY_V4,
             "lease": towline_service::output::span(controller_config::LEASE),

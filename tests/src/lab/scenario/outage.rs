@@ -346,7 +346,9 @@ impl World {
             std::fs::copy(&self.backup, &store).context("cannot copy the backup")?;
         } else {
             std::fs::remove_file(&store).context("cannot remove the store")?;
-            std::fs::remove_file(state.join("starts")).context("cannot remove the counter")?;
+            for counter in ["starts", "sequence"] {
+                std::fs::remove_file(state.join(counter)).context("cannot remove a counter")?;
+            }
         }
         self.controller.restart()
     }

@@ -1,22 +1,16 @@
-//! The store: the persistent state of the registry, in one redb file.
-//!
-//! The store maps keys to values. Each record has the sequence number of the commit that wrote it,
-//! and a commit names the sequence number that it was computed from. If the store has a newer one,
-//! the commit is refused ([`CommitError::Conflict`]). So a change that was computed from a stale
-//! state cannot overwrite a newer one, and a store that several controllers share could have the
-//! same interface.
+//! The store of one controller: one redb file.
 //!
 //! - [`Store::commit`] returns after the data is on the disk (fsync).
 //! - If the process is killed at any moment, the file has the state of the last commit.
 //! - A truncated or altered file is an error, never an empty store: opening never creates a store,
 //!   the checksum of every page is verified, and a file that fails is not changed.
-//!
-//! Calls block; the [`writer`](crate::writer) makes them on its own thread.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
 use towline_service::file;
+
+use super::{CommitError, FORMAT, OLDEST_FORMAT, OpenError, Record, Store, Write};
 
 use redb::backends::InMemoryBackend;
 use redb::{Database, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition};
@@ -25,17 +19,12 @@ use redb::{Database, ReadableDatabase, ReadableTable, StorageBackend, TableDefin
 const RECORDS: TableDefinition<'_, &str, (u64, &[u8])> = TableDefinition::new("records");
 /// Table of two numbers: `sequence` and `format`.
 const HEAD: TableDefinition<'_, &str, u64> = TableDefinition::new("head");
-/// Version of the format. It is raised with every change that an older controller cannot read. Format 2
-/// added the record `seen`.
-const FORMAT: u64 = 2;
-/// Oldest format that can still be read. The first commit raises it to [`FORMAT`].
-const OLDEST_FORMAT: u64 = 1;
 /// Size of redb's cache, in bytes. It is small because all records are read once at the start and
 /// kept in memory.
 const CACHE_BYTES: usize = 4 * 1024 * 1024;
 
 /// An open store file.
-pub struct Store {
+pub struct FileStore {
     path: PathBuf,
     /// Open database; `None` after a failed commit, until [`Store::reopen`].
     database: Option<Database>,
@@ -45,76 +34,7 @@ pub struct Store {
     fail_next: std::cell::Cell<bool>,
 }
 
-/// One change: a key and its new value, or `None` to remove it.
-pub type Write = (String, Option<Vec<u8>>);
-
-/// One record: a key and its value.
-pub type Record = (String, Vec<u8>);
-
-/// Error of opening or reading the store.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// The file does not exist.
-    #[error(
-        "{0} is missing: the mesh was set up before: restore it from a backup, and keep `ca.key`"
-    )]
-    Missing(PathBuf),
-    /// Another process has the file open.
-    #[error("{0} is in use by another process: stop the other controller")]
-    Locked(PathBuf),
-    /// The file has invalid content.
-    #[error("{path} is damaged: {why}: nothing was changed: restore it from a backup")]
-    Damaged {
-        /// Path of the file.
-        path: PathBuf,
-        /// Description of the damage.
-        why: String,
-    },
-    /// The file was written by a newer controller.
-    #[error(
-        "cannot read {path}: unsupported format {found}, not {FORMAT}: run the version of the \
-         controller that wrote it"
-    )]
-    Format {
-        /// Path of the file.
-        path: PathBuf,
-        /// Format of the file.
-        found: u64,
-    },
-    /// The file cannot be opened or read.
-    #[error("cannot open {path}: {why}")]
-    Io {
-        /// Path of the file.
-        path: PathBuf,
-        /// Error of the operating system or of redb.
-        why: String,
-    },
-}
-
-/// Error of a commit.
-#[derive(Debug, thiserror::Error)]
-pub enum CommitError {
-    /// The store has a newer state than the one that the changes were computed from. Nothing was
-    /// changed.
-    #[error("the change was computed from sequence {expected}, but the store is at {found}")]
-    Conflict {
-        /// Sequence number that the change was computed from.
-        expected: u64,
-        /// Sequence number of the store.
-        found: u64,
-    },
-    /// Writing failed. The store has to be opened again to find out whether the changes are in
-    /// it.
-    #[error("cannot write {path}: {why}: free space or repair the disk")]
-    Failed {
-        /// Path of the file.
-        path: PathBuf,
-        /// Error of redb.
-        why: String,
-    },
-}
-
-impl Store {
+impl FileStore {
     /// Creates a store with `records`. The file appears complete or not at all. A file that exists is
     /// not replaced.
     pub fn create(path: &Path, records: &[Write]) -> Result<Self, OpenError> {
@@ -144,41 +64,6 @@ impl Store {
         };
         store.reopen()?;
         Ok(store)
-    }
-
-    /// Opens the store again after a failed commit, to find out what is in it.
-    pub fn reopen(&mut self) -> Result<(), OpenError> {
-        self.database = None;
-        let path = || self.path.clone();
-        match std::fs::metadata(&self.path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                return Err(OpenError::Missing(path()));
-            }
-            Ok(metadata) if metadata.len() == 0 => {
-                return Err(OpenError::Damaged { path: path(), why: "it is empty".into() });
-            }
-            _ => {}
-        }
-        self.rehearse().map_err(|error| self.open_error(&error))?;
-        let database = Database::builder()
-            .set_cache_size(CACHE_BYTES)
-            .set_check_integrity_on_open(true)
-            .open(&self.path)
-            .map_err(|error| self.open_error(&error))?;
-        let damaged = |why: String| OpenError::Damaged { path: path(), why };
-        let head = |name: &str| -> Result<Option<u64>, redb::Error> {
-            let table = database.begin_read()?.open_table(HEAD)?;
-            Ok(table.get(name)?.map(|value| value.value()))
-        };
-        match head("format").map_err(|error| damaged(error.to_string()))? {
-            Some(OLDEST_FORMAT..=FORMAT) => {}
-            Some(found) => return Err(OpenError::Format { path: path(), found }),
-            None => return Err(damaged("it has no format number".into())),
-        }
-        let sequence = head("sequence").map_err(|error| damaged(error.to_string()))?;
-        self.sequence = sequence.ok_or_else(|| damaged("it has no sequence number".into()))?;
-        self.database = Some(database);
-        Ok(())
     }
 
     /// Opens a copy in memory first. redb repairs a file while it opens it, even if the repair
@@ -216,22 +101,6 @@ impl Store {
         }
     }
 
-    /// Returns the path of the file.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Returns the sequence number of the last commit.
-    pub fn sequence(&self) -> u64 {
-        self.sequence
-    }
-
-    /// Returns all records, sorted by key.
-    pub fn load(&self) -> Result<Vec<Record>, OpenError> {
-        self.read_all()
-            .map_err(|error| OpenError::Damaged { path: self.path.clone(), why: error.to_string() })
-    }
-
     fn read_all(&self) -> Result<Vec<Record>, redb::Error> {
         let database = self.database.as_ref().ok_or(redb::Error::DatabaseClosed)?;
         let table = database.begin_read()?.open_table(RECORDS)?;
@@ -241,24 +110,6 @@ impl Store {
             records.push((key.value().to_owned(), value.value().1.to_vec()));
         }
         Ok(records)
-    }
-
-    /// Applies all of `writes` or none of them, if the store is still at sequence number
-    /// `expected`. Returns the new sequence number once the data is on the disk.
-    pub fn commit(&mut self, expected: u64, writes: &[Write]) -> Result<u64, CommitError> {
-        if self.sequence != expected {
-            return Err(CommitError::Conflict { expected, found: self.sequence });
-        }
-        match self.try_commit(writes) {
-            Ok(sequence) => {
-                self.sequence = sequence;
-                Ok(sequence)
-            }
-            Err(error) => {
-                self.database = None;
-                Err(CommitError::Failed { path: self.path.clone(), why: error.to_string() })
-            }
-        }
     }
 
     fn try_commit(&self, writes: &[Write]) -> Result<u64, redb::Error> {
@@ -274,6 +125,71 @@ impl Store {
     #[cfg(test)]
     pub(crate) fn fail_next_commit(&self) {
         self.fail_next.set(true);
+    }
+}
+
+impl Store for FileStore {
+    fn name(&self) -> String {
+        self.path.display().to_string()
+    }
+
+    fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
+    fn load(&mut self) -> Result<Vec<Record>, OpenError> {
+        self.read_all()
+            .map_err(|error| OpenError::Damaged { path: self.path.clone(), why: error.to_string() })
+    }
+
+    fn commit(&mut self, expected: u64, writes: &[Write]) -> Result<u64, CommitError> {
+        if self.sequence != expected {
+            return Err(CommitError::Conflict { expected, found: self.sequence });
+        }
+        match self.try_commit(writes) {
+            Ok(sequence) => {
+                self.sequence = sequence;
+                Ok(sequence)
+            }
+            Err(error) => {
+                self.database = None;
+                Err(CommitError::Failed { path: self.path.clone(), why: error.to_string() })
+            }
+        }
+    }
+
+    fn reopen(&mut self) -> Result<(), OpenError> {
+        self.database = None;
+        let path = || self.path.clone();
+        match std::fs::metadata(&self.path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                return Err(OpenError::Missing(path()));
+            }
+            Ok(metadata) if metadata.len() == 0 => {
+                return Err(OpenError::Damaged { path: path(), why: "it is empty".into() });
+            }
+            _ => {}
+        }
+        self.rehearse().map_err(|error| self.open_error(&error))?;
+        let database = Database::builder()
+            .set_cache_size(CACHE_BYTES)
+            .set_check_integrity_on_open(true)
+            .open(&self.path)
+            .map_err(|error| self.open_error(&error))?;
+        let damaged = |why: String| OpenError::Damaged { path: path(), why };
+        let head = |name: &str| -> Result<Option<u64>, redb::Error> {
+            let table = database.begin_read()?.open_table(HEAD)?;
+            Ok(table.get(name)?.map(|value| value.value()))
+        };
+        match head("format").map_err(|error| damaged(error.to_string()))? {
+            Some(OLDEST_FORMAT..=FORMAT) => {}
+            Some(found) => return Err(OpenError::Format { path: path(), found }),
+            None => return Err(damaged("it has no format number".into())),
+        }
+        let sequence = head("sequence").map_err(|error| damaged(error.to_string()))?;
+        self.sequence = sequence.ok_or_else(|| damaged("it has no sequence number".into()))?;
+        self.database = Some(database);
+        Ok(())
     }
 }
 
@@ -328,7 +244,7 @@ mod tests {
         (key.to_owned(), Some(value.as_bytes().to_vec()))
     }
 
-    fn records(store: &Store) -> Vec<(String, String)> {
+    fn records(store: &mut FileStore) -> Vec<(String, String)> {
         let text = |(key, value)| (key, String::from_utf8(value).unwrap());
         store.load().unwrap().into_iter().map(text).collect()
     }
@@ -338,10 +254,20 @@ mod tests {
     }
 
     #[test]
+    fn a_file_is_a_store() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("towline.redb");
+        crate::store::conformance::check(
+            |records| Box::new(FileStore::create(&path, records).unwrap()),
+            || Box::new(FileStore::open(&path).unwrap()),
+        );
+    }
+
+    #[test]
     fn what_was_committed_is_there_after_a_reopen_without_a_close() {
         let root = tempfile::tempdir().unwrap();
         let path = root.path().join("towline.redb");
-        let mut store = Store::create(&path, &[put("a", "1")]).unwrap();
+        let mut store = FileStore::create(&path, &[put("a", "1")]).unwrap();
         let first = store.sequence();
         let second = store.commit(first, &[put("b", "2"), ("a".into(), None)]).unwrap();
         assert!(second > first);
@@ -349,47 +275,47 @@ mod tests {
         // A copy of the file while it is open is what a killed process leaves.
         let copy = root.path().join("copy.redb");
         std::fs::copy(&path, &copy).unwrap();
-        let copy = Store::open(&copy).unwrap();
-        assert_eq!(records(&copy), [pair("b", "2")]);
+        let mut copy = FileStore::open(&copy).unwrap();
+        assert_eq!(records(&mut copy), [pair("b", "2")]);
         assert_eq!(copy.sequence(), second);
     }
 
     #[test]
     fn a_commit_computed_from_a_stale_state_changes_nothing() {
         let root = tempfile::tempdir().unwrap();
-        let mut store = Store::create(&root.path().join("s"), &[put("a", "1")]).unwrap();
+        let mut store = FileStore::create(&root.path().join("s"), &[put("a", "1")]).unwrap();
         let stale = store.sequence();
         store.commit(stale, &[put("a", "2")]).unwrap();
         let error = store.commit(stale, &[put("a", "3")]).unwrap_err();
         assert!(matches!(error, CommitError::Conflict { .. }));
-        assert_eq!(records(&store), [pair("a", "2")]);
+        assert_eq!(records(&mut store), [pair("a", "2")]);
     }
 
     #[test]
     fn a_failed_commit_leaves_the_state_before_it() {
         let root = tempfile::tempdir().unwrap();
-        let mut store = Store::create(&root.path().join("s"), &[put("a", "1")]).unwrap();
+        let mut store = FileStore::create(&root.path().join("s"), &[put("a", "1")]).unwrap();
         let sequence = store.sequence();
         store.fail_next_commit();
         let error = store.commit(sequence, &[put("a", "2")]).unwrap_err();
         assert!(matches!(error, CommitError::Failed { .. }));
         store.reopen().unwrap();
         assert_eq!(store.sequence(), sequence);
-        assert_eq!(records(&store), [pair("a", "1")]);
+        assert_eq!(records(&mut store), [pair("a", "1")]);
     }
 
     #[test]
     fn an_absent_an_empty_and_a_locked_store_are_told_apart() {
         let root = tempfile::tempdir().unwrap();
         let path = root.path().join("s");
-        assert!(matches!(Store::open(&path), Err(OpenError::Missing(_))));
+        assert!(matches!(FileStore::open(&path), Err(OpenError::Missing(_))));
         std::fs::write(&path, b"").unwrap();
-        assert!(matches!(Store::open(&path), Err(OpenError::Damaged { .. })));
+        assert!(matches!(FileStore::open(&path), Err(OpenError::Damaged { .. })));
         assert_eq!(std::fs::metadata(&path).unwrap().len(), 0, "an empty file must stay empty");
 
         let path = root.path().join("t");
-        let _store = Store::create(&path, &[]).unwrap();
-        assert!(matches!(Store::open(&path), Err(OpenError::Locked(_))));
+        let _store = FileStore::create(&path, &[]).unwrap();
+        assert!(matches!(FileStore::open(&path), Err(OpenError::Locked(_))));
     }
 
     #[test]
@@ -397,7 +323,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let path = root.path().join("s");
         let writes: Vec<_> = (0..300).map(|i| put(&format!("k{i:03}"), &"v".repeat(200))).collect();
-        let expected = records(&Store::create(&path, &writes).unwrap());
+        let expected = records(&mut FileStore::create(&path, &writes).unwrap());
         let good = std::fs::read(&path).unwrap();
         let step = good.len() / 40;
         let mut refused = 0;
@@ -406,9 +332,9 @@ mod tests {
             altered[at..(at + 64).min(good.len())].iter_mut().for_each(|b| *b ^= 0xa5);
             for bytes in [&good[..at], &altered[..]] {
                 std::fs::write(&path, bytes).unwrap();
-                match Store::open(&path) {
+                match FileStore::open(&path) {
                     // Some bytes of the file are unused.
-                    Ok(store) => assert_eq!(records(&store), expected, "at {at}"),
+                    Ok(mut store) => assert_eq!(records(&mut store), expected, "at {at}"),
                     Err(error) => {
                         refused += 1;
                         assert!(std::fs::read(&path).unwrap() == bytes, "changed at {at}");

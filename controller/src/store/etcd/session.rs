@@ -1,0 +1,429 @@
+//! The use of a store by one controller: its lease as the owner, reads, and commits.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use prost::Message;
+use tokio::sync::oneshot;
+use tokio::time::{interval, timeout};
+
+use super::client::Client;
+use super::errors::EtcdError;
+use super::layout::{self, Fate, Head, Keys, Plan, Staged};
+use super::settings::EtcdSettings;
+use super::wire::{self, Compare, RangeRequest, RangeResponse, RequestOp, TxnRequest, TxnResponse};
+use crate::entropy;
+use crate::store::{OpenError, Record, Write};
+
+/// Time to live of the owner's lease. After it, another controller can take over from one that died.
+const LEASE: Duration = Duration::from_secs(15);
+/// Interval at which the lease is renewed: a renewal may take a call's whole time, and be repeated.
+const RENEWAL: Duration = Duration::from_secs(4);
+/// Time to give the lease back when the controller stops.
+const RELEASE: Duration = Duration::from_millis(500);
+/// Number of keys in one response. With the largest records this is about 9 MiB.
+const PAGE: i64 = 128;
+/// Number of attempts to read all records at one revision, while etcd is compacted.
+const READS: usize = 3;
+
+/// A controller that uses a store.
+pub(super) struct Session {
+    client: Client,
+    keys: Keys,
+    /// URL of the store, for messages.
+    store: String,
+    /// Value of the key `owner`: name of this controller, unique to this process.
+    owner: Bytes,
+    /// Lease of the key `owner`; 0 if there is none.
+    lease: AtomicI64,
+    /// Id of the next write. The first one is random.
+    next_id: AtomicU64,
+    /// Takes the error that ends the use of the store.
+    lost: Mutex<Option<oneshot::Sender<OpenError>>>,
+}
+
+/// The head of the store, and the revision of its last write.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Placed {
+    /// Head of the store.
+    pub(super) head: Head,
+    /// Revision of etcd that wrote it; 0 if it is not written yet.
+    pub(super) revision: i64,
+}
+
+/// Result of a commit.
+#[derive(Debug)]
+pub(super) enum Outcome {
+    /// It is in the store, with this head.
+    Done(Placed),
+    /// Another commit was first. The store has this sequence number.
+    Conflict(u64),
+}
+
+impl Session {
+    /// Creates the session of this process, without any access to etcd.
+    pub(super) fn new(settings: EtcdSettings) -> Result<Self, EtcdError> {
+        let (store, keys) = (settings.url.to_string(), Keys::new(settings.url.key_prefix()));
+        let host = nix::unistd::gethostname().unwrap_or_default();
+        let (host, process) = (host.to_string_lossy(), std::process::id());
+        let [number, first_id] = [entropy::random()?, entropy::random()?].map(u64::from_le_bytes);
+        let owner = format!("{host} (pid {process}, start {number:016x})");
+        Ok(Self {
+            client: Client::new(settings)?,
+            keys,
+            store,
+            owner: owner.into(),
+            lease: AtomicI64::new(0),
+            next_id: AtomicU64::new(first_id),
+            lost: Mutex::default(),
+        })
+    }
+
+    /// Returns a receiver of the error that ends the use of the store.
+    pub(super) fn lost(&self) -> oneshot::Receiver<OpenError> {
+        let (sender, receiver) = oneshot::channel();
+        *self.lost.lock() = Some(sender);
+        receiver
+    }
+
+    /// Ends the use of the store.
+    pub(super) fn lose(&self, error: EtcdError) {
+        if let Some(lost) = self.lost.lock().take() {
+            // If nothing receives this, the store is being closed.
+            let _ = lost.send(error.into());
+        }
+    }
+
+    /// Returns the URL of the store.
+    pub(super) fn store(&self) -> &str {
+        &self.store
+    }
+
+    /// Becomes the owner of the store, unless this controller is the owner already.
+    ///
+    /// # Errors
+    ///
+    /// [`EtcdError::InUse`] if another controller is the owner.
+    pub(super) async fn acquire(&self) -> Result<(), EtcdError> {
+        let key = self.keys.owner();
+        // A controller that waits for its turn asks often, and needs no lease for that.
+        let answer = self.range(RangeRequest::of(key.clone())).await?;
+        match answer.kvs.first() {
+            Some(holder) if holder.value == self.owner => {
+                self.lease.store(holder.lease, Ordering::Relaxed);
+                return Ok(());
+            }
+            Some(holder) => return Err(self.in_use(&holder.value)),
+            None => {}
+        }
+        let ttl = i64::try_from(LEASE.as_secs()).unwrap_or(i64::MAX);
+        let request = wire::LeaseGrantRequest { ttl };
+        let lease: wire::LeaseGrantResponse = self.client.call(wire::LEASE_GRANT, request).await?;
+        let request = TxnRequest {
+            compare: vec![Compare::last_write(key.clone(), 0)],
+            success: vec![RequestOp::put(key.clone(), self.owner.clone(), lease.id)],
+            failure: vec![RequestOp::read(key)],
+        };
+        let result = match self.transact(request).await {
+            Ok(answer) if answer.succeeded => Ok(lease.id),
+            Ok(answer) => match answer.read(0) {
+                Some(holder) if holder.value == self.owner => Ok(holder.lease),
+                Some(holder) => Err(self.in_use(&holder.value)),
+                None => Err(EtcdError::LeaseEnded),
+            },
+            Err(error) => Err(error),
+        };
+        if let Ok(held) = result {
+            self.lease.store(held, Ordering::Relaxed);
+        }
+        if !matches!(result, Ok(held) if held == lease.id) {
+            // The new lease is of no use. Without an answer, it ends by itself.
+            let _ = timeout(RELEASE, self.revoke(lease.id)).await;
+        }
+        result.map(drop)
+    }
+
+    /// Renews the lease until it is given back, or until another controller is the owner. The use of the
+    /// store ends then.
+    pub(super) async fn keep(&self) {
+        let mut renewals = interval(RENEWAL);
+        loop {
+            renewals.tick().await;
+            let id = self.lease.load(Ordering::Relaxed);
+            if id == 0 {
+                return;
+            }
+            let request = wire::LeaseKeepAliveRequest { id };
+            let answer: Result<wire::LeaseKeepAliveResponse, _> =
+                self.client.call(wire::LEASE_KEEP_ALIVE, request).await;
+            let error = match answer {
+                Ok(answer) if answer.ttl > 0 => continue,
+                Ok(_) => self.acquire().await.err(),
+                Err(error) => Some(error),
+            };
+            match error {
+                None => tracing::info!("lease of the store taken again"),
+                Some(error @ EtcdError::InUse { .. }) => return self.lose(error),
+                Some(error) => tracing::warn!(%error, "cannot renew the lease of the store"),
+            }
+        }
+    }
+
+    /// Gives the lease back, so that another controller can take over at once.
+    pub(super) async fn release(&self) {
+        let id = self.lease.swap(0, Ordering::Relaxed);
+        if id != 0 {
+            // Without an answer in time, the lease ends by itself.
+            let _ = timeout(RELEASE, self.revoke(id)).await;
+        }
+    }
+
+    /// Reads the head, after it finished a change that another controller left staged. Only the owner may
+    /// call this. `None` if the store has no mesh.
+    pub(super) async fn settle(&self) -> Result<Option<Placed>, EtcdError> {
+        let Some(placed) = self.head().await? else { return Ok(None) };
+        match placed.head.staged {
+            Some(staged) => self.copy_staged(placed, staged).await.map(Some),
+            None => {
+                // Parts that nobody has committed.
+                let (first, end) = self.keys.all_staged();
+                let remove = TxnRequest {
+                    compare: vec![self.head_is(&placed), self.owner_is()],
+                    success: vec![RequestOp::delete(first, end)],
+                    failure: Vec::new(),
+                };
+                match self.transact(remove).await {
+                    Ok(answer) if !answer.succeeded => Err(self.changed()),
+                    // A full store can be read.
+                    Ok(_) | Err(EtcdError::Full(_)) => Ok(Some(placed)),
+                    Err(error) => Err(error),
+                }
+            }
+        }
+    }
+
+    /// Reads the head; `None` if the store has no mesh.
+    pub(super) async fn head(&self) -> Result<Option<Placed>, EtcdError> {
+        let answer = self.range(RangeRequest::of(self.keys.head())).await?;
+        self.placed(&answer)
+    }
+
+    /// Reads the head and all records, sorted by key, at one revision. A staged change that is committed is
+    /// part of them. `None` if the store has no mesh.
+    pub(super) async fn read(&self) -> Result<Option<(Placed, Vec<Record>)>, EtcdError> {
+        for _ in 0..READS {
+            match self.try_read().await {
+                Err(EtcdError::Compacted) => {}
+                result => return result,
+            }
+        }
+        Err(EtcdError::Compacted)
+    }
+
+    async fn try_read(&self) -> Result<Option<(Placed, Vec<Record>)>, EtcdError> {
+        let answer = self.range(RangeRequest::of(self.keys.head())).await?;
+        let Some(placed) = self.placed(&answer)? else { return Ok(None) };
+        let revision = answer.header.unwrap_or_default().revision;
+        let mut records = BTreeMap::new();
+        let (mut key, range_end) = self.keys.records();
+        loop {
+            let range_end = range_end.clone();
+            let page = self.range(RangeRequest { key, range_end, limit: PAGE, revision }).await?;
+            for kv in &page.kvs {
+                let record = self.keys.record(&kv.key, &kv.value);
+                let (name, value) = record.ok_or_else(|| {
+                    let key = String::from_utf8_lossy(&kv.key);
+                    self.damaged(&key.escape_default().to_string(), "is no record")
+                })?;
+                records.insert(name, value);
+            }
+            let Some(last) = page.kvs.last().filter(|_| page.more) else { break };
+            let mut next = last.key.to_vec();
+            next.push(0);
+            key = next.into();
+        }
+        if let Some(staged) = placed.head.staged {
+            for part in 0..staged.parts {
+                for (key, value) in self.part(staged, part, revision).await? {
+                    match value {
+                        Some(value) => records.insert(key, value),
+                        None => records.remove(&key),
+                    };
+                }
+            }
+        }
+        Ok(Some((placed, records.into_iter().collect())))
+    }
+
+    /// Fails if the store has records or staged changes, although it has no head.
+    pub(super) async fn check_empty(&self) -> Result<(), EtcdError> {
+        let (key, range_end) = self.keys.records();
+        let page = self.range(RangeRequest { key, range_end, limit: 1, revision: 0 }).await?;
+        if page.kvs.is_empty() {
+            Ok(())
+        } else {
+            Err(self.damaged("head", "is missing, but there are records"))
+        }
+    }
+
+    /// Writes a commit that was computed from the state `before`. All calls in it can be repeated: it
+    /// recognizes its own writes.
+    pub(super) async fn commit(
+        &self,
+        before: Placed,
+        writes: Vec<Write>,
+    ) -> Result<Outcome, EtcdError> {
+        let id = self.id();
+        let parts = match layout::plan(&self.keys, &writes)? {
+            Plan::Direct(operations) => {
+                let next = before.head.after(id, None);
+                return self.replace(&before, next, id, operations, &[]).await;
+            }
+            Plan::Staged(parts) => parts,
+        };
+        let staged = Staged { id, parts: u32::try_from(parts.len()).unwrap_or(u32::MAX) };
+        let mut names = Vec::new();
+        for (value, part) in parts.into_iter().zip(0..) {
+            let key = self.keys.part(id, part);
+            names.push(key.clone());
+            let request = wire::PutRequest { key, value, lease: 0 };
+            let _: wire::PutResponse = self.client.call(wire::PUT, request).await?;
+        }
+        let next = before.head.after(id, Some(staged));
+        match self.replace(&before, next, id, Vec::new(), &names).await? {
+            Outcome::Done(placed) => self.copy_staged(placed, staged).await.map(Outcome::Done),
+            Outcome::Conflict(found) => Ok(Outcome::Conflict(found)),
+        }
+    }
+
+    /// Copies a staged change to the records, and removes its name and its parts.
+    async fn copy_staged(&self, placed: Placed, staged: Staged) -> Result<Placed, EtcdError> {
+        for part in 0..staged.parts {
+            let writes = self.part(staged, part, 0).await?;
+            for success in layout::batches(&self.keys, &writes)? {
+                let compare = vec![self.head_is(&placed), self.owner_is()];
+                let request = TxnRequest { compare, success, failure: Vec::new() };
+                if !self.transact(request).await?.succeeded {
+                    return Err(self.changed());
+                }
+            }
+        }
+        let (first, end) = self.keys.staged(staged.id);
+        let id = self.id();
+        let next = placed.head.settled(id);
+        let remove = vec![RequestOp::delete(first, end)];
+        match self.replace(&placed, next, id, remove, &[]).await? {
+            Outcome::Done(placed) => Ok(placed),
+            Outcome::Conflict(_) => Err(self.changed()),
+        }
+    }
+
+    /// Replaces the head by `next`, whose newest write is `id`, together with `operations`, if the head is
+    /// still `before`, this controller is the owner, and the keys in `required` exist.
+    async fn replace(
+        &self,
+        before: &Placed,
+        next: Head,
+        id: u64,
+        mut operations: Vec<RequestOp>,
+        required: &[Bytes],
+    ) -> Result<Outcome, EtcdError> {
+        operations.push(RequestOp::put(self.keys.head(), next.encode_to_vec().into(), 0));
+        let mut compare = vec![self.head_is(before), self.owner_is()];
+        compare.extend(required.iter().cloned().map(Compare::exists));
+        let failure = vec![RequestOp::read(self.keys.head()), RequestOp::read(self.keys.owner())];
+        let answer = self.transact(TxnRequest { compare, success: operations, failure }).await?;
+        if answer.succeeded {
+            let revision = answer.header.unwrap_or_default().revision;
+            return Ok(Outcome::Done(Placed { head: next, revision }));
+        }
+        let found = match answer.read(0) {
+            Some(kv) => {
+                let head = Head::read(&kv.value, &self.store)?;
+                Some(Placed { head, revision: kv.mod_revision })
+            }
+            None => None,
+        };
+        let found = match found {
+            Some(found) if found.revision != before.revision => found,
+            None if before.revision != 0 => return Err(EtcdError::Empty(self.store.clone())),
+            // The head is the same: this controller is not the owner, or staged parts were removed.
+            Some(_) | None => {
+                return Err(match answer.read(1) {
+                    Some(owner) if owner.value == self.owner => self.changed(),
+                    Some(owner) => self.in_use(&owner.value),
+                    None => EtcdError::LeaseEnded,
+                });
+            }
+        };
+        match found.head.fate(id, &before.head) {
+            Fate::Newest => Ok(Outcome::Done(found)),
+            Fate::Unclear => Err(self.changed()),
+            Fate::Refused => Ok(Outcome::Conflict(found.head.sequence)),
+        }
+    }
+
+    /// Reads a part of a staged change; with a revision of 0 its newest state.
+    async fn part(
+        &self,
+        staged: Staged,
+        part: u32,
+        revision: i64,
+    ) -> Result<Vec<Write>, EtcdError> {
+        let key = self.keys.part(staged.id, part);
+        let name = format!("staged/{:016x}/{part:04}", staged.id);
+        let answer = self.range(RangeRequest { revision, ..RangeRequest::of(key) }).await?;
+        let found = answer.kvs.first().ok_or_else(|| self.damaged(&name, "is missing"))?;
+        layout::decode_part(&found.value).ok_or_else(|| self.damaged(&name, "is malformed"))
+    }
+
+    fn placed(&self, answer: &RangeResponse) -> Result<Option<Placed>, EtcdError> {
+        let Some(kv) = answer.kvs.first() else { return Ok(None) };
+        let head = Head::read(&kv.value, &self.store)?;
+        Ok(Some(Placed { head, revision: kv.mod_revision }))
+    }
+
+    async fn range(&self, request: RangeRequest) -> Result<RangeResponse, EtcdError> {
+        self.client.call(wire::RANGE, request).await
+    }
+
+    async fn transact(&self, request: TxnRequest) -> Result<TxnResponse, EtcdError> {
+        self.client.call(wire::TXN, request).await
+    }
+
+    async fn revoke(&self, id: i64) -> Result<(), EtcdError> {
+        let request = wire::LeaseRevokeRequest { id };
+        let _: wire::LeaseRevokeResponse = self.client.call(wire::LEASE_REVOKE, request).await?;
+        Ok(())
+    }
+
+    fn head_is(&self, placed: &Placed) -> Compare {
+        Compare::last_write(self.keys.head(), placed.revision)
+    }
+
+    fn owner_is(&self) -> Compare {
+        Compare::has_value(self.keys.owner(), self.owner.clone())
+    }
+
+    fn id(&self) -> u64 {
+        self.next_id.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn in_use(&self, holder: &[u8]) -> EtcdError {
+        let holder = String::from_utf8_lossy(holder);
+        let holder: String = holder.chars().filter(|c| !c.is_control()).take(120).collect();
+        EtcdError::InUse { store: self.store.clone(), holder }
+    }
+
+    fn changed(&self) -> EtcdError {
+        EtcdError::Changed(self.store.clone())
+    }
+
+    fn damaged(&self, key: &str, why: &str) -> EtcdError {
+        let (key, why) = (key.to_owned(), why.to_owned());
+        EtcdError::Damaged { store: self.store.clone(), key, why }
+    }
+}
