@@ -16,6 +16,7 @@ pub mod crash;
 pub mod demo;
 pub mod departure;
 pub mod failover;
+pub mod flood;
 pub mod hosts;
 pub mod hybrid;
 pub mod idle;
