@@ -16,7 +16,7 @@ use crate::authority::Authority;
 use crate::map::MapChange;
 use crate::store::{Record as StoreRecord, Write};
 use crate::stored::{self, key_text};
-use crate::view::{NodeView, ViewChange};
+use crate::view::{NodeView, TokenView, ViewChange};
 use towline_registry::sessions::{SessionId, Sessions};
 use towline_registry::{
     Changes, Contents, Counters, Difference, Event, Key, LoadError, Now, PublishError, Published,
@@ -322,7 +322,11 @@ impl Ledger {
                 })))
             }
             Key::Token(id) => Some(match self.registry.token(id) {
-                Some(token) => ViewChange::Token(id, Arc::new(stored::token_message(token))),
+                Some(token) => {
+                    let message = stored::token_message(token);
+                    let secret_hash = token.secret_hash;
+                    ViewChange::Token(id, Arc::new(TokenView { message, secret_hash }))
+                }
                 None => ViewChange::TokenRemoved(id),
             }),
             Key::Counters | Key::LastSeen | Key::Mesh | Key::RemovedNode(_) => None,

@@ -11,7 +11,8 @@ use parking_lot::RwLock;
 use towline_proto::id::{NodeId, NodeName, TokenId};
 use towline_proto::pb;
 
-use towline_registry::{NoSuchNode, NodeProblem};
+use towline_registry::token::SecretHash;
+use towline_registry::{JoinError, NoSuchNode, NodeProblem, TokenUnknown};
 
 /// Nodes and tokens, for operators.
 #[derive(Default)]
@@ -23,7 +24,7 @@ pub struct View {
 struct Inner {
     nodes: BTreeMap<NodeName, Arc<NodeView>>,
     names: BTreeMap<NodeId, NodeName>,
-    tokens: BTreeMap<TokenId, Arc<pb::Token>>,
+    tokens: BTreeMap<TokenId, Arc<TokenView>>,
     /// Names of the nodes that joined with each token.
     joined: BTreeMap<TokenId, BTreeSet<NodeName>>,
 }
@@ -47,6 +48,15 @@ pub struct NodeView {
     pub problems: Vec<NodeProblem>,
 }
 
+/// A token, for operators, and the hash that a joining machine must match.
+#[derive(Debug)]
+pub struct TokenView {
+    /// Message of the token, without the names of the nodes that joined with it.
+    pub message: pb::Token,
+    /// Hash of its secret.
+    pub secret_hash: SecretHash,
+}
+
 /// A change of what operators see.
 #[derive(Debug, Clone)]
 pub enum ViewChange {
@@ -55,7 +65,7 @@ pub enum ViewChange {
     /// A node was removed.
     NodeRemoved(NodeId),
     /// A token was added or changed.
-    Token(TokenId, Arc<pb::Token>),
+    Token(TokenId, Arc<TokenView>),
     /// A token was deleted.
     TokenRemoved(TokenId),
 }
@@ -103,9 +113,30 @@ impl View {
                     .flatten()
                     .map(ToString::to_string)
                     .collect(),
-                ..pb::Token::clone(token)
+                ..token.message.clone()
             })
             .collect()
+    }
+
+    /// Compares the hash of a secret with the token's, without waiting in the writer's queue. Returns whether
+    /// the token admits another node at `now`, in seconds since 1970.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such token, or the secret is another one.
+    pub fn check_secret(
+        &self,
+        token: TokenId,
+        secret_hash: &SecretHash,
+        now: i64,
+    ) -> Result<bool, JoinError> {
+        let found = self.inner.read().tokens.get(&token).cloned();
+        let found = found.ok_or(TokenUnknown { token })?;
+        if found.secret_hash != *secret_hash {
+            return Err(JoinError::TokenSecret { token });
+        }
+        let pb::Token { revoked, used, uses, expires_at, .. } = found.message;
+        Ok(!revoked && used < uses && now < expires_at)
     }
 }
 
@@ -161,7 +192,22 @@ mod tests {
     }
 
     fn token(id: u8) -> ViewChange {
-        ViewChange::Token(TokenId([id; 8]), Arc::new(pb::Token::default()))
+        let message = pb::Token { uses: 1, expires_at: 100, ..pb::Token::default() };
+        let secret_hash = SecretHash([id; 32]);
+        ViewChange::Token(TokenId([id; 8]), Arc::new(TokenView { message, secret_hash }))
+    }
+
+    #[test]
+    fn a_secret_is_compared_with_that_of_its_token() {
+        let view = View::default();
+        view.apply(vec![token(1)]);
+        let check = |id: u8, secret: u8, now| {
+            view.check_secret(TokenId([id; 8]), &SecretHash([secret; 32]), now)
+        };
+        assert_eq!(check(1, 1, 99), Ok(true));
+        assert_eq!(check(1, 1, 100), Ok(false), "expired");
+        assert!(matches!(check(1, 2, 99), Err(JoinError::TokenSecret { .. })));
+        assert!(matches!(check(2, 2, 99), Err(JoinError::TokenUnknown(_))));
     }
 
     #[test]

@@ -61,8 +61,8 @@ pub struct Shared {
     pub view: Arc<View>,
     /// Sessions of the connected nodes.
     pub sessions: Arc<Mutex<Sessions>>,
-    /// Rate limit of failed joins per source. Only failures count, so that machines behind one NAT
-    /// that join successfully do not slow each other down.
+    /// Rate limit of failed joins per source. Only failures count, and they never delay a machine that has the
+    /// secret of a token that admits another node.
     pub failed_joins: Mutex<SourceLimiter>,
     /// X25519 private key for the proofs of WireGuard keys at joins. It is generated when the
     /// process starts.
