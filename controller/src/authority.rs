@@ -227,10 +227,19 @@ pub fn csr_key(der: &[u8]) -> Result<(IdentityKey, impl PublicKeyData), InvalidC
     Ok((key, csr.public_key))
 }
 
-/// Creates the administrator's key if there is none, and issues a new certificate for it.
-pub fn renew_admin(dir: &StateDir, authority: &Authority, now: i64) -> Result<(), AuthorityError> {
-    let kept = dir.read_key("admin.key")?;
-    let key = match kept.and_then(|pem| key_pair(&pem)) {
+/// Name of the administrator whose credential is in the state directory.
+pub const LOCAL_ADMIN: &str = "local";
+
+/// Creates the administrator's key if there is none or if it was revoked, and issues a new certificate for it.
+/// Returns the public key.
+pub fn renew_admin(
+    dir: &StateDir,
+    authority: &Authority,
+    now: i64,
+    mut is_revoked: impl FnMut(IdentityKey) -> bool,
+) -> Result<IdentityKey, AuthorityError> {
+    let kept = dir.read_key("admin.key")?.and_then(|pem| key_pair(&pem));
+    let key = match kept.filter(|key| public_key(key).is_some_and(|key| !is_revoked(key))) {
         Some(key) => key,
         None => {
             let key = KeyPair::generate_for(&PKCS_ED25519)?;
@@ -238,8 +247,15 @@ pub fn renew_admin(dir: &StateDir, authority: &Authority, now: i64) -> Result<()
             key
         }
     };
-    let certificate = authority.issue(Subject::Admin("local"), &key, now)?;
-    Ok(dir.write("admin.crt", 0o600, &pem::certificate(&certificate))?)
+    let certificate = authority.issue(Subject::Admin(LOCAL_ADMIN), &key, now)?;
+    dir.write("admin.crt", 0o600, &pem::certificate(&certificate))?;
+    // A key that was just used has a public part of 32 bytes.
+    public_key(&key).ok_or_else(|| dir.damaged("admin.key", "it is not an Ed25519 key").into())
+}
+
+/// Returns the public part of a key.
+fn public_key(key: &KeyPair) -> Option<IdentityKey> {
+    IdentityKey::try_from(key.public_key_raw()).ok()
 }
 
 /// Generates a key for the controller and issues a certificate for it.
@@ -324,6 +340,18 @@ mod tests {
         let error = Authority::load_or_create(&dir, true, 0).err().unwrap();
         assert!(error.to_string().contains("not contain an Ed25519 key"), "{error}");
         assert_eq!(dir.read("ca.key").unwrap().as_deref(), Some("junk"));
+    }
+
+    #[test]
+    fn the_administrators_key_is_kept_until_it_is_revoked() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = StateDir::new(root.path());
+        let authority = authority(&dir);
+        let first = renew_admin(&dir, &authority, 0, |_| false).unwrap();
+        assert_eq!(renew_admin(&dir, &authority, 1, |_| false).unwrap(), first);
+        let second = renew_admin(&dir, &authority, 2, |key| key == first).unwrap();
+        assert_ne!(second, first);
+        assert_eq!(renew_admin(&dir, &authority, 3, |key| key == first).unwrap(), second);
     }
 
     #[test]

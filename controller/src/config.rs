@@ -47,6 +47,8 @@ pub struct Config {
     pub heartbeat: Duration,
     /// Address at which `GET /metrics` is answered, without TLS and login. `None`: nowhere.
     pub metrics: Option<SocketAddr>,
+    /// True if administrators may also come over the network, with a certificate.
+    pub remote_admin: bool,
 }
 
 /// Settings of the mesh, which are stored. A setting that is `None` stays unchanged.
@@ -81,6 +83,9 @@ pub struct Settings {
     /// address, if that is a single one.
     #[serde(deserialize_with = "from_texts")]
     pub advertise: Option<Vec<ControllerAddress>>,
+    /// True if administrators may also come over the network, with the certificate `admin.crt` and its key. By
+    /// default they use the controller's local socket.
+    pub remote_admin: Option<bool>,
     /// IPv6 range of the overlay. It can change only while the mesh has no node. A new mesh gets a
     /// random /64 of fd00::/8 by default.
     #[serde(deserialize_with = "from_text")]
@@ -172,6 +177,7 @@ impl Settings {
             state_dir: self.state_dir.or(below.state_dir),
             listen: self.listen.or(below.listen),
             advertise: self.advertise.or(below.advertise),
+            remote_admin: self.remote_admin.or(below.remote_admin),
             overlay_v6: self.overlay_v6.or(below.overlay_v6),
             overlay_v4: self.overlay_v4.or(below.overlay_v4),
             protected: self.protected.or(below.protected),
@@ -253,7 +259,15 @@ impl Settings {
         if metrics.is_some_and(|address| address.port() == 0) {
             return Err(invalid("metrics-listen", "use a port of 1 to 65535".into()));
         }
-        Ok(Config { state_dir, listen, advertise, mesh, heartbeat: HEARTBEAT, metrics })
+        Ok(Config {
+            state_dir,
+            listen,
+            advertise,
+            mesh,
+            heartbeat: HEARTBEAT,
+            metrics,
+            remote_admin: self.remote_admin.unwrap_or(false),
+        })
     }
 }
 
@@ -304,6 +318,7 @@ mod tests {
         assert_eq!(example.mesh.overlay_v4, Some(OVERLAY_V4.parse().unwrap()));
         assert_eq!(example.mesh.lease, Some(LEASE));
         assert_eq!(example.metrics, None);
+        assert_eq!(example.remote_admin, default.remote_admin);
         assert_eq!(example.mesh.protected, Some(Vec::new()));
     }
 

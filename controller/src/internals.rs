@@ -31,6 +31,9 @@ pub fn stored(key: &str, bytes: &[u8]) -> Option<Vec<u8>> {
         Key::Token(id) => {
             stored::decode_token(id, bytes).ok().map(|token| stored::encode_token(&token))
         }
+        Key::Admin(key) => {
+            stored::decode_admin(key, bytes).ok().map(|admin| stored::encode_admin(&admin))
+        }
         Key::Mesh | Key::Node(_) | Key::RemovedNode(_) => None,
     }
 }

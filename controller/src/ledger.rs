@@ -94,6 +94,7 @@ impl Ledger {
     ) -> Result<Self, ReadError> {
         let (mut counters, mut mesh, mut last_seen) = (None, None, BTreeMap::new());
         let (mut members, mut removed_nodes, mut tokens) = (Vec::new(), Vec::new(), Vec::new());
+        let mut admins = Vec::new();
         let (mut nodes, mut tombstones) = (BTreeMap::new(), BTreeMap::new());
         for (key, value) in records {
             let invalid = |why: String| ReadError::Invalid { key: key.clone(), why };
@@ -120,12 +121,13 @@ impl Ledger {
                     tombstones.insert(id, signed);
                 }
                 Key::Token(id) => tokens.push(stored::decode_token(id, &value).map_err(invalid)?),
+                Key::Admin(key) => admins.push(stored::decode_admin(key, &value).map_err(invalid)?),
             }
         }
         last_seen.retain(|node, time| *time > 0 && nodes.contains_key(node));
         let (mesh, signed_mesh) = mesh.ok_or(ReadError::Missing("mesh"))?;
         let counters = counters.ok_or(ReadError::Missing("meta"))?;
-        let contents = Contents { counters, mesh, members, removed_nodes, tokens };
+        let contents = Contents { counters, mesh, members, removed_nodes, tokens, admins };
         let registry = Registry::load(contents)?;
         Ok(Self { authority, registry, mesh: signed_mesh, nodes, tombstones, last_seen })
     }
@@ -229,7 +231,8 @@ impl Ledger {
         let removed = self.registry.removed_nodes();
         let removed = removed.map(|removed| Key::RemovedNode(removed.tombstone.node_id));
         let tokens = self.registry.tokens().map(|token| Key::Token(token.id));
-        nodes.chain(removed).chain(tokens).chain([Key::Mesh])
+        let admins = self.registry.admins().map(|admin| Key::Admin(admin.key));
+        nodes.chain(removed).chain(tokens).chain(admins).chain([Key::Mesh])
     }
 
     fn sign(&mut self, value: Unsigned) {
@@ -268,6 +271,7 @@ impl Ledger {
                 Some(stored::encode_removed_node(removed.revision, self.tombstones.get(&id)?))
             }
             Key::Token(id) => registry.token(id).map(stored::encode_token),
+            Key::Admin(key) => registry.admin(key).map(stored::encode_admin),
         }
     }
 
@@ -300,7 +304,7 @@ impl Ledger {
                 revision: self.registry.mesh().revision,
                 signed: self.mesh.clone(),
             }),
-            Key::Counters | Key::LastSeen | Key::Token(_) => None,
+            Key::Counters | Key::LastSeen | Key::Token(_) | Key::Admin(_) => None,
         }
     }
 
@@ -328,6 +332,10 @@ impl Ledger {
                     ViewChange::Token(id, Arc::new(TokenView { message, secret_hash }))
                 }
                 None => ViewChange::TokenRemoved(id),
+            }),
+            Key::Admin(key) => Some(match self.registry.admin(key) {
+                Some(admin) => ViewChange::Admin(Arc::new(admin.clone())),
+                None => ViewChange::AdminRemoved(key),
             }),
             Key::Counters | Key::LastSeen | Key::Mesh | Key::RemovedNode(_) => None,
         }

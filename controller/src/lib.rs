@@ -19,7 +19,8 @@
 //! - [`map`] is the state that watchers see. Each watcher is a cursor in it; nothing is queued.
 //! - [`view`] is the state that operators see, and [`metrics`] what Prometheus reads of all parts.
 //! - [`authority`] is the CA. Its key is in a separate file and never in the store.
-//! - [`service`] implements the RPCs, behind one table that says which role may call which RPC.
+//! - [`service`] implements the RPCs, behind one table that says which role may call which RPC. Operators
+//!   come by the [`local`] socket, or over the network if they chose so.
 //! - [`server`] starts and stops all parts. [`cli`] is the command line, whose commands call a
 //!   running controller.
 //!
@@ -41,6 +42,7 @@ pub mod entropy;
 pub mod internals;
 pub mod ledger;
 pub mod listen;
+pub mod local;
 pub mod map;
 pub mod metrics;
 pub mod peer;

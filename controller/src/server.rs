@@ -14,14 +14,16 @@ use std::time::Duration;
 
 use ipnet::Ipv6Net;
 use parking_lot::Mutex;
-use tokio::net::TcpListener;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::{interval, timeout};
 use tokio_rustls::TlsAcceptor;
-use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::StreamExt as _;
+use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
 use tonic::body::Body;
 use tonic::transport::Server;
 use tower::util::MapResponseLayer;
+use towline_proto::id::IdentityKey;
 use towline_proto::limits;
 use towline_proto::node::MeshConfig;
 use towline_proto::pb::admin_server::AdminServer;
@@ -31,13 +33,14 @@ use towline_proto::token::ControllerAddress;
 use towline_service::port_owner::{self, PortOwner, Transport};
 use x25519_dalek::{PublicKey, StaticSecret};
 
-use crate::authority::{self, ADMIN_LIFE, Authority, AuthorityError};
+use crate::authority::{self, ADMIN_LIFE, Authority, AuthorityError, LOCAL_ADMIN};
 use crate::clock;
 use crate::config::{Config, LEASE, MeshSettings, OVERLAY_V4};
 use crate::counters::Counters;
 use crate::entropy::{NoEntropy, random};
 use crate::ledger::Ledger;
 use crate::listen::{self, Places, PresentedPeer, Standing};
+use crate::local;
 use crate::map::Map;
 use crate::metrics;
 use crate::peer::PeerName;
@@ -137,6 +140,9 @@ pub struct Controller {
     writer_ended: oneshot::Receiver<()>,
     /// Address of the metrics, if they are served.
     metrics: Option<SocketAddr>,
+    /// Socket of the local administrators; `None` if it could not be bound.
+    local: Option<UnixListener>,
+    is_remote_admin: bool,
     counters: Arc<Counters>,
     started: Now,
 }
@@ -170,13 +176,7 @@ impl Controller {
         let authority = Arc::new(Authority::load_or_create(&dir, fresh, now.unix)?);
         let (store, ledger) =
             open_ledger(&dir, fresh, &authority, &config.mesh, &config.advertise, now)?;
-        // A controller that was set up before serves its mesh even if the disk is full.
-        match authority::renew_admin(&dir, &authority, now.unix) {
-            Err(error) if fresh => return Err(error.into()),
-            renewed => {
-                warn_unless_stored(renewed, "the administrator's certificate is not renewed");
-            }
-        }
+        let (store, ledger) = admit_local_admin(&dir, fresh, store, ledger, &authority, now)?;
         let certificate = Arc::new(ServerCertificate::new(&authority, now.unix)?);
         let tls = tls::server_config(&authority, certificate.clone())?;
 
@@ -211,9 +211,15 @@ impl Controller {
             advertise: config.advertise,
             budgets: Budgets::default(),
             signals: Signals::default(),
+            admin_revoked: Arc::default(),
             reflector: reflector.as_ref().map(|_| address.port()),
             stopping,
         };
+        // Without it, operators need the credential and `remote_admin`.
+        let socket = local::listen(&dir).inspect_err(|error| {
+            let path = dir.file(local::SOCKET);
+            tracing::warn!(%error, path = %path.display(), "no local socket for administrators");
+        });
         let stored = dir.write("address", 0o644, &format!("{}\n", local(address)));
         match stored {
             Err(error) if fresh => return Err(error.into()),
@@ -234,6 +240,8 @@ impl Controller {
             stop,
             writer_ended,
             metrics: config.metrics,
+            local: socket.ok(),
+            is_remote_admin: config.remote_admin,
             counters,
             started: now,
         })
@@ -271,9 +279,15 @@ impl Controller {
             acceptor,
             accepted,
             places,
-            standing(shared.map.clone()),
+            standing(shared.map.clone(), shared.view.clone(), self.is_remote_admin),
         ));
-        let renewing = tokio::spawn(renew(dir.clone(), authority, self.certificate));
+        let renewing = tokio::spawn(renew(
+            dir.clone(),
+            authority,
+            self.certificate,
+            shared.writer.clone(),
+            shared.admin_revoked.clone(),
+        ));
         let writer = shared.writer.clone();
         let ticking =
             tokio::spawn(tick(writer.clone(), shared.map.clone(), shared.sessions.clone()));
@@ -285,7 +299,12 @@ impl Controller {
         });
 
         let mut stopping = shared.stopping.clone();
-        let authorizer = Authorizer::new(shared.map.clone(), shared.authority.mesh_id());
+        let authorizer = Authorizer::new(
+            shared.map.clone(),
+            shared.view.clone(),
+            shared.authority.mesh_id(),
+            self.is_remote_admin,
+        );
         let shared = Arc::new(shared);
         let discovery = DiscoveryServer::new(DiscoveryService::new(shared.clone()))
             .max_decoding_message_size(limits::MESSAGE_BYTES)
@@ -293,6 +312,13 @@ impl Controller {
         let admin = AdminServer::new(AdminService::new(shared))
             .max_decoding_message_size(limits::MESSAGE_BYTES)
             .max_encoding_message_size(limits::MESSAGE_BYTES);
+        let administering = tokio::spawn(serve_local(
+            self.local,
+            admin.clone(),
+            authorizer.clone(),
+            counters.clone(),
+            stopping.clone(),
+        ));
         let server = Server::builder()
             .http2_keepalive_interval(Some(KEEPALIVE.0))
             .http2_keepalive_timeout(Some(KEEPALIVE.1))
@@ -323,7 +349,11 @@ impl Controller {
         }
         if result.is_ok() {
             // Watches end by themselves. Connections that do not close in time are dropped.
-            let _ = timeout(GRACE, &mut server).await;
+            let _ = timeout(GRACE, async {
+                let _ = (&mut server).await;
+                let _ = administering.await;
+            })
+            .await;
         }
         drop(server);
         // Connections that are still open do not keep the store's thread alive: it finishes the
@@ -336,19 +366,29 @@ impl Controller {
             writer_ended.await
         })
         .await;
+        dir.remove(local::SOCKET)?;
         dir.remove("address")?;
         result
     }
 }
 
 /// Returns the function that tells the kind of a client by its certificate and the map.
-fn standing(map: Arc<Map>) -> impl Fn(&PresentedPeer) -> Standing + Clone {
-    move |PresentedPeer { peer, expired }| match peer.name {
-        PeerName::Node(node) if map.member(node, &peer.key).is_err() => Standing::Stranger,
-        PeerName::Node(node) if *expired => Standing::Expired(node),
-        PeerName::Node(node) => Standing::Node(node),
-        PeerName::Admin(_) if *expired => Standing::Stranger,
-        PeerName::Admin(_) => Standing::Admin,
+fn standing(
+    map: Arc<Map>,
+    view: Arc<View>,
+    is_remote_admin: bool,
+) -> impl Fn(&PresentedPeer) -> Standing + Clone {
+    move |presented| {
+        let (peer, is_expired) = (&presented.peer, presented.is_expired(clock::now().unix));
+        match peer.name {
+            PeerName::Node(node) if map.member(node, &peer.key).is_err() => Standing::Stranger,
+            PeerName::Node(node) if is_expired => Standing::Expired(node),
+            PeerName::Node(node) => Standing::Node(node),
+            PeerName::Admin(_) if !is_remote_admin || is_expired || !view.is_admin(&peer.key) => {
+                Standing::Stranger
+            }
+            PeerName::Admin(_) => Standing::Admin,
+        }
     }
 }
 
@@ -405,7 +445,7 @@ fn begin(
     now: Now,
 ) -> Result<(Store, Ledger), ServeError> {
     let mut ledger = writer::read(&store, authority.clone(), now)?;
-    let started = ledger.registry().start(dir.starts()?);
+    let started = ledger.registry().start(dir.starts()?, now);
     if started.restored {
         tracing::warn!(
             epoch = started.starts.epoch,
@@ -455,6 +495,49 @@ fn begin(
         stored => warn_unless_stored(stored, "this start is counted in the store only"),
     }
     Ok((store, ledger))
+}
+
+/// Renews the credential of the local administrator, and lists its key if it is new.
+///
+/// If the disk accepts no writes, a controller that was set up before serves its mesh all the same: the local
+/// socket needs no credential.
+fn admit_local_admin(
+    dir: &StateDir,
+    fresh: bool,
+    mut store: Store,
+    mut ledger: Ledger,
+    authority: &Arc<Authority>,
+    now: Now,
+) -> Result<(Store, Ledger), ServeError> {
+    let is_revoked = |key| is_revoked(&mut ledger, key);
+    let key = match authority::renew_admin(dir, authority, now.unix, is_revoked) {
+        Ok(key) => key,
+        Err(error) if fresh => return Err(error.into()),
+        Err(error) => {
+            warn_unless_stored(Err(error), "the administrator's certificate is not renewed");
+            return Ok((store, ledger));
+        }
+    };
+    ledger.registry().add_admin(key, LOCAL_ADMIN, now);
+    let writes = ledger.take_changes(BTreeMap::new).writes;
+    if writes.is_empty() {
+        return Ok((store, ledger));
+    }
+    match store.commit(store.sequence(), &writes) {
+        Ok(_) => Ok((store, ledger)),
+        Err(error @ CommitError::Failed { .. }) => {
+            tracing::error!(%error, "the administrator's key is not listed: use the local socket");
+            store.reopen()?;
+            let ledger = writer::read(&store, authority.clone(), now)?;
+            Ok((store, ledger))
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Returns whether an administrator's key is listed as revoked.
+fn is_revoked(ledger: &mut Ledger, key: IdentityKey) -> bool {
+    ledger.registry().admin(key).is_some_and(|admin| admin.revoked_at.is_some())
 }
 
 /// Logs a file that could not be written, and the consequence of that.
@@ -507,24 +590,75 @@ fn local(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(ip, address.port())
 }
 
-/// Renews the controller's and the administrator's certificates periodically.
-async fn renew(dir: StateDir, authority: Arc<Authority>, certificate: Arc<ServerCertificate>) {
+/// Serves the administrators' RPCs on the local socket, if there is one.
+async fn serve_local(
+    socket: Option<UnixListener>,
+    admin: AdminServer<AdminService>,
+    authorizer: Authorizer,
+    counters: Arc<Counters>,
+    mut stopping: watch::Receiver<bool>,
+) {
+    let Some(socket) = socket else { return };
+    let connections = UnixListenerStream::new(socket).filter(|connection| match connection {
+        Ok(stream) => local::is_allowed(stream),
+        Err(_) => true,
+    });
+    let served = Server::builder()
+        .max_concurrent_streams(STREAMS)
+        .layer(MapResponseLayer::new(move |response: http::Response<Body>| {
+            counters.response(&response);
+            response
+        }))
+        .layer(authorizer)
+        .add_service(admin)
+        .serve_with_incoming_shutdown(connections, async move {
+            // The sender lives until the end of `run`.
+            let _ = stopping.wait_for(|stopping| *stopping).await;
+        })
+        .await;
+    if let Err(error) = served {
+        tracing::error!(%error, "local socket failed: restart the controller");
+    }
+}
+
+/// Renews the controller's and the administrator's certificates periodically, and the latter also when an
+/// administrator's key was revoked.
+async fn renew(
+    dir: StateDir,
+    authority: Arc<Authority>,
+    certificate: Arc<ServerCertificate>,
+    writer: Writer,
+    admin_revoked: Arc<Notify>,
+) {
     let mut admin_since = clock::now().unix;
     let mut checks = interval(CERTIFICATE_CHECK);
     loop {
-        checks.tick().await;
+        let is_admin_due = tokio::select! {
+            _ = checks.tick() => false,
+            () = admin_revoked.notified() => true,
+        };
         let now = clock::now().unix;
         match certificate.renew(&authority, now) {
             Ok(true) => tracing::info!("certificate renewed"),
             Ok(false) => {}
             Err(error) => tracing::error!(%error, "cannot renew the certificate"),
         }
-        if tls::is_due(admin_since, ADMIN_LIFE, now) {
-            match authority::renew_admin(&dir, &authority, now) {
-                Ok(()) => admin_since = now,
-                Err(error) => {
+        if is_admin_due || tls::is_due(admin_since, ADMIN_LIFE, now) {
+            // The files are small, and are written once in days.
+            let (dir, authority) = (dir.clone(), authority.clone());
+            let renewed = writer.run(move |ledger, _, now| {
+                let key = authority::renew_admin(&dir, &authority, now.unix, |key| {
+                    is_revoked(ledger, key)
+                })?;
+                ledger.registry().add_admin(key, LOCAL_ADMIN, now);
+                Ok::<_, AuthorityError>(())
+            });
+            match renewed.await {
+                Ok(Ok(())) => admin_since = now,
+                Ok(Err(error)) => {
                     tracing::error!(%error, "cannot renew the administrator's certificate");
                 }
+                Err(error) => tracing::error!(%error, "cannot list the administrator's key"),
             }
         }
     }

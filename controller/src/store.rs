@@ -26,8 +26,8 @@ const RECORDS: TableDefinition<'_, &str, (u64, &[u8])> = TableDefinition::new("r
 /// Table of two numbers: `sequence` and `format`.
 const HEAD: TableDefinition<'_, &str, u64> = TableDefinition::new("head");
 /// Version of the format. It is raised with every change that an older controller cannot read. Format 2
-/// added the record `seen`.
-const FORMAT: u64 = 2;
+/// added the record `seen`, format 3 the records `admin/KEY`.
+const FORMAT: u64 = 3;
 /// Oldest format that can still be read. The first commit raises it to [`FORMAT`].
 const OLDEST_FORMAT: u64 = 1;
 /// Size of redb's cache, in bytes. It is small because all records are read once at the start and

@@ -6,12 +6,12 @@
 use prost::Message;
 use prost::bytes::Bytes;
 use towline_proto::convert::{self, Invalid};
-use towline_proto::id::{NodeId, NodeName, TokenId};
+use towline_proto::id::{IdentityKey, NodeId, NodeName, TokenId};
 use towline_proto::{pb, signed};
 
 use crate::authority::Authority;
 use towline_registry::token::{NamePattern, SecretHash, Token, TokenTerms};
-use towline_registry::{Counters, Key, Member, Mesh, Now, RemovedNode};
+use towline_registry::{Admin, Counters, Key, Member, Mesh, Now, RemovedNode};
 
 /// Record under the key `meta`: counters.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -86,6 +86,17 @@ struct StoredToken {
     token: Option<pb::Token>,
 }
 
+/// Record under a key `admin/KEY`: the key of an administrator.
+#[derive(Clone, PartialEq, prost::Message)]
+struct StoredAdmin {
+    #[prost(string, tag = "1")]
+    name: String,
+    #[prost(int64, tag = "2")]
+    created_at: i64,
+    #[prost(int64, optional, tag = "3")]
+    revoked_at: Option<i64>,
+}
+
 /// Returns the text of a key in the store.
 pub(crate) fn key_text(key: Key) -> String {
     match key {
@@ -95,6 +106,7 @@ pub(crate) fn key_text(key: Key) -> String {
         Key::Node(id) => format!("node/{id}"),
         Key::RemovedNode(id) => format!("tombstone/{id}"),
         Key::Token(id) => format!("token/{id}"),
+        Key::Admin(key) => format!("admin/{key}"),
     }
 }
 
@@ -107,6 +119,7 @@ pub(crate) fn parse_key(text: &str) -> Option<Key> {
         Some(("node", id)) => id.parse().ok().map(Key::Node),
         Some(("tombstone", id)) => id.parse().ok().map(Key::RemovedNode),
         Some(("token", id)) => id.parse().ok().map(Key::Token),
+        Some(("admin", key)) => key.parse().ok().map(Key::Admin),
         _ => None,
     }
 }
@@ -285,6 +298,18 @@ fn parse_token(secret_hash: SecretHash, token: pb::Token) -> Result<Token, Inval
         revoked: token.revoked,
         secret_hash,
     })
+}
+
+/// Encodes the key of an administrator.
+pub(crate) fn encode_admin(admin: &Admin) -> Vec<u8> {
+    let Admin { name, created_at, revoked_at, .. } = admin.clone();
+    StoredAdmin { name, created_at, revoked_at }.encode_to_vec()
+}
+
+/// Decodes what is stored of an administrator's key.
+pub(crate) fn decode_admin(key: IdentityKey, bytes: &[u8]) -> Result<Admin, String> {
+    let StoredAdmin { name, created_at, revoked_at } = decode(bytes)?;
+    Ok(Admin { key, name, created_at, revoked_at })
 }
 
 /// Returns the message of a token, without the names of the nodes that joined with it.

@@ -1,4 +1,4 @@
-//! What operators see: nodes and tokens. Like the map, it only contains state that is stored.
+//! What operators see: nodes, tokens and keys of administrators. Like the map, it only contains state that is stored.
 //!
 //! The writer replaces single items, each behind an `Arc`. A reader takes a page of them and never
 //! waits in the writer's queue.
@@ -8,11 +8,11 @@ use std::ops::Bound;
 use std::sync::Arc;
 
 use parking_lot::RwLock;
-use towline_proto::id::{NodeId, NodeName, TokenId};
+use towline_proto::id::{IdentityKey, NodeId, NodeName, TokenId};
 use towline_proto::pb;
 
 use towline_registry::token::SecretHash;
-use towline_registry::{JoinError, NoSuchNode, NodeProblem, TokenUnknown};
+use towline_registry::{Admin, JoinError, NoSuchNode, NodeProblem, TokenUnknown};
 
 /// Nodes and tokens, for operators.
 #[derive(Default)]
@@ -27,6 +27,7 @@ struct Inner {
     tokens: BTreeMap<TokenId, Arc<TokenView>>,
     /// Names of the nodes that joined with each token.
     joined: BTreeMap<TokenId, BTreeSet<NodeName>>,
+    admins: BTreeMap<IdentityKey, Arc<Admin>>,
 }
 
 /// A node, for operators.
@@ -68,6 +69,10 @@ pub enum ViewChange {
     Token(TokenId, Arc<TokenView>),
     /// A token was deleted.
     TokenRemoved(TokenId),
+    /// The key of an administrator was added or changed.
+    Admin(Arc<Admin>),
+    /// The key of an administrator was deleted.
+    AdminRemoved(IdentityKey),
 }
 
 impl View {
@@ -118,6 +123,17 @@ impl View {
             .collect()
     }
 
+    /// Returns whether an administrator has this key, and it is not revoked.
+    pub fn is_admin(&self, key: &IdentityKey) -> bool {
+        let inner = self.inner.read();
+        inner.admins.get(key).is_some_and(|admin| admin.revoked_at.is_none())
+    }
+
+    /// Returns the keys of all administrators, sorted.
+    pub fn admins(&self) -> Vec<Arc<Admin>> {
+        self.inner.read().admins.values().cloned().collect()
+    }
+
     /// Compares the hash of a secret with the token's, without waiting in the writer's queue. Returns whether
     /// the token admits another node at `now`, in seconds since 1970.
     ///
@@ -161,6 +177,8 @@ impl Inner {
             }
             ViewChange::Token(id, token) => drop(self.tokens.insert(id, token)),
             ViewChange::TokenRemoved(id) => drop(self.tokens.remove(&id)),
+            ViewChange::Admin(admin) => drop(self.admins.insert(admin.key, admin)),
+            ViewChange::AdminRemoved(key) => drop(self.admins.remove(&key)),
         }
     }
 

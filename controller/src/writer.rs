@@ -280,6 +280,8 @@ fn log(event: &Event) {
         }
         Event::TokenCreated { token } => tracing::info!(%token, "token created"),
         Event::TokenRevoked { token } => tracing::info!(%token, "token revoked"),
+        Event::AdminAdded { name, key } => tracing::info!(name, %key, "administrator added"),
+        Event::AdminRevoked { name, key } => tracing::info!(name, %key, "administrator revoked"),
     }
 }
 

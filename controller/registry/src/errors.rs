@@ -172,6 +172,14 @@ pub struct TokenUnknown {
     pub token: TokenId,
 }
 
+/// Error of an operation on a key that no administrator has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("no administrator has the key {key}: see `towline-controller admin list`")]
+pub struct NoSuchAdmin {
+    /// Key of the request.
+    pub key: IdentityKey,
+}
+
 /// Reason to refuse the creation of a token.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum CreateTokenError {

@@ -17,6 +17,7 @@
 //! | `problems` | what the operator of a node should know |
 //! | [`sessions`] | the live sessions |
 //! | [`token`] | join tokens |
+//! | `admins` | keys of administrators |
 //!
 //! # Invariants
 //!
@@ -33,6 +34,7 @@
 #![forbid(unsafe_code)]
 
 mod address;
+mod admins;
 mod claims;
 mod errors;
 mod join;
@@ -51,10 +53,11 @@ use towline_types::id::{IdentityKey, NodeId, NodeName, TokenId};
 use towline_types::node::{MeshConfig, Node, Tombstone};
 use towline_types::ownership;
 
+pub use admins::Admin;
 use claims::Claims;
 pub use errors::{
-    CreateTokenError, JoinError, LoadError, NoSuchNode, NodeAbsent, OverlayInUse, PublishError,
-    TokenUnknown,
+    CreateTokenError, JoinError, LoadError, NoSuchAdmin, NoSuchNode, NodeAbsent, OverlayInUse,
+    PublishError, TokenUnknown,
 };
 pub use join::Join;
 pub use members::Member;
@@ -82,6 +85,7 @@ pub struct Registry {
     removed_nodes: BTreeMap<NodeId, RemovedNode>,
     removed_identities: BTreeMap<IdentityKey, NodeId>,
     tokens: BTreeMap<TokenId, Token>,
+    admins: BTreeMap<IdentityKey, Admin>,
     problems: Problems,
     /// Monotonic time at which the last-seen times were last marked to be stored; `None` before the first
     /// time in this process.
@@ -142,6 +146,8 @@ pub struct Contents {
     pub removed_nodes: Vec<RemovedNode>,
     /// All tokens.
     pub tokens: Vec<Token>,
+    /// Keys of all administrators.
+    pub admins: Vec<Admin>,
 }
 
 /// Key of a stored record.
@@ -159,6 +165,8 @@ pub enum Key {
     RemovedNode(NodeId),
     /// A [`Token`]. If it does not exist, its record is deleted.
     Token(TokenId),
+    /// An [`Admin`]. If it does not exist, its record is deleted.
+    Admin(IdentityKey),
 }
 
 /// Value that the CA has to sign before it is stored and shown.
@@ -225,6 +233,20 @@ pub enum Event {
         /// Id of the token.
         token: TokenId,
     },
+    /// The key of an administrator was added.
+    AdminAdded {
+        /// Name of the administrator.
+        name: String,
+        /// The key.
+        key: IdentityKey,
+    },
+    /// The key of an administrator was revoked.
+    AdminRevoked {
+        /// Name of the administrator.
+        name: String,
+        /// The key.
+        key: IdentityKey,
+    },
 }
 
 /// Counters in a file beside the store, which is not part of a backup of the store.
@@ -283,6 +305,7 @@ impl Registry {
             registry.removed_nodes.insert(id, removed);
         }
         registry.tokens = contents.tokens.into_iter().map(|token| (token.id, token)).collect();
+        registry.admins = contents.admins.into_iter().map(|admin| (admin.key, admin)).collect();
         Ok(registry)
     }
 
@@ -295,6 +318,7 @@ impl Registry {
             removed_nodes: BTreeMap::new(),
             removed_identities: BTreeMap::new(),
             tokens: BTreeMap::new(),
+            admins: BTreeMap::new(),
             problems: Problems::default(),
             seen_stored_at: None,
             seen_stored: 0,
@@ -306,9 +330,9 @@ impl Registry {
 
     /// Counts a start of the controller. `beside` are the counters in the file `starts`, if it exists.
     /// A store that is marked as a backup, or that is behind the file, was restored. Then the epoch is
-    /// raised, so that all watches start with a full snapshot, and all tokens are revoked, since some
-    /// may have been used after the backup.
-    pub fn start(&mut self, beside: Option<Starts>) -> Started {
+    /// raised, so that all watches start with a full snapshot, and all tokens and keys of administrators
+    /// are revoked, since some may have been used or revoked after the backup.
+    pub fn start(&mut self, beside: Option<Starts>, now: Now) -> Started {
         let beside = beside.unwrap_or(Starts { count: 0, epoch: 0 });
         let counters = &mut self.counters;
         let restored = counters.is_backup || counters.starts < beside.count;
@@ -322,6 +346,10 @@ impl Registry {
                 token.revoked = true;
                 voided += 1;
                 self.dirty.insert(Key::Token(token.id));
+            }
+            for admin in self.admins.values_mut().filter(|admin| admin.revoked_at.is_none()) {
+                admin.revoked_at = Some(now.unix);
+                self.dirty.insert(Key::Admin(admin.key));
             }
         }
         let starts = Starts { count: self.counters.starts, epoch: self.counters.epoch };
@@ -442,7 +470,7 @@ impl Registry {
     }
 
     /// Does the periodic work: removes ephemeral nodes that are offline for longer than the lease,
-    /// moves prefixes of offline nodes to connected claimants, deletes old tokens, and at most once
+    /// moves prefixes of offline nodes to connected claimants, deletes old tokens and revoked keys, and at most once
     /// a minute marks the last-seen times to be stored.
     pub fn tick(&mut self, sessions: &Sessions, now: Now) {
         for node in self.members.ephemeral() {
@@ -463,6 +491,7 @@ impl Registry {
             self.tokens.remove(&token);
             self.dirty.insert(Key::Token(token));
         }
+        self.delete_old_admins(now);
         let is_changed = !sessions.is_empty() || sessions.opened_and_closed() != self.seen_stored;
         let is_due = |at| is_changed && now.since(at) >= LAST_SEEN_INTERVAL;
         if self.seen_stored_at.is_none_or(is_due) {

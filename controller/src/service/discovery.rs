@@ -157,7 +157,7 @@ impl Discovery for DiscoveryService {
         &self,
         request: Request<pb::JoinRequest>,
     ) -> Result<Response<pb::JoinResponse>, Status> {
-        let source = Caller::of(&request)?.address;
+        let source = Caller::of(&request)?.address()?;
         let join = WireJoin::parse(request.into_inner()).map_err(|error| error.status())?;
         let secret_hash = secret_hash(&join.secret);
         self.check_secret(&join, &secret_hash, source)?;

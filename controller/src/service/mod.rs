@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use tokio::sync::Notify;
 use tonic::Status;
 use towline_proto::convert::Invalid;
 use towline_proto::id::{NodeId, NodeName};
@@ -39,7 +40,7 @@ use budgets::Work;
 use refusal::{Refusal, absent};
 
 pub use admin::AdminService;
-pub use auth::{Authorizer, Caller, ROLES, Role};
+pub use auth::{Access, Authorizer, Caller, Object, RPCS, Role, Rpc};
 pub use budgets::Budgets;
 pub use discovery::DiscoveryService;
 pub(crate) use discovery::WireJoin;
@@ -76,6 +77,8 @@ pub struct Shared {
     pub budgets: Budgets,
     /// Forwarding of signals between nodes.
     pub signals: Signals,
+    /// Signal that the key of an administrator was revoked: the controller may have to replace its own.
+    pub admin_revoked: Arc<Notify>,
     /// UDP port of the STUN server; `None` if it could not be bound.
     pub reflector: Option<u16>,
     /// Value that becomes true when the controller stops.

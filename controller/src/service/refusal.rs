@@ -9,7 +9,8 @@ use crate::entropy::NoEntropy;
 use crate::map::{AccessError, Map};
 use crate::writer::Unavailable;
 use towline_registry::{
-    CreateTokenError, JoinError, NoSuchNode, NodeAbsent, OverlayInUse, PublishError, TokenUnknown,
+    CreateTokenError, JoinError, NoSuchAdmin, NoSuchNode, NodeAbsent, OverlayInUse, PublishError,
+    TokenUnknown,
 };
 
 /// Error of an operation that has a gRPC code.
@@ -69,6 +70,12 @@ impl Refusal for TokenUnknown {
 }
 
 impl Refusal for NoSuchNode {
+    fn code(&self) -> Code {
+        Code::NotFound
+    }
+}
+
+impl Refusal for NoSuchAdmin {
     fn code(&self) -> Code {
         Code::NotFound
     }

@@ -54,6 +54,7 @@ const DOCUMENTS: &[Document] = &[
     list("towline-controller node list", Source::Struct("controller/src/cli/node.rs", "View")),
     one("towline-controller node show", Source::Struct("controller/src/cli/node.rs", "View")),
     one("towline-controller mesh show", Source::Struct("controller/src/cli/mesh.rs", "View")),
+    list("towline-controller admin list", Source::Struct("controller/src/cli/admin.rs", "View")),
     one("towline-controller version", Source::Struct("proto/src/status.rs", "Version")),
 ];
 

@@ -23,7 +23,7 @@ fn an_ephemeral_node_goes_when_it_stays_away_and_others_never_do() {
 #[test]
 fn a_restored_store_voids_open_tokens_and_begins_a_new_epoch() {
     let mut world = World::new();
-    let started = world.registry.start(None);
+    let started = world.registry.start(None, world.now);
     assert_eq!(started.starts, Starts { count: 1, epoch: 1 });
     assert!(!started.restored);
     let token = world.token(terms());
@@ -32,14 +32,14 @@ fn a_restored_store_voids_open_tokens_and_begins_a_new_epoch() {
     let backup = world.stored.clone();
 
     let tombstone = world.remove(node);
-    let started = world.registry.start(Some(started.starts));
+    let started = world.registry.start(Some(started.starts), world.now);
     assert!(!started.restored);
     world.commit();
 
     world.stored = backup;
     world.reload();
     assert!(world.registry.member(node).is_ok(), "the backup is older than the removal");
-    let started = world.registry.start(Some(started.starts));
+    let started = world.registry.start(Some(started.starts), world.now);
     assert!(started.restored);
     assert_eq!((started.starts.epoch, started.voided), (2, 2));
     assert!(matches!(world.join(token, "b", 2), Err(JoinError::TokenRevoked { .. })));
