@@ -26,6 +26,7 @@ use towline_service::{certificate, pem};
 use crate::entropy::{self, NoEntropy};
 use crate::peer;
 use crate::state_dir::{StateDir, StateError};
+use crate::store_secret::StoreSecret;
 
 /// Lifetime of a node's certificate. The agent renews it in time.
 pub const NODE_LIFE: Duration = Duration::from_secs(24 * 3600);
@@ -47,6 +48,7 @@ pub struct Authority {
     public_key: IdentityKey,
     issuer: Issuer<'static, KeyPair>,
     statements: Ed25519KeyPair,
+    store_secret: StoreSecret,
 }
 
 /// Error of loading or creating the CA, or of issuing a certificate.
@@ -61,6 +63,15 @@ pub enum AuthorityError {
          new mesh in an empty state directory"
     )]
     Gone {
+        /// Path of the file.
+        missing: String,
+    },
+    /// The secret that authenticates the store is missing.
+    #[error(
+        "{missing} is missing: restore it from a backup, or if an earlier version of the controller \
+         wrote the store, start once with `serve --migrate-store`"
+    )]
+    NoStoreKey {
         /// Path of the file.
         missing: String,
     },
@@ -124,11 +135,24 @@ impl Authority {
             }
             None => return Err(gone("ca.crt")),
         };
-        Self::new(certificate, key)
+        let store_secret = match dir.read_key(STORE_KEY)? {
+            Some(text) => StoreSecret::parse(&text)
+                .ok_or_else(|| dir.damaged(STORE_KEY, "it does not contain keys"))?,
+            None if fresh => create_store_key(dir)?,
+            None => {
+                let missing = dir.file(STORE_KEY).display().to_string();
+                return Err(AuthorityError::NoStoreKey { missing });
+            }
+        };
+        Self::new(certificate, key, store_secret)
             .ok_or_else(|| dir.damaged("ca.crt", "it is not the certificate of ca.key").into())
     }
 
-    fn new(certificate: CertificateDer<'static>, key: KeyPair) -> Option<Self> {
+    fn new(
+        certificate: CertificateDer<'static>,
+        key: KeyPair,
+        store_secret: StoreSecret,
+    ) -> Option<Self> {
         let (mesh_id, public_key) = peer::mesh_authority(&certificate)?;
         if key.public_key_raw() != public_key.as_bytes() {
             return None;
@@ -136,12 +160,25 @@ impl Authority {
         let statements = Ed25519KeyPair::from_pkcs8_maybe_unchecked(key.serialized_der()).ok()?;
         let fingerprint = certificate::fingerprint(&certificate);
         let issuer = Issuer::from_ca_cert_der(&certificate, key).ok()?;
-        Some(Self { mesh_id, certificate, fingerprint, public_key, issuer, statements })
+        Some(Self {
+            mesh_id,
+            certificate,
+            fingerprint,
+            public_key,
+            issuer,
+            statements,
+            store_secret,
+        })
     }
 
     /// Returns the id of the CA's mesh.
     pub fn mesh_id(&self) -> MeshId {
         self.mesh_id
+    }
+
+    /// Returns the secret that authenticates the store's records.
+    pub(crate) fn store_secret(&self) -> &StoreSecret {
+        &self.store_secret
     }
 
     /// Returns the CA's certificate.
@@ -225,6 +262,24 @@ pub fn csr_key(der: &[u8]) -> Result<(IdentityKey, impl PublicKeyData), InvalidC
     let key =
         IdentityKey::try_from(csr.public_key.der_bytes()).map_err(|_| InvalidCsr::Algorithm)?;
     Ok((key, csr.public_key))
+}
+
+/// File with the secret that authenticates the store's records.
+const STORE_KEY: &str = "store.key";
+
+/// Creates the secret that authenticates the store's records, unless there is one, for the migration of a store
+/// that an earlier version wrote.
+pub fn prepare_migration(dir: &StateDir) -> Result<(), AuthorityError> {
+    if dir.read_key(STORE_KEY)?.is_none() {
+        create_store_key(dir)?;
+    }
+    Ok(())
+}
+
+fn create_store_key(dir: &StateDir) -> Result<StoreSecret, AuthorityError> {
+    let (secret, text) = StoreSecret::generate()?;
+    dir.write(STORE_KEY, 0o600, &text)?;
+    Ok(secret)
 }
 
 /// Name of the administrator whose credential is in the state directory.

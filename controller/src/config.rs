@@ -49,6 +49,8 @@ pub struct Config {
     pub metrics: Option<SocketAddr>,
     /// True if administrators may also come over the network, with a certificate.
     pub remote_admin: bool,
+    /// True if records of the store that are not authenticated are taken at this start, and authenticated.
+    pub migrate_store: bool,
 }
 
 /// Settings of the mesh, which are stored. A setting that is `None` stays unchanged.
@@ -267,6 +269,7 @@ impl Settings {
             heartbeat: HEARTBEAT,
             metrics,
             remote_admin: self.remote_admin.unwrap_or(false),
+            migrate_store: false,
         })
     }
 }

@@ -26,7 +26,9 @@ pub fn signing_request(der: &[u8]) -> bool {
 pub fn stored(key: &str, bytes: &[u8]) -> Option<Vec<u8>> {
     use towline_registry::Key;
     match stored::parse_key(key)? {
-        Key::Counters => stored::decode_counters(bytes).ok().map(stored::encode_counters),
+        Key::Counters => stored::decode_counters(bytes)
+            .ok()
+            .map(|(counters, sum)| stored::encode_counters(counters, &sum)),
         Key::LastSeen => stored::decode_last_seen(bytes).ok().map(stored::encode_last_seen),
         Key::Token(id) => {
             stored::decode_token(id, bytes).ok().map(|token| stored::encode_token(&token))

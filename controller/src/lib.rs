@@ -18,7 +18,8 @@
 //!   before it is acknowledged and before a watcher sees it.
 //! - [`map`] is the state that watchers see. Each watcher is a cursor in it; nothing is queued.
 //! - [`view`] is the state that operators see, and [`metrics`] what Prometheus reads of all parts.
-//! - [`authority`] is the CA. Its key is in a separate file and never in the store.
+//! - [`authority`] is the CA. Its key is in a separate file and never in the store, and so is the
+//!   [secret](store_secret) that authenticates the store's records.
 //! - [`service`] implements the RPCs, behind one table that says which role may call which RPC. Operators
 //!   come by the [`local`] socket, or over the network if they chose so.
 //! - [`server`] starts and stops all parts. [`cli`] is the command line, whose commands call a
@@ -52,6 +53,7 @@ pub mod service;
 mod slots;
 pub mod state_dir;
 pub mod store;
+pub mod store_secret;
 mod stored;
 pub mod tls;
 pub mod view;

@@ -173,9 +173,13 @@ impl Controller {
 
         let now = clock::now();
         let fresh = is_fresh(&dir)?;
+        let migrate = config.migrate_store && !fresh;
+        if migrate {
+            authority::prepare_migration(&dir)?;
+        }
         let authority = Arc::new(Authority::load_or_create(&dir, fresh, now.unix)?);
         let (store, ledger) =
-            open_ledger(&dir, fresh, &authority, &config.mesh, &config.advertise, now)?;
+            open_ledger(&dir, fresh, &authority, &config.mesh, &config.advertise, migrate, now)?;
         let (store, ledger) = admit_local_admin(&dir, fresh, store, ledger, &authority, now)?;
         let certificate = Arc::new(ServerCertificate::new(&authority, now.unix)?);
         let tls = tls::server_config(&authority, certificate.clone())?;
@@ -414,6 +418,7 @@ fn open_ledger(
     authority: &Arc<Authority>,
     settings: &MeshSettings,
     advertise: &[ControllerAddress],
+    migrate: bool,
     now: Now,
 ) -> Result<(Store, Ledger), ServeError> {
     let path = dir.store();
@@ -428,7 +433,7 @@ fn open_ledger(
     } else {
         Store::open(&path)?
     };
-    begin(dir, store, authority, settings, advertise, now)
+    begin(dir, store, authority, settings, advertise, migrate, now)
 }
 
 /// Loads the ledger, counts this start and applies the configuration. The addresses that this
@@ -442,9 +447,10 @@ fn begin(
     authority: &Arc<Authority>,
     settings: &MeshSettings,
     advertise: &[ControllerAddress],
+    migrate: bool,
     now: Now,
 ) -> Result<(Store, Ledger), ServeError> {
-    let mut ledger = writer::read(&store, authority.clone(), now)?;
+    let mut ledger = writer::read(&store, authority.clone(), migrate, now)?;
     let started = ledger.registry().start(dir.starts()?, now);
     if started.restored {
         tracing::warn!(
@@ -480,12 +486,15 @@ fn begin(
         );
     }
     match store.commit(store.sequence(), &ledger.take_changes(BTreeMap::new).writes) {
+        Ok(_) if migrate => {
+            tracing::warn!("store migrated: start without --migrate-store from now on")
+        }
         Ok(_) => {}
         // The new epoch of a restored store must be on the disk before a client sees it.
         Err(error @ CommitError::Failed { .. }) if !started.restored => {
             tracing::error!(%error, "start not counted, changed settings not applied");
             store.reopen()?;
-            let ledger = writer::read(&store, authority.clone(), now)?;
+            let ledger = writer::read(&store, authority.clone(), migrate, now)?;
             return Ok((store, ledger));
         }
         Err(error) => return Err(error.into()),
@@ -528,7 +537,7 @@ fn admit_local_admin(
         Err(error @ CommitError::Failed { .. }) => {
             tracing::error!(%error, "the administrator's key is not listed: use the local socket");
             store.reopen()?;
-            let ledger = writer::read(&store, authority.clone(), now)?;
+            let ledger = writer::read(&store, authority.clone(), false, now)?;
             Ok((store, ledger))
         }
         Err(error) => Err(error.into()),
@@ -703,14 +712,15 @@ mod tests {
         let now = clock::now();
         let authority = Arc::new(Authority::load_or_create(&dir, true, now.unix).unwrap());
         let settings = MeshSettings::default();
-        let mut first = open_ledger(&dir, true, &authority, &settings, &[], now).unwrap();
+        let mut first = open_ledger(&dir, true, &authority, &settings, &[], false, now).unwrap();
         let mesh = first.1.registry().mesh().clone();
         drop(first);
         let before = dir.starts().unwrap().unwrap();
 
         let store = Store::open(&dir.store()).unwrap();
         store.fail_next_commit();
-        let (mut store, mut ledger) = begin(&dir, store, &authority, &settings, &[], now).unwrap();
+        let (mut store, mut ledger) =
+            begin(&dir, store, &authority, &settings, &[], false, now).unwrap();
         assert_eq!(*ledger.registry().mesh(), mesh);
         assert_eq!(dir.starts().unwrap(), Some(before));
         // Once the disk has room, commits succeed again.
@@ -722,8 +732,9 @@ mod tests {
         dir.set_starts(ahead).unwrap();
         let store = Store::open(&dir.store()).unwrap();
         store.fail_next_commit();
-        assert!(begin(&dir, store, &authority, &settings, &[], now).is_err());
-        let (_store, _ledger) = open_ledger(&dir, false, &authority, &settings, &[], now).unwrap();
+        assert!(begin(&dir, store, &authority, &settings, &[], false, now).is_err());
+        let (_store, _ledger) =
+            open_ledger(&dir, false, &authority, &settings, &[], false, now).unwrap();
         assert_eq!(dir.starts().unwrap().unwrap().count, ahead.count + 1);
     }
 

@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | `ca.key` | the CA's private key, PKCS#8 PEM | 0600 |
 //! | `ca.crt` | the CA's certificate, PEM | 0644 |
+//! | `store.key` | the secret that authenticates the store's records | 0600 |
 //! | `admin.key`, `admin.crt` | the administrator's credential | 0600 |
 //! | `towline.redb` | the store | 0600 |
 //! | `starts` | number of the controller's starts, and the mesh's epoch: a store that is behind was restored from a backup | 0600 |

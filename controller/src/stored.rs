@@ -1,7 +1,9 @@
 //! Encoding of the registry's records in the store.
 //!
 //! Every signature is verified again when a record is decoded, so that an altered store cannot forge
-//! grants, tombstones or records. The tag of a removed field is never reused.
+//! grants, tombstones or records. What has no signature is authenticated by the
+//! [store's secret](crate::store_secret), which wraps what is encoded here. The tag of a removed field is never
+//! reused.
 
 use prost::Message;
 use prost::bytes::Bytes;
@@ -10,6 +12,7 @@ use towline_proto::id::{IdentityKey, NodeId, NodeName, TokenId};
 use towline_proto::{pb, signed};
 
 use crate::authority::Authority;
+use crate::store_secret::RecordSum;
 use towline_registry::token::{NamePattern, SecretHash, Token, TokenTerms};
 use towline_registry::{Admin, Counters, Key, Member, Mesh, Now, RemovedNode};
 
@@ -26,6 +29,9 @@ struct StoredCounters {
     v4_cursor: u32,
     #[prost(bool, tag = "5")]
     is_backup: bool,
+    /// Sum over all other records, 32 bytes. Records of older versions have none.
+    #[prost(bytes = "bytes", tag = "6")]
+    sum: Bytes,
 }
 
 /// Record under the key `mesh`: the mesh configuration.
@@ -124,16 +130,21 @@ pub(crate) fn parse_key(text: &str) -> Option<Key> {
     }
 }
 
-/// Encodes the counters.
-pub(crate) fn encode_counters(counters: Counters) -> Vec<u8> {
+/// Encodes the counters, with the sum over all other records.
+pub(crate) fn encode_counters(counters: Counters, sum: &RecordSum) -> Vec<u8> {
     let Counters { epoch, revision, starts, v4_cursor, is_backup } = counters;
-    StoredCounters { epoch, revision, starts, v4_cursor, is_backup }.encode_to_vec()
+    let sum = Bytes::copy_from_slice(&sum.0);
+    StoredCounters { epoch, revision, starts, v4_cursor, is_backup, sum }.encode_to_vec()
 }
 
-/// Decodes the counters.
-pub(crate) fn decode_counters(bytes: &[u8]) -> Result<Counters, String> {
-    let StoredCounters { epoch, revision, starts, v4_cursor, is_backup } = decode(bytes)?;
-    Ok(Counters { epoch, revision, starts, v4_cursor, is_backup })
+/// Decodes the counters and the sum, which is zero in a record of an older version.
+pub(crate) fn decode_counters(bytes: &[u8]) -> Result<(Counters, RecordSum), String> {
+    let StoredCounters { epoch, revision, starts, v4_cursor, is_backup, sum } = decode(bytes)?;
+    let sum = match sum.as_ref() {
+        [] => RecordSum::default(),
+        sum => RecordSum(sum.try_into().map_err(|_| "its sum has another length")?),
+    };
+    Ok((Counters { epoch, revision, starts, v4_cursor, is_backup }, sum))
 }
 
 /// Encodes the mesh configuration.

@@ -86,10 +86,16 @@ pub struct Published {
     pub counters: Arc<Counters>,
 }
 
-/// Loads the ledger from an open store.
-pub fn read(store: &Store, authority: Arc<Authority>, now: Now) -> Result<Ledger, LoadError> {
+/// Loads the ledger from an open store. With `migrate`, records of earlier versions are taken, which are not
+/// authenticated.
+pub fn read(
+    store: &Store,
+    authority: Arc<Authority>,
+    migrate: bool,
+    now: Now,
+) -> Result<Ledger, LoadError> {
     let path = || store.path().display().to_string();
-    Ledger::load(authority, store.load()?, now)
+    Ledger::load(authority, &store.load()?, migrate, now)
         .map_err(|error| LoadError::Load { path: path(), error })
 }
 
@@ -254,7 +260,8 @@ impl Thread {
             return Ok(());
         }
         let reread = self.store.reopen().map_err(LoadError::from);
-        let ledger = reread.and_then(|()| read(&self.store, self.authority.clone(), clock::now()));
+        let ledger =
+            reread.and_then(|()| read(&self.store, self.authority.clone(), false, clock::now()));
         match ledger {
             Ok(ledger) => {
                 self.published.replace(&ledger);

@@ -33,7 +33,7 @@ use towline_service::manual::{self, Shell};
 use towline_service::notify::Notifier;
 use towline_service::output::{self, Format, OutputError};
 
-use crate::config::{MetricsSettings, Settings};
+use crate::config::{Config, MetricsSettings, Settings};
 use crate::server::Controller;
 
 /// The Towline controller: certificate authority and registry of a mesh.
@@ -169,6 +169,10 @@ struct Serve {
         value_delimiter = ','
     )]
     bypass_when_down: Vec<IpNet>,
+    /// Take a store that an earlier version wrote, whose records are not authenticated, and authenticate them.
+    /// Use it for one start after the upgrade, and never for a store from elsewhere
+    #[arg(long)]
+    migrate_store: bool,
     /// Time that a node may be offline before other nodes may take over its prefixes [default: 10m]
     #[arg(long, env = "TOWLINE_CONTROLLER_LEASE", value_name = "DURATION")]
     lease: Option<SignedDuration>,
@@ -238,8 +242,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     let Cli { common, command } = cli;
     match command {
         Command::Serve(serve) => {
-            let log = serve.log.clone();
-            serve_until_signal(serve.settings(&common)?, &log)
+            let (log, migrate_store) = (serve.log.clone(), serve.migrate_store);
+            serve_until_signal(serve.settings(&common)?, &log, migrate_store)
         }
         Command::Token(command) => block_on(token::run(command, &common)),
         Command::Node(command) => block_on(node::run(command, &common)),
@@ -262,9 +266,13 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     }
 }
 
-fn serve_until_signal(settings: Settings, log: &LogArgs) -> anyhow::Result<()> {
+fn serve_until_signal(
+    settings: Settings,
+    log: &LogArgs,
+    migrate_store: bool,
+) -> anyhow::Result<()> {
     let log_config = settings.log.unwrap_or_default();
-    let config = settings.resolve()?;
+    let config = Config { migrate_store, ..settings.resolve()? };
     log.init(log_config, "info")?;
     raise_file_limit();
     block_on(async {
