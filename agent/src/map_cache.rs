@@ -14,7 +14,7 @@ use prost::Message as _;
 use towline_core::mesh::MapChange;
 use towline_proto::id::{IdentityKey, NodeId};
 use towline_proto::limits;
-use towline_proto::node::{MeshConfig, Record};
+use towline_proto::node::{Head, MeshConfig, Record};
 use towline_proto::{pb, signed};
 
 /// Start of a cache file: format name and version.
@@ -48,6 +48,7 @@ pub struct MapCache {
     generations: BTreeMap<NodeId, u64>,
     tombstones: BTreeMap<NodeId, pb::Signed>,
     mesh: Option<(pb::Signed, MeshConfig)>,
+    head: Option<(pb::Signed, Head)>,
     own_record: Option<Record>,
 }
 
@@ -63,6 +64,7 @@ impl MapCache {
             generations: BTreeMap::new(),
             tombstones: BTreeMap::new(),
             mesh: None,
+            head: None,
             own_record: None,
         }
     }
@@ -84,6 +86,23 @@ impl MapCache {
     /// Returns the mesh configuration, as it was signed and parsed.
     pub fn mesh(&self) -> Option<(&pb::Signed, &MeshConfig)> {
         self.mesh.as_ref().map(|(signed, mesh)| (signed, mesh))
+    }
+
+    /// Returns the newest head of the map that a controller showed, as it was signed. With it a controller that
+    /// was restored from a copy of its machine knows that it lost changes.
+    pub fn head(&self) -> Option<&pb::Signed> {
+        self.head.as_ref().map(|(signed, _)| signed)
+    }
+
+    /// Verifies a head of the map, and stores it if it is newer than the present one. Returns whether it is.
+    pub fn take_head(&mut self, head: pb::Signed) -> Result<bool, signed::Untrusted> {
+        let verified = signed::head(Some(&head), &self.ca)?;
+        let is_newer =
+            self.head.as_ref().is_none_or(|(_, have)| have.position() < verified.position());
+        if is_newer {
+            self.head = Some((head, verified));
+        }
+        Ok(is_newer)
     }
 
     /// Returns the record that the mesh has of this node.
@@ -153,7 +172,7 @@ impl MapCache {
     /// Verifies the mesh configuration, and stores it if it is newer than the present one.
     fn configure(&mut self, mesh: pb::Signed) -> Result<Option<MapChange>, signed::Untrusted> {
         let verified = signed::mesh(Some(&mesh), &self.ca)?;
-        if self.mesh.as_ref().is_some_and(|(_, have)| have.generation >= verified.generation) {
+        if self.mesh.as_ref().is_some_and(|(_, have)| !verified.is_newer_than(have)) {
             return Ok(None);
         }
         self.mesh = Some((mesh, verified.clone()));
@@ -165,7 +184,8 @@ impl MapCache {
         let upserts = self.entries.values().cloned().map(pb::change::Kind::Upsert);
         let tombstones = self.tombstones.values().cloned().map(pb::change::Kind::Tombstone);
         let mesh = self.mesh.iter().map(|(signed, _)| pb::change::Kind::Mesh(signed.clone()));
-        let changes = pb::Changes::of(mesh.chain(tombstones).chain(upserts), self.revision);
+        let mut changes = pb::Changes::of(mesh.chain(tombstones).chain(upserts), self.revision);
+        changes.head = self.head().cloned();
         let mut bytes = MAGIC.to_vec();
         bytes.extend_from_slice(&self.epoch.to_be_bytes());
         bytes.extend_from_slice(&changes.encode_to_vec());
@@ -176,8 +196,12 @@ impl MapCache {
     pub fn restore(mut self, bytes: &[u8]) -> Result<Self, InvalidCache> {
         let rest = bytes.strip_prefix(MAGIC).ok_or(InvalidCache::Malformed)?;
         let (epoch, body) = rest.split_first_chunk::<8>().ok_or(InvalidCache::Malformed)?;
-        let changes = pb::Changes::decode(body).map_err(|_| InvalidCache::Malformed)?;
+        let mut changes = pb::Changes::decode(body).map_err(|_| InvalidCache::Malformed)?;
         self.epoch = u64::from_be_bytes(*epoch);
+        if let Some(head) = changes.head.take() {
+            // Without it, a controller's rollback may be noticed by other nodes only.
+            let _ = self.take_head(head);
+        }
         let applied = self.apply(changes);
         if !applied.refused.is_empty() {
             // Refused statements are requested again.
@@ -207,7 +231,8 @@ impl MapCache {
 #[cfg(test)]
 mod tests {
     use towline_fixtures::ca::Ca;
-    use towline_fixtures::node::node;
+    use towline_fixtures::node::{mesh_config, node};
+    use towline_proto::signed::Domain;
 
     use super::*;
 
@@ -230,6 +255,36 @@ mod tests {
         assert_eq!(read.position(), (4, 7));
         assert_eq!(read.changes().len(), 2);
         assert_eq!(read.encode(), map.encode());
+    }
+
+    #[test]
+    fn the_newest_head_survives_a_restart_and_a_forged_one_is_refused() {
+        let ca = Ca::new(9);
+        let head = |ca: &Ca, epoch, revision| {
+            let mesh_id = towline_fixtures::node::MESH;
+            ca.sign(Domain::Head, &pb::Head::from(&Head { mesh_id, epoch, revision }))
+        };
+        let mut map = MapCache::new(ca.public(), NodeId([1; 16]));
+        assert_eq!(map.take_head(head(&ca, 2, 5)), Ok(true));
+        assert_eq!(map.take_head(head(&ca, 1, 9)), Ok(false));
+        assert!(map.take_head(head(&Ca::new(8), 3, 1)).is_err());
+        let read = MapCache::new(ca.public(), NodeId([1; 16])).restore(&map.encode()).unwrap();
+        assert_eq!(read.head(), Some(&head(&ca, 2, 5)));
+    }
+
+    #[test]
+    fn a_configuration_of_a_later_epoch_wins_over_a_higher_generation() {
+        let ca = Ca::new(9);
+        let mesh = |epoch, generation| {
+            let mesh = MeshConfig { epoch, generation, ..mesh_config() };
+            let signed = ca.sign(Domain::Mesh, &pb::MeshConfig::from(&mesh));
+            changes(1, vec![pb::change::Kind::Mesh(signed)])
+        };
+        let mut map = MapCache::new(ca.public(), NodeId([1; 16]));
+        map.apply(mesh(1, 7));
+        assert!(map.apply(mesh(1, 6)).changes.is_empty());
+        assert_eq!(map.apply(mesh(2, 3)).changes.len(), 1);
+        assert!(map.apply(mesh(1, 8)).changes.is_empty());
     }
 
     #[test]

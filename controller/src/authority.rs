@@ -18,7 +18,7 @@ use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer, PrivatePkcs8KeyDer};
 use towline_proto::id::{Fingerprint, IdentityKey, MeshId, NodeId};
 use towline_proto::limits;
-use towline_proto::node::{Grant, MeshConfig, Tombstone};
+use towline_proto::node::{Grant, Head, MeshConfig, Tombstone};
 use towline_proto::signed::{self, Domain};
 use towline_proto::{CONTROLLER_TLS_NAME, pb};
 use towline_service::{certificate, pem};
@@ -209,6 +209,11 @@ impl Authority {
     /// Signs the mesh configuration.
     pub fn sign_mesh(&self, mesh: &MeshConfig) -> pb::Signed {
         signed::sign(Domain::Mesh, &pb::MeshConfig::from(mesh), &self.statements)
+    }
+
+    /// Signs a head of the map.
+    pub fn sign_head(&self, head: &Head) -> pb::Signed {
+        signed::sign(Domain::Head, &pb::Head::from(head), &self.statements)
     }
 
     /// Issues a certificate for a key of the subject. `now` is in seconds since 1970.

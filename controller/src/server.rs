@@ -216,6 +216,7 @@ impl Controller {
             budgets: Budgets::default(),
             signals: Signals::default(),
             admin_revoked: Arc::default(),
+            head: Mutex::new(None),
             reflector: reflector.as_ref().map(|_| address.port()),
             stopping,
         };
@@ -576,6 +577,7 @@ fn first_mesh(authority: &Authority, settings: &MeshSettings) -> Result<MeshConf
         controllers: Vec::new(),
         lease: settings.lease.unwrap_or(LEASE),
         generation: 1,
+        epoch: 0,
     })
 }
 

@@ -287,6 +287,12 @@ fn log(event: &Event) {
         }
         Event::TokenCreated { token } => tracing::info!(%token, "token created"),
         Event::TokenRevoked { token } => tracing::info!(%token, "token revoked"),
+        Event::LaterHistory { epoch, voided } => tracing::warn!(
+            epoch,
+            voided_tokens = voided,
+            "a node has a later history: this machine was restored from a copy: all watches restart, open tokens \
+             and administrators' keys are void"
+        ),
         Event::AdminAdded { name, key } => tracing::info!(name, %key, "administrator added"),
         Event::AdminRevoked { name, key } => tracing::info!(name, %key, "administrator revoked"),
     }

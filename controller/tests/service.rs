@@ -245,6 +245,47 @@ async fn a_slow_watcher_gets_the_newest_state_and_no_queue() {
 }
 
 #[tokio::test]
+async fn a_machine_that_was_restored_from_a_copy_is_told_so_by_what_a_node_knows() {
+    let root = tempfile::tempdir().unwrap();
+    let (state, copy) = (root.path().join("state"), root.path().join("copy"));
+    let files = ["towline.redb", "starts"];
+    let controller = TestController::start(&state);
+    let ca = controller.ca_key();
+    let a = controller.node("a", &[]).await;
+    let token = controller.token(pb::CreateTokenRequest::default()).await;
+    controller.stop().await;
+    // A copy of the whole machine, also of what is beside the store.
+    std::fs::create_dir(&copy).unwrap();
+    for name in files {
+        std::fs::copy(state.join(name), copy.join(name)).unwrap();
+    }
+    let controller = TestController::start(&state);
+    Machine::new("b").join(&controller, &token).await.unwrap();
+    let ready = a.watch(&controller).await.ready;
+    let head = ready.head.clone();
+    assert_eq!(signed::head(head.as_ref(), &ca).unwrap().epoch, ready.epoch);
+    controller.stop().await;
+    for name in files {
+        std::fs::copy(copy.join(name), state.join(name)).unwrap();
+    }
+
+    let controller = TestController::start(&state);
+    let forged = pb::WatchStart { head: ready.mesh.clone(), ..Default::default() };
+    let watch = a.watch_from(&controller, forged).await.unwrap();
+    assert_eq!(watch.ready.epoch, ready.epoch, "what is no head proves nothing");
+    drop(watch);
+    let start = pb::WatchStart { head, ..Default::default() };
+    let later = a.watch_from(&controller, start).await.unwrap().ready;
+    assert_eq!(later.epoch, ready.epoch + 1);
+    let mesh = signed::mesh(later.mesh.as_ref(), &ca).unwrap();
+    assert!(mesh.is_newer_than(&signed::mesh(ready.mesh.as_ref(), &ca).unwrap()));
+    let status = Machine::new("c").join(&controller, &token).await.unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition, "{status}");
+    assert!(status.message().contains("revoked"), "{status}");
+    controller.stop().await;
+}
+
+#[tokio::test]
 async fn a_removed_node_is_told_so_with_its_tombstone() {
     let root = tempfile::tempdir().unwrap();
     let controller = TestController::start(root.path());

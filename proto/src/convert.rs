@@ -12,7 +12,7 @@ use ipnet::IpNet;
 use crate::id::{InvalidId, Label, NodeName, WireguardKey};
 use crate::limits;
 use crate::node::{
-    Candidate, CandidateKind, Grant, MeshConfig, OverlayAddresses, Record, Tombstone,
+    Candidate, CandidateKind, Grant, Head, MeshConfig, OverlayAddresses, Record, Tombstone,
 };
 use crate::pb;
 use crate::token::ControllerAddress;
@@ -316,6 +316,7 @@ impl TryFrom<pb::MeshConfig> for MeshConfig {
             bypass_when_down: prefixes(&mesh.bypass_when_down)?,
             controllers: controllers(&mesh.controllers)?,
             generation: mesh.generation,
+            epoch: mesh.epoch,
         })
     }
 }
@@ -332,7 +333,24 @@ impl From<&MeshConfig> for pb::MeshConfig {
             bypass_when_down: mesh.bypass_when_down.iter().map(Into::into).collect(),
             controllers: mesh.controllers.iter().map(ToString::to_string).collect(),
             generation: mesh.generation,
+            epoch: mesh.epoch,
         }
+    }
+}
+
+impl TryFrom<pb::Head> for Head {
+    type Error = Invalid;
+
+    fn try_from(head: pb::Head) -> Result<Self, Invalid> {
+        let pb::Head { mesh_id, epoch, revision } = head;
+        Ok(Self { mesh_id: id(&mesh_id)?, epoch, revision })
+    }
+}
+
+impl From<&Head> for pb::Head {
+    fn from(head: &Head) -> Self {
+        let Head { mesh_id, epoch, revision } = *head;
+        Self { mesh_id: mesh_id.0.to_vec(), epoch, revision }
     }
 }
 

@@ -332,6 +332,7 @@ impl Discovery {
             revision,
             instance_id: self.instance.to_vec(),
             tombstones: self.map.tombstones(),
+            head: self.map.head().cloned(),
         });
         // The channel is empty, so this does not block.
         let _ = requests.send(pb::WatchRequest { kind: Some(start) }).await;
@@ -388,6 +389,7 @@ impl Discovery {
     /// Takes over the epoch, the mesh configuration and the grant of the first message.
     async fn take_ready(&mut self, ready: &pb::WatchReady) -> Result<(), Ended> {
         self.map.enter_epoch(ready.epoch);
+        self.take_head(ready.head.clone());
         if let Some(mesh) = &ready.mesh {
             let mesh = pb::change::Kind::Mesh(mesh.clone());
             self.take_changes(pb::Changes::of([mesh], 0)).await?;
@@ -396,6 +398,15 @@ impl Discovery {
             self.take_grant(grant.clone()).await?;
         }
         Ok(())
+    }
+
+    /// Takes over a head of the map. Returns whether it is newer than the present one.
+    fn take_head(&mut self, head: Option<pb::Signed>) -> bool {
+        let Some(head) = head else { return false };
+        self.map.take_head(head).unwrap_or_else(|error| {
+            tracing::warn!(%error, "invalid head of the map ignored");
+            false
+        })
     }
 
     /// Takes over a new grant, for example after an operator changed it.
@@ -510,7 +521,9 @@ impl Discovery {
                 }
                 return Ok(());
             }
-            Some(Kind::Heartbeat(_)) => {}
+            Some(Kind::Heartbeat(heartbeat)) => {
+                session.map_dirty |= self.take_head(heartbeat.head);
+            }
             // A second `Ready` and unknown messages are ignored.
             Some(Kind::Ready(_)) | None => {}
         }

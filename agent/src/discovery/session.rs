@@ -59,7 +59,7 @@ impl Session {
     }
 
     pub(super) fn beat(&self, revision: u64) -> Result<(), Ended> {
-        self.send(pb::watch_request::Kind::Heartbeat(pb::Heartbeat { revision }))
+        self.send(pb::watch_request::Kind::Heartbeat(pb::Heartbeat { revision, head: None }))
     }
 
     pub(super) fn signal(&self, to: NodeId, body: Vec<u8>) -> Result<(), Ended> {

@@ -645,7 +645,7 @@ impl Membership {
     /// Takes over the mesh configuration of the map if it is newer. Returns whether it was.
     pub fn update(&mut self, map: &MapCache) -> bool {
         let Some((signed, mesh)) = map.mesh() else { return false };
-        if mesh.generation <= self.mesh.generation {
+        if !mesh.is_newer_than(&self.mesh) {
             return false;
         }
         (self.mesh, self.signed_mesh) = (mesh.clone(), signed.clone());

@@ -50,7 +50,7 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use towline_types::id::{IdentityKey, NodeId, NodeName, TokenId};
-use towline_types::node::{MeshConfig, Node, Tombstone};
+use towline_types::node::{Head, MeshConfig, Node, Tombstone};
 use towline_types::ownership;
 
 pub use admins::Admin;
@@ -233,6 +233,13 @@ pub enum Event {
         /// Id of the token.
         token: TokenId,
     },
+    /// A node proved that the store is a copy from an earlier time.
+    LaterHistory {
+        /// Epoch that began.
+        epoch: u64,
+        /// Number of tokens that were revoked.
+        voided: usize,
+    },
     /// The key of an administrator was added.
     AdminAdded {
         /// Name of the administrator.
@@ -339,21 +346,46 @@ impl Registry {
         counters.is_backup = false;
         counters.starts = counters.starts.max(beside.count) + 1;
         self.dirty.insert(Key::Counters);
-        let mut voided = 0;
-        if restored {
-            counters.epoch = counters.epoch.max(beside.epoch) + 1;
-            for token in self.tokens.values_mut().filter(|token| !token.revoked) {
-                token.revoked = true;
-                voided += 1;
-                self.dirty.insert(Key::Token(token.id));
-            }
-            for admin in self.admins.values_mut().filter(|admin| admin.revoked_at.is_none()) {
-                admin.revoked_at = Some(now.unix);
-                self.dirty.insert(Key::Admin(admin.key));
-            }
-        }
+        let voided = if restored { self.begin_epoch(beside.epoch, now) } else { 0 };
         let starts = Starts { count: self.counters.starts, epoch: self.counters.epoch };
         Started { starts, restored, voided }
+    }
+
+    /// Begins a new epoch if a node proved that this store is a copy from an earlier time: the CA signed a later
+    /// head of the map than the store has. Returns the number of tokens that were revoked; `None` if the head is not
+    /// a later one.
+    pub fn prove_later(&mut self, head: Head, now: Now) -> Option<usize> {
+        let is_later = head.mesh_id == self.mesh.config.mesh_id
+            && head.position() > (self.counters.epoch, self.counters.revision);
+        is_later.then(|| {
+            // Revisions go on after those that were lost, so that no two changes have the same one.
+            self.counters.revision = self.counters.revision.max(head.revision);
+            let voided = self.begin_epoch(head.epoch, now);
+            self.events.push(Event::LaterHistory { epoch: self.counters.epoch, voided });
+            voided
+        })
+    }
+
+    /// Begins an epoch after the present one and after `above`. All watches start with the whole map then, and the
+    /// mesh configuration wins over those of earlier epochs. Revokes all tokens and keys of administrators. Returns
+    /// the number of tokens.
+    fn begin_epoch(&mut self, above: u64, now: Now) -> usize {
+        let mut voided = 0;
+        self.counters.epoch = self.counters.epoch.max(above).saturating_add(1);
+        self.mesh.config.epoch = self.counters.epoch;
+        self.mesh.revision = self.next_revision();
+        self.dirty.extend([Key::Counters, Key::Mesh]);
+        self.unsigned.insert(Unsigned::Mesh);
+        for token in self.tokens.values_mut().filter(|token| !token.revoked) {
+            token.revoked = true;
+            voided += 1;
+            self.dirty.insert(Key::Token(token.id));
+        }
+        for admin in self.admins.values_mut().filter(|admin| admin.revoked_at.is_none()) {
+            admin.revoked_at = Some(now.unix);
+            self.dirty.insert(Key::Admin(admin.key));
+        }
+        voided
     }
 
     /// Changes the mesh configuration. Does nothing if it stays the same. The overlay ranges can

@@ -231,6 +231,7 @@ impl Discovery for DiscoveryService {
         }
         convert::bounded("instance_id", start.instance_id.len(), 64)
             .map_err(|error| error.status())?;
+        watch::prove(&self.shared, start.head.as_ref()).await?;
         let cursor = Watcher::cursor(&self.shared.map, (start.epoch, start.revision));
         if cursor == 0 {
             self.shared.spend(&node, Work::Snapshot)?;

@@ -19,6 +19,7 @@ use tokio::sync::Notify;
 use tonic::Status;
 use towline_proto::convert::Invalid;
 use towline_proto::id::{NodeId, NodeName};
+use towline_proto::node::Head;
 use towline_proto::rate::Rate;
 use towline_proto::source_limiter::SourceLimiter;
 use towline_proto::token::ControllerAddress;
@@ -79,6 +80,8 @@ pub struct Shared {
     pub signals: Signals,
     /// Signal that the key of an administrator was revoked: the controller may have to replace its own.
     pub admin_revoked: Arc<Notify>,
+    /// Head of the map that was signed last.
+    pub head: Mutex<Option<(Head, pb::Signed)>>,
     /// UDP port of the STUN server; `None` if it could not be bound.
     pub reflector: Option<u16>,
     /// Value that becomes true when the controller stops.
@@ -92,6 +95,21 @@ impl Shared {
         change: impl FnOnce(&mut Ledger, &Sessions, Now) -> T + Send + 'static,
     ) -> Result<T, Status> {
         self.writer.run(change).await.map_err(Refusal::status)
+    }
+
+    /// Returns the signed head of the map.
+    fn head(&self) -> pb::Signed {
+        let (epoch, revision) = (self.map.epoch(), self.map.revision());
+        let head = Head { mesh_id: self.authority.mesh_id(), epoch, revision };
+        let mut last = self.head.lock();
+        if let Some((signed_head, signed)) = &*last
+            && *signed_head == head
+        {
+            return signed.clone();
+        }
+        let signed = self.authority.sign_head(&head);
+        *last = Some((head, signed.clone()));
+        signed
     }
 
     /// Spends one unit of a node's budget.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
-use tokio::time::{Instant, MissedTickBehavior, Sleep, interval, sleep};
+use tokio::time::{Instant, MissedTickBehavior, Sleep, interval, sleep, timeout};
 use tonic::{Status, Streaming};
 use towline_proto::convert;
 use towline_proto::id::NodeId;
@@ -19,8 +19,8 @@ use towline_proto::{limits, pb, signed};
 use crate::clock;
 use crate::ledger::Ledger;
 use crate::map::Map;
-use towline_registry::NodeProblem;
 use towline_registry::sessions::{SessionId, Sessions};
+use towline_registry::{NodeProblem, Now};
 
 use super::Shared;
 use super::auth::CallingNode;
@@ -30,6 +30,9 @@ use super::signals::ToWatch;
 
 /// Number of signatures that are verified before the task yields to others.
 const VERIFIED_AT_ONCE: usize = 64;
+
+/// Time for this controller to get the changes that a client has seen elsewhere, before they count as lost.
+const CATCH_UP: Duration = Duration::from_secs(2);
 
 /// Pause between two messages of changes to one watcher, for each watcher that there is: 50 ms with
 /// 1,000 watchers, half a second with 10,000. The first change after a pause is sent at once; what
@@ -234,7 +237,8 @@ impl Watcher {
                 (Kind::Changes(changes), if all { Due::Nothing } else { Due::Changes })
             }
             Due::Heartbeat | Due::Nothing => {
-                (Kind::Heartbeat(pb::Heartbeat { revision: self.cursor }), Due::Nothing)
+                let head = Some(self.shared.head());
+                (Kind::Heartbeat(pb::Heartbeat { revision: self.cursor, head }), Due::Nothing)
             }
         };
         (pb::WatchResponse { kind: Some(kind) }, then)
@@ -252,6 +256,7 @@ impl Watcher {
             grant: map.member(self.node.id, &self.node.identity).ok().map(|(_, grant)| grant),
             reflector_port: self.shared.reflector.map_or(0, u32::from),
             reflectors: self.shared.reflectors(),
+            head: Some(self.shared.head()),
         }
     }
 
@@ -271,6 +276,40 @@ impl Watcher {
 /// Returns the status of a watch that the same node opened again.
 fn replaced() -> Status {
     Status::aborted("the session was replaced by a newer one")
+}
+
+/// Begins a new epoch if a client has a later head of the map than this controller, which was then restored from a
+/// copy of its machine. Only the CA can sign a head, so a node cannot make one up.
+pub(super) async fn prove(shared: &Shared, head: Option<&pb::Signed>) -> Result<(), Status> {
+    if head.is_none() {
+        return Ok(());
+    }
+    let head = match signed::head(head, shared.authority.public_key()) {
+        Ok(head) if head.mesh_id == shared.authority.mesh_id() => head,
+        Ok(_) => return Ok(()),
+        Err(error) => {
+            tracing::debug!(%error, "head of a node ignored");
+            return Ok(());
+        }
+    };
+    let is_later = || head.position() > (shared.map.epoch(), shared.map.revision());
+    if !is_later() {
+        return Ok(());
+    }
+    // The node may come from another controller, whose newest changes are not here yet.
+    let mut latest = shared.map.latest();
+    let _ = timeout(CATCH_UP, latest.wait_for(|revision| *revision >= head.revision)).await;
+    if !is_later() {
+        return Ok(());
+    }
+    let change = move |ledger: &mut Ledger, _: &Sessions, now: Now| {
+        ledger.registry().prove_later(head, now).is_some()
+    };
+    if shared.apply(change).await? {
+        // The key of the local administrator is void, too.
+        shared.admin_revoked.notify_one();
+    }
+    Ok(())
 }
 
 /// Adds the tombstones of a client that this controller does not have, after it verified them.
