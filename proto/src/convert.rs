@@ -29,6 +29,9 @@ pub enum Invalid {
     /// A field has more bytes or items than [`limits`] allows.
     #[error("{0} is too long")]
     TooLong(&'static str),
+    /// A number is larger than [`limits`] allows.
+    #[error("{0} is too large")]
+    TooLarge(&'static str),
     /// An address has a wrong length, or cannot be used for its purpose.
     #[error("{0} is not a usable address")]
     Address(&'static str),
@@ -231,6 +234,9 @@ impl TryFrom<pb::Record> for Record {
     fn try_from(record: pb::Record) -> Result<Self, Invalid> {
         bounded("list of candidates", record.candidates.len(), limits::CANDIDATES)?;
         bounded("version", record.version.len(), limits::VERSION_BYTES)?;
+        if record.generation > limits::GENERATION {
+            return Err(Invalid::TooLarge("generation"));
+        }
         Ok(Self {
             node_id: id(&record.node_id)?,
             generation: record.generation,
@@ -370,5 +376,9 @@ mod tests {
         };
         assert!(Record::try_from(record(10_000)).is_err());
         assert!(Record::try_from(record(limits::CANDIDATES)).is_ok());
+        let last = pb::Record { generation: limits::GENERATION, ..record(1) };
+        assert!(Record::try_from(last.clone()).is_ok());
+        let beyond = pb::Record { generation: limits::GENERATION + 1, ..last };
+        assert_eq!(Record::try_from(beyond), Err(Invalid::TooLarge("generation")));
     }
 }

@@ -48,6 +48,9 @@ const BACKOFF: Backoff =
 const READY: Duration = Duration::from_secs(10);
 /// Maximum time for the controller's answer when this node leaves.
 const LEAVE_ANSWER: Duration = Duration::from_secs(30);
+/// Shortest time between two records. Each one is sent to every node of the mesh, so a machine whose addresses change
+/// all the time must not make all others work as often.
+const PUBLISH_INTERVAL: Duration = Duration::from_secs(2);
 /// Delay after which a refused record is published again.
 const PUBLISH_RETRY: Duration = Duration::from_secs(30);
 /// Number of missed heartbeats that end a session.
@@ -359,6 +362,7 @@ impl Discovery {
             local: connection.local,
             heartbeat: Duration::from_millis(ready.heartbeat_ms.clamp(100, 60_000).into()),
             published: false,
+            published_at: None,
             retry_publish: None,
             map_dirty: false,
             map_saved: Instant::now(),
@@ -459,7 +463,11 @@ impl Discovery {
                     // A change of this machine's addresses is one of the announcement.
                     session.has_address()?;
                     let announcement = announcements.borrow_and_update().clone();
-                    self.publish(session, announcement).await?;
+                    match session.publishable_at() {
+                        // Whatever is announced then is published.
+                        Some(at) => session.retry_publish = Some(at),
+                        None => self.publish(session, announcement).await?,
+                    }
                 }
                 () = sleep_until(retry), if session.retry_publish.is_some() => {
                     session.retry_publish = None;
@@ -613,6 +621,7 @@ impl Discovery {
         let result = match session.client.publish(request).await {
             Ok(answer) => {
                 session.published = true;
+                session.published_at = Some(Instant::now());
                 Ok(answer.into_inner().refused.into_iter().map(|refused| refused.reason).collect())
             }
             Err(status) if is_about_the_record(&status) => {
@@ -629,7 +638,7 @@ impl Discovery {
     /// Numbers and signs an announcement. The number is stored before it is used, if the disk
     /// allows it. If it is lost, the map contains the last one.
     fn sign(&mut self, announcement: Announcement) -> Result<pb::Signed, Ended> {
-        self.counters.generation += 1;
+        self.counters.generation = self.counters.generation.saturating_add(1);
         kept(self.state.store_counters(self.counters));
         let record = Record {
             node_id: self.membership.grant.node_id,

@@ -12,6 +12,7 @@ use towline_proto::pb::discovery_client::DiscoveryClient;
 use towline_proto::token::ControllerAddress;
 use towline_proto::{limits, pb};
 
+use super::PUBLISH_INTERVAL;
 use crate::dial;
 use crate::not_connected::NotConnected;
 
@@ -42,6 +43,8 @@ pub(super) struct Session {
     pub(super) local: SocketAddr,
     pub(super) heartbeat: Duration,
     pub(super) published: bool,
+    /// Time at which this session's last record was accepted.
+    pub(super) published_at: Option<Instant>,
     pub(super) retry_publish: Option<Instant>,
     pub(super) map_dirty: bool,
     pub(super) map_saved: Instant,
@@ -56,6 +59,11 @@ impl Session {
             return Err(NotConnected::AddressGone(address).into());
         }
         Ok(())
+    }
+
+    /// Returns when the next record may be published; `None` if that is now.
+    pub(super) fn publishable_at(&self) -> Option<Instant> {
+        self.published_at.map(|at| at + PUBLISH_INTERVAL).filter(|at| *at > Instant::now())
     }
 
     pub(super) fn beat(&self, revision: u64) -> Result<(), Ended> {

@@ -120,6 +120,17 @@ pub enum PublishError {
         /// Generation of the record in the map.
         stored: u64,
     },
+    /// The record's generation is much higher than that of the one in the map.
+    #[error(
+        "the record's generation {offered} is too far ahead of the stored {stored}: publish at most {}",
+        .stored.saturating_add(limits::GENERATION_STEP)
+    )]
+    GenerationAhead {
+        /// Generation of the record.
+        offered: u64,
+        /// Generation of the record in the map.
+        stored: u64,
+    },
     /// A different record with the same generation was published before.
     #[error(
         "generation {generation} was published before with different content: publish a higher one"

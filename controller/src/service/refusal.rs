@@ -47,9 +47,10 @@ impl Refusal for PublishError {
     fn code(&self) -> Code {
         match self {
             Self::Absent(_) | Self::NotGranted(_) => Code::PermissionDenied,
-            Self::NoSession | Self::GenerationBehind { .. } | Self::GenerationReused { .. } => {
-                Code::FailedPrecondition
-            }
+            Self::NoSession
+            | Self::GenerationBehind { .. }
+            | Self::GenerationAhead { .. }
+            | Self::GenerationReused { .. } => Code::FailedPrecondition,
         }
     }
 }
