@@ -29,6 +29,7 @@ pub mod node_ip;
 pub mod not_connected;
 pub mod prefixes;
 pub mod probe;
+mod removals;
 pub mod reserved_port;
 pub mod state;
 pub mod static_peers;

@@ -17,6 +17,8 @@ use towline_proto::limits;
 use towline_proto::node::{Head, MeshConfig, Record};
 use towline_proto::{pb, signed};
 
+use crate::removals::{Removals, removed_at};
+
 /// Start of a cache file: format name and version.
 const MAGIC: &[u8; 8] = b"TLMAP\x001\n";
 
@@ -113,6 +115,21 @@ impl MapCache {
     /// Returns the tombstones, which each session publishes again.
     pub fn tombstones(&self) -> Vec<pb::Signed> {
         self.tombstones.values().take(limits::TOMBSTONES).cloned().collect()
+    }
+
+    /// Returns whether a node was removed.
+    pub fn is_removed(&self, node: NodeId) -> bool {
+        self.tombstones.contains_key(&node)
+    }
+
+    /// Returns the removals at `since` (seconds since 1970) or later, the oldest first.
+    pub fn removals(&self, since: i64) -> Removals {
+        let timed = |tombstone: &pb::Signed| Some((removed_at(tombstone)?, tombstone.clone()));
+        let mut all: Vec<(i64, pb::Signed)> = self.tombstones.values().filter_map(timed).collect();
+        all.sort_by_key(|(at, _)| *at);
+        let newest = all.last().map_or(0, |(at, _)| *at);
+        all.retain(|(at, _)| *at >= since);
+        Removals { newest, tombstones: all.into_iter().map(|(_, tombstone)| tombstone).collect() }
     }
 
     /// Applies changes from the controller. Each statement is verified separately.

@@ -24,6 +24,7 @@
 //! | `Prober` | keys of the pairs, and pings of the operator |
 //! | `Observer` | events, rates of traffic, and the problems that are known |
 //! | `RelayServer` | requests of other nodes to this node's relay |
+//! | `RemovalExchange` | questions to peers about removed nodes, and answers |
 //! | `Leaving` | a `towline leave` that waits for a controller |
 //! | `WireguardSocket` | the socket of `wg show`, and its server |
 //! | `Reporter` | nothing: it reads all of them for status output |
@@ -39,6 +40,7 @@ mod observer;
 mod prober;
 mod problem;
 mod relay_server;
+mod removals;
 mod report;
 mod signals;
 mod sleep;
@@ -91,6 +93,7 @@ use leave::Leaving;
 use observer::Observer;
 use prober::Prober;
 use relay_server::RelayServer;
+use removals::RemovalExchange;
 use report::Reporter;
 use signals::{SignalMeaning, Signals};
 use sleep::SleepClock;
@@ -239,6 +242,10 @@ impl Daemon {
             let socket = WireguardSocket::start(&self.config.link.name, control.requests());
             self.wireguard_socket = Some(socket);
         }
+        // A relay alone has no overlay addresses. The task ends with this function.
+        let commands = self.controller.commands().filter(|_| self.purpose == Purpose::Node);
+        let _removals =
+            commands.map(|commands| RemovalExchange::start(control.requests(), commands));
         // Pod networks are known before the uplinks are chosen: none of them is one.
         self.kubernetes_changed();
         self.configuration_changed();

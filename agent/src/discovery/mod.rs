@@ -37,6 +37,7 @@ use crate::dial;
 use crate::join::{self, status_message};
 use crate::map_cache::MapCache;
 use crate::not_connected::NotConnected;
+pub use crate::removals::Removals;
 use crate::state::{Counters, Keys, Membership, StateDir, StateError};
 use crate::tls;
 use session::{Ended, Session, reflectors};
@@ -129,6 +130,15 @@ pub enum Command {
     /// Send a sealed signal to another node, if that node is connected too. It is dropped if there
     /// is no session.
     Signal(NodeId, Vec<u8>),
+    /// Return the removals since a time, for a peer that asks.
+    Removals {
+        /// Time in seconds since 1970.
+        since: i64,
+        /// Receiver of the removals.
+        reply: oneshot::Sender<Removals>,
+    },
+    /// Verify a tombstone that a peer sent, and remove its node.
+    Removed(pb::Signed),
 }
 
 /// State of the discovery task.
@@ -278,6 +288,14 @@ impl Discovery {
                         let _ = reply.send(Err(reason.to_owned()));
                     }
                     Some(Command::Signal(..)) => {}
+                    Some(Command::Removals { since, reply }) => {
+                        let _ = reply.send(self.map.removals(since));
+                    }
+                    Some(Command::Removed(tombstone)) => {
+                        if self.learn_removal(tombstone).await.is_err() {
+                            return false;
+                        }
+                    }
                     None => return false,
                 },
             }
@@ -492,6 +510,10 @@ impl Discovery {
                     match command {
                         Some(Command::Leave(reply)) => self.leave(session, reply).await?,
                         Some(Command::Signal(to, body)) => session.signal(to, body)?,
+                        Some(Command::Removals { since, reply }) => {
+                            let _ = reply.send(self.map.removals(since));
+                        }
+                        Some(Command::Removed(tombstone)) => self.learn_removal(tombstone).await?,
                         None => return Err(Ended::Stop),
                     }
                 }
@@ -592,6 +614,27 @@ impl Discovery {
             return Ok(());
         }
         let Ok(tombstone) = pb::Signed::decode(status.details()) else { return Ok(()) };
+        self.keep_removal(tombstone).await
+    }
+
+    /// Takes a tombstone that a peer sent, if the CA signed it and it is new.
+    async fn learn_removal(&mut self, tombstone: pb::Signed) -> Result<(), Ended> {
+        let verified = match signed::tombstone(Some(&tombstone), &self.membership.ca_key) {
+            Ok(verified) if verified.mesh_id == self.membership.grant.mesh_id => verified,
+            Ok(_) | Err(_) => {
+                tracing::debug!("invalid tombstone of a peer ignored");
+                return Ok(());
+            }
+        };
+        if self.map.is_removed(verified.node_id) {
+            return Ok(());
+        }
+        tracing::info!(node = %verified.name, "removal of a node learned from a peer");
+        self.keep_removal(tombstone).await
+    }
+
+    /// Applies a tombstone, and stores the map.
+    async fn keep_removal(&mut self, tombstone: pb::Signed) -> Result<(), Ended> {
         let tombstone = pb::change::Kind::Tombstone(tombstone);
         self.take_changes(pb::Changes::of([tombstone], 0)).await?;
         let (state, encoded) = (self.state.clone(), self.map.encode());

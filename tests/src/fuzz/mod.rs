@@ -130,6 +130,8 @@ pub fn signed(bytes: &[u8]) {
 ///
 /// Nothing in it is accepted unless the CA or the node signed it.
 pub fn map(bytes: &[u8]) {
+    // Peers send parts of the map, too.
+    towline_agent::internals::removal_message(bytes);
     let Ok(message) = pb::WatchResponse::decode(bytes) else { return };
     let Some(pb::watch_response::Kind::Changes(changes)) = message.kind else { return };
     for change in changes.kinds().flatten() {
