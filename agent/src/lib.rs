@@ -24,6 +24,7 @@ mod kubelet_files;
 pub mod kubernetes;
 pub mod lockout;
 pub mod map_cache;
+mod map_journal;
 pub mod metrics;
 pub mod node_ip;
 pub mod not_connected;

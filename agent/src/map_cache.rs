@@ -17,10 +17,14 @@ use towline_proto::limits;
 use towline_proto::node::{Head, MeshConfig, Record};
 use towline_proto::{pb, signed};
 
+use crate::map_journal;
 use crate::removals::{Removals, removed_at};
 
 /// Start of a cache file: format name and version.
 const MAGIC: &[u8; 8] = b"TLMAP\x001\n";
+
+/// Largest number of changes that are collected for one entry of the journal. A whole map has more.
+const PENDING: usize = 1_024;
 
 /// Error of reading a cache file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -51,6 +55,8 @@ pub struct MapCache {
     tombstones: BTreeMap<NodeId, pb::Signed>,
     mesh: Option<(pb::Signed, MeshConfig)>,
     head: Option<(pb::Signed, Head)>,
+    /// Changes since the map was last encoded, for its journal; `None` if the whole map has to be written.
+    pending: Option<Vec<pb::change::Kind>>,
     own_record: Option<Record>,
 }
 
@@ -67,6 +73,7 @@ impl MapCache {
             tombstones: BTreeMap::new(),
             mesh: None,
             head: None,
+            pending: None,
             own_record: None,
         }
     }
@@ -82,6 +89,7 @@ impl MapCache {
         if self.epoch != epoch {
             self.epoch = epoch;
             self.revision = 0;
+            self.pending = None;
         }
     }
 
@@ -137,6 +145,9 @@ impl MapCache {
         let mut applied = Applied::default();
         self.revision = self.revision.max(changes.revision);
         for change in changes.kinds() {
+            if let Ok(kind) = &change {
+                self.note(kind);
+            }
             let result = match change {
                 Ok(pb::change::Kind::Upsert(entry)) => self.upsert(entry),
                 Ok(pb::change::Kind::Tombstone(tombstone)) => self.remove_node(tombstone),
@@ -149,6 +160,49 @@ impl MapCache {
             }
         }
         applied
+    }
+
+    /// Adds a change to those for the journal, if there are not too many.
+    fn note(&mut self, change: &pb::change::Kind) {
+        if let Some(pending) = &mut self.pending {
+            if pending.len() < PENDING {
+                pending.push(change.clone());
+            } else {
+                self.pending = None;
+            }
+        }
+    }
+
+    /// Returns the whole map encoded. From now on changes are collected for its journal.
+    pub fn take_whole(&mut self) -> Vec<u8> {
+        self.pending = Some(Vec::new());
+        self.encode()
+    }
+
+    /// Returns the changes since the last call of this or of [`Self::take_whole`] as an entry of the journal, and
+    /// whether a tombstone is among them. `None` if the whole map has to be written.
+    pub fn take_entry(&mut self) -> Option<(Vec<u8>, bool)> {
+        let kinds = self.pending.replace(Vec::new())?;
+        let has_tombstone = kinds.iter().any(|kind| matches!(kind, pb::change::Kind::Tombstone(_)));
+        let mut changes = pb::Changes::of(kinds, self.revision);
+        changes.head = self.head().cloned();
+        Some((map_journal::entry(&changes.encode_to_vec()), has_tombstone))
+    }
+
+    /// Applies the journal of this map, which [`Self::restore`] has just read.
+    pub fn replay(&mut self, journal: &[u8]) {
+        for entry in map_journal::entries(journal, self.position()) {
+            let Ok(mut changes) = pb::Changes::decode(entry) else { return };
+            let head = changes.head.take();
+            if !self.apply(changes).refused.is_empty() {
+                // Refused statements are requested again.
+                self.revision = 0;
+                return;
+            }
+            if let Some(head) = head {
+                let _ = self.take_head(head);
+            }
+        }
     }
 
     /// Verifies and stores a node. Ignores a removed node, an older record, and nodes past the
@@ -272,6 +326,34 @@ mod tests {
         assert_eq!(read.position(), (4, 7));
         assert_eq!(read.changes().len(), 2);
         assert_eq!(read.encode(), map.encode());
+    }
+
+    #[test]
+    fn the_journal_brings_back_what_changed_since_the_map_was_written() {
+        let ca = Ca::new(9);
+        let own = NodeId([1; 16]);
+        let mut map = MapCache::new(ca.public(), own);
+        map.apply(changes(5, vec![Upsert(ca.entry(node(2)))]));
+        assert_eq!(map.take_entry(), None, "the whole map is written first");
+        let (whole, position) = (map.take_whole(), map.position());
+        let mut journal = map_journal::begin(position);
+        map.apply(changes(6, vec![Upsert(ca.entry(node(3)))]));
+        let (entry, has_tombstone) = map.take_entry().unwrap();
+        assert!(!has_tombstone);
+        journal.extend(entry);
+        map.apply(changes(7, vec![Bury(ca.tombstone(2))]));
+        let (entry, has_tombstone) = map.take_entry().unwrap();
+        assert!(has_tombstone);
+        journal.extend(entry);
+
+        let mut read = MapCache::new(ca.public(), own).restore(&whole).unwrap();
+        read.replay(&journal);
+        assert_eq!(read.encode(), map.encode());
+        let mut other = MapCache::new(ca.public(), own);
+        other.replay(&journal);
+        assert_eq!(other.position(), (0, 0), "the journal of another map");
+        map.enter_epoch(9);
+        assert_eq!(map.take_entry(), None);
     }
 
     #[test]

@@ -11,12 +11,12 @@
 //! [`Event`]s. It reads what to publish from a watch channel of [`Announcement`]s.
 
 mod session;
+mod stored_map;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use prost::Message as _;
 use rand::Rng as _;
 use rustls_pki_types::CertificateDer;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -41,6 +41,7 @@ pub use crate::removals::Removals;
 use crate::state::{Counters, Keys, Membership, StateDir, StateError};
 use crate::tls;
 use session::{Ended, Session, reflectors};
+use stored_map::Journal;
 
 /// Delay between sessions. The jitter keeps many agents from reconnecting at the same time.
 const BACKOFF: Backoff =
@@ -160,6 +161,8 @@ pub struct Discovery {
     instance: [u8; 16],
     /// Record that was signed last. Each new session publishes it again, unchanged.
     current: Option<(Announcement, pb::Signed)>,
+    /// Journal of the stored map.
+    journal: Journal,
     /// True once the map showed that the state was restored from an older copy.
     is_restored: bool,
     events: mpsc::Sender<Event>,
@@ -203,6 +206,7 @@ impl Discovery {
             map: setup.map,
             instance: rand::rng().random(),
             current: None,
+            journal: Journal::default(),
             is_restored: false,
             events,
         })
@@ -608,43 +612,6 @@ impl Discovery {
         self.events.send(event).await.map_err(|_| Ended::Stop)
     }
 
-    /// Takes the tombstone with which the controller refuses a removed node.
-    async fn take_tombstone(&mut self, status: &tonic::Status) -> Result<(), Ended> {
-        if status.code() != tonic::Code::PermissionDenied || status.details().is_empty() {
-            return Ok(());
-        }
-        let Ok(tombstone) = pb::Signed::decode(status.details()) else { return Ok(()) };
-        self.keep_removal(tombstone).await
-    }
-
-    /// Takes a tombstone that a peer sent, if the CA signed it and it is new.
-    async fn learn_removal(&mut self, tombstone: pb::Signed) -> Result<(), Ended> {
-        let verified = match signed::tombstone(Some(&tombstone), &self.membership.ca_key) {
-            Ok(verified) if verified.mesh_id == self.membership.grant.mesh_id => verified,
-            Ok(_) | Err(_) => {
-                tracing::debug!("invalid tombstone of a peer ignored");
-                return Ok(());
-            }
-        };
-        if self.map.is_removed(verified.node_id) {
-            return Ok(());
-        }
-        tracing::info!(node = %verified.name, "removal of a node learned from a peer");
-        self.keep_removal(tombstone).await
-    }
-
-    /// Applies a tombstone, and stores the map.
-    async fn keep_removal(&mut self, tombstone: pb::Signed) -> Result<(), Ended> {
-        let tombstone = pb::change::Kind::Tombstone(tombstone);
-        self.take_changes(pb::Changes::of([tombstone], 0)).await?;
-        let (state, encoded) = (self.state.clone(), self.map.encode());
-        // The map is written immediately, so that the tombstone survives a restart.
-        if let Err(error) = state.store_map(&encoded) {
-            tracing::warn!(%error, "map not stored");
-        }
-        Ok(())
-    }
-
     /// Publishes the record, unless this session already published the same one.
     async fn publish(
         &mut self,
@@ -744,19 +711,6 @@ impl Discovery {
                 let _ = reply.send(Err(status_message(&status)));
                 Ok(())
             }
-        }
-    }
-
-    /// Stores the map on a blocking thread. A failure is logged; the map in memory stays.
-    async fn save_map(&self, session: &mut Session) {
-        session.map_saved = Instant::now();
-        if !std::mem::take(&mut session.map_dirty) {
-            return;
-        }
-        let (state, encoded) = (self.state.clone(), self.map.encode());
-        let written = tokio::task::spawn_blocking(move || state.store_map(&encoded)).await;
-        if let Ok(Err(error)) = written {
-            tracing::warn!(%error, "map not stored");
         }
     }
 }
