@@ -488,7 +488,7 @@ fn begin(
     }
     match store.commit(store.sequence(), &ledger.take_changes(BTreeMap::new).writes) {
         Ok(_) if migrate => {
-            tracing::warn!("store migrated: start without --migrate-store from now on")
+            tracing::warn!("store migrated: start without --migrate-store from now on");
         }
         Ok(_) => {}
         // The new epoch of a restored store must be on the disk before a client sees it.

@@ -140,7 +140,7 @@ pub(crate) fn encode_counters(counters: Counters, sum: &RecordSum) -> Vec<u8> {
 /// Decodes the counters and the sum, which is zero in a record of an older version.
 pub(crate) fn decode_counters(bytes: &[u8]) -> Result<(Counters, RecordSum), String> {
     let StoredCounters { epoch, revision, starts, v4_cursor, is_backup, sum } = decode(bytes)?;
-    let sum = match sum.as_ref() {
+    let sum = match &*sum {
         [] => RecordSum::default(),
         sum => RecordSum(sum.try_into().map_err(|_| "its sum has another length")?),
     };
