@@ -20,12 +20,12 @@ use towline_proto::id::WireguardKey;
 use towline_proto::token::{JoinToken, TokenSecret};
 use x25519_dalek::PublicKey;
 
-use super::super::interop;
 use super::member::{Member, Watch, connect, dial, join_once};
 use crate::lab::interrupt::{self, wait_for};
 use crate::lab::mesh::Operator;
 use crate::lab::namespace::{Namespace, join};
 use crate::lab::raw_tunnel::RawTunnel;
+use crate::lab::scenario::interop;
 use crate::lab::spoof::udp;
 use crate::lab::topology::Host;
 use crate::lab::traffic::random_bytes;
