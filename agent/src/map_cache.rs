@@ -120,9 +120,10 @@ impl MapCache {
         self.own_record.as_ref()
     }
 
-    /// Returns the tombstones, which each session publishes again.
+    /// Returns the tombstones of the newest removals, which each session publishes again.
     pub fn tombstones(&self) -> Vec<pb::Signed> {
-        self.tombstones.values().take(limits::TOMBSTONES).cloned().collect()
+        let mut all = self.removals(i64::MIN).tombstones;
+        all.split_off(all.len().saturating_sub(limits::TOMBSTONES))
     }
 
     /// Returns whether a node was removed.

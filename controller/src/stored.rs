@@ -133,7 +133,9 @@ pub(crate) fn parse_key(text: &str) -> Option<Key> {
 /// Encodes the counters, with the sum over all other records.
 pub(crate) fn encode_counters(counters: Counters, sum: &RecordSum) -> Vec<u8> {
     let Counters { epoch, revision, starts, v4_cursor, is_backup } = counters;
-    let sum = Bytes::copy_from_slice(&sum.0);
+    // Without any record there is no sum, as in older versions.
+    let is_empty = *sum == RecordSum::default();
+    let sum = if is_empty { Bytes::new() } else { Bytes::copy_from_slice(&sum.0) };
     StoredCounters { epoch, revision, starts, v4_cursor, is_backup, sum }.encode_to_vec()
 }
 

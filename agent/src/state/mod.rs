@@ -40,7 +40,7 @@ use ipnet::IpNet;
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 use serde::{Deserialize, Serialize};
-use towline_proto::id::IdentityKey;
+use towline_proto::id::{IdentityKey, NodeName};
 use towline_proto::node::{Grant, MeshConfig};
 use towline_proto::token::ControllerAddress;
 use towline_proto::{pb, signed};
@@ -650,6 +650,9 @@ pub enum InvalidMembership {
     /// The CA certificate contains no Ed25519 key.
     #[error("the CA certificate contains no Ed25519 key")]
     Ca,
+    /// The grant or the configuration is not what this machine asked for.
+    #[error("the {0} is another one than this machine asked for")]
+    Other(&'static str),
     /// A statement is not signed by the CA, or is malformed.
     #[error(transparent)]
     Untrusted(#[from] signed::Untrusted),
@@ -667,6 +670,20 @@ impl Membership {
         let grant = signed::grant(Some(&signed_grant), &ca_key)?;
         let mesh = signed::mesh(Some(&signed_mesh), &ca_key)?;
         Ok(Self { ca, ca_key, controllers, grant, signed_grant, mesh, signed_mesh })
+    }
+
+    /// Checks that the grant is for this machine: its name, its keys, and the mesh of the configuration.
+    pub fn check_own(&self, name: &NodeName, keys: &Keys) -> Result<(), InvalidMembership> {
+        let Grant { mesh_id, identity_key, wireguard_keys, .. } = &self.grant;
+        let other = [
+            ("mesh of the grant", *mesh_id == self.mesh.mesh_id),
+            ("name in the grant", self.grant.name == *name),
+            ("identity key in the grant", *identity_key == keys.identity.public()),
+            ("WireGuard key in the grant", *wireguard_keys == [keys.wireguard.public()]),
+        ]
+        .into_iter()
+        .find(|(_, is_ours)| !is_ours);
+        other.map_or(Ok(()), |(what, _)| Err(InvalidMembership::Other(what)))
     }
 
     /// Takes over the mesh configuration of the map if it is newer. Returns whether it was.
