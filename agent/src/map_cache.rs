@@ -183,7 +183,7 @@ impl MapCache {
     /// Returns the changes since the last call of this or of [`Self::take_whole`] as an entry of the journal, and
     /// whether a tombstone is among them. `None` if the whole map has to be written.
     pub fn take_entry(&mut self) -> Option<(Vec<u8>, bool)> {
-        let kinds = self.pending.replace(Vec::new())?;
+        let kinds = self.pending.as_mut().map(std::mem::take)?;
         let has_tombstone = kinds.iter().any(|kind| matches!(kind, pb::change::Kind::Tombstone(_)));
         let mut changes = pb::Changes::of(kinds, self.revision);
         changes.head = self.head().cloned();
@@ -192,17 +192,21 @@ impl MapCache {
 
     /// Applies the journal of this map, which [`Self::restore`] has just read.
     pub fn replay(&mut self, journal: &[u8]) {
+        let mut is_complete = true;
         for entry in map_journal::entries(journal, self.position()) {
-            let Ok(mut changes) = pb::Changes::decode(entry) else { return };
+            let Ok(mut changes) = pb::Changes::decode(entry) else {
+                is_complete = false;
+                break;
+            };
             let head = changes.head.take();
-            if !self.apply(changes).refused.is_empty() {
-                // Refused statements are requested again.
-                self.revision = 0;
-                return;
-            }
+            is_complete &= self.apply(changes).refused.is_empty();
             if let Some(head) = head {
                 let _ = self.take_head(head);
             }
+        }
+        if !is_complete {
+            // What is missing is requested again.
+            self.revision = 0;
         }
     }
 
