@@ -6,7 +6,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::time::{Duration, SystemTime};
@@ -210,6 +210,12 @@ pub enum ListenError {
         /// Path of the socket.
         path: PathBuf,
     },
+    /// The path is that of another file.
+    #[error("cannot listen on {path}: it is not a socket: set another `socket`")]
+    NotASocket {
+        /// Path of the file.
+        path: PathBuf,
+    },
     /// The operating system refused an operation.
     #[error("cannot listen on {path}: {source}")]
     Io {
@@ -229,8 +235,12 @@ pub fn listen(path: &Path) -> Result<UnixListener, ListenError> {
     if std::os::unix::net::UnixStream::connect(path).is_ok() {
         return Err(ListenError::InUse { path: path.into() });
     }
-    match std::fs::remove_file(path) {
-        Ok(()) => {}
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if found.file_type().is_socket() => {
+            std::fs::remove_file(path).map_err(failed)?;
+        }
+        // The configuration may name any file by mistake.
+        Ok(_) => return Err(ListenError::NotASocket { path: path.into() }),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(failed(error)),
     }
@@ -540,6 +550,20 @@ mod tests {
         let stream = UnixStream::connect(path).await.unwrap();
         let endpoint = Endpoint::from_static("http://agent");
         LocalClient::new(grpc::channel(endpoint, stream).await.unwrap())
+    }
+
+    #[tokio::test]
+    async fn a_file_that_is_no_socket_is_not_removed() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("agent.toml");
+        std::fs::write(&path, "kept").unwrap();
+        let error = listen(&path).unwrap_err();
+        assert!(matches!(error, ListenError::NotASocket { .. }), "{error}");
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "kept");
+        // A socket that a crashed agent left behind is replaced.
+        let path = directory.path().join("agent.sock");
+        drop(listen(&path).unwrap());
+        listen(&path).unwrap();
     }
 
     /// Responses to requests that end the daemon must be written before it ends.

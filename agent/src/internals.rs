@@ -13,3 +13,8 @@ pub fn connection(line: &str) -> Option<[SocketAddr; 2]> {
     let connection = crate::lockout::connection(line)?;
     Some([connection.local, connection.remote])
 }
+
+/// Parses a question or an answer about removed nodes. Returns true if it is one.
+pub fn removal_message(bytes: &[u8]) -> bool {
+    crate::removals::parse(bytes).is_some()
+}

@@ -176,6 +176,7 @@ pub async fn join_as(
         answer.grant.ok_or(JoinError::Incomplete("grant"))?,
         answer.mesh.ok_or(JoinError::Incomplete("mesh configuration"))?,
     )?;
+    membership.check_own(name, &keys)?;
     let gateways = HostNetwork::open().and_then(|mut network| network.gateways());
     refuse_covered(&membership.mesh, &gateways.unwrap_or_default())?;
     operator.refuse_cut_off(&membership.mesh.guarded().collect::<Vec<_>>())?;

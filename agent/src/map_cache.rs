@@ -14,11 +14,17 @@ use prost::Message as _;
 use towline_core::mesh::MapChange;
 use towline_proto::id::{IdentityKey, NodeId};
 use towline_proto::limits;
-use towline_proto::node::{MeshConfig, Record};
+use towline_proto::node::{Head, MeshConfig, Record};
 use towline_proto::{pb, signed};
+
+use crate::map_journal;
+use crate::removals::{Removals, removed_at};
 
 /// Start of a cache file: format name and version.
 const MAGIC: &[u8; 8] = b"TLMAP\x001\n";
+
+/// Largest number of changes that are collected for one entry of the journal. A whole map has more.
+const PENDING: usize = 1_024;
 
 /// Error of reading a cache file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -48,6 +54,9 @@ pub struct MapCache {
     generations: BTreeMap<NodeId, u64>,
     tombstones: BTreeMap<NodeId, pb::Signed>,
     mesh: Option<(pb::Signed, MeshConfig)>,
+    head: Option<(pb::Signed, Head)>,
+    /// Changes since the map was last encoded, for its journal; `None` if the whole map has to be written.
+    pending: Option<Vec<pb::change::Kind>>,
     own_record: Option<Record>,
 }
 
@@ -63,6 +72,8 @@ impl MapCache {
             generations: BTreeMap::new(),
             tombstones: BTreeMap::new(),
             mesh: None,
+            head: None,
+            pending: None,
             own_record: None,
         }
     }
@@ -78,6 +89,7 @@ impl MapCache {
         if self.epoch != epoch {
             self.epoch = epoch;
             self.revision = 0;
+            self.pending = None;
         }
     }
 
@@ -86,14 +98,47 @@ impl MapCache {
         self.mesh.as_ref().map(|(signed, mesh)| (signed, mesh))
     }
 
+    /// Returns the newest head of the map that a controller showed, as it was signed. With it a controller that
+    /// was restored from a copy of its machine knows that it lost changes.
+    pub fn head(&self) -> Option<&pb::Signed> {
+        self.head.as_ref().map(|(signed, _)| signed)
+    }
+
+    /// Verifies a head of the map, and stores it if it is newer than the present one. Returns whether it is.
+    pub fn take_head(&mut self, head: pb::Signed) -> Result<bool, signed::Untrusted> {
+        let verified = signed::head(Some(&head), &self.ca)?;
+        let is_newer =
+            self.head.as_ref().is_none_or(|(_, have)| have.position() < verified.position());
+        if is_newer {
+            self.head = Some((head, verified));
+        }
+        Ok(is_newer)
+    }
+
     /// Returns the record that the mesh has of this node.
     pub fn own_record(&self) -> Option<&Record> {
         self.own_record.as_ref()
     }
 
-    /// Returns the tombstones, which a session in another epoch sends to the controller.
+    /// Returns the tombstones of the newest removals, which a session in another epoch sends to the controller.
     pub fn tombstones(&self) -> Vec<pb::Signed> {
-        self.tombstones.values().take(limits::TOMBSTONES).cloned().collect()
+        let mut all = self.removals(i64::MIN).tombstones;
+        all.split_off(all.len().saturating_sub(limits::TOMBSTONES))
+    }
+
+    /// Returns whether a node was removed.
+    pub fn is_removed(&self, node: NodeId) -> bool {
+        self.tombstones.contains_key(&node)
+    }
+
+    /// Returns the removals at `since` (seconds since 1970) or later, the oldest first.
+    pub fn removals(&self, since: i64) -> Removals {
+        let timed = |tombstone: &pb::Signed| Some((removed_at(tombstone)?, tombstone.clone()));
+        let mut all: Vec<(i64, pb::Signed)> = self.tombstones.values().filter_map(timed).collect();
+        all.sort_by_key(|(at, _)| *at);
+        let newest = all.last().map_or(0, |(at, _)| *at);
+        all.retain(|(at, _)| *at >= since);
+        Removals { newest, tombstones: all.into_iter().map(|(_, tombstone)| tombstone).collect() }
     }
 
     /// Applies changes from the controller. Each statement is verified separately.
@@ -101,6 +146,9 @@ impl MapCache {
         let mut applied = Applied::default();
         self.revision = self.revision.max(changes.revision);
         for change in changes.kinds() {
+            if let Ok(kind) = &change {
+                self.note(kind);
+            }
             let result = match change {
                 Ok(pb::change::Kind::Upsert(entry)) => self.upsert(entry),
                 Ok(pb::change::Kind::Tombstone(tombstone)) => self.remove_node(tombstone),
@@ -113,6 +161,53 @@ impl MapCache {
             }
         }
         applied
+    }
+
+    /// Adds a change to those for the journal, if there are not too many.
+    fn note(&mut self, change: &pb::change::Kind) {
+        if let Some(pending) = &mut self.pending {
+            if pending.len() < PENDING {
+                pending.push(change.clone());
+            } else {
+                self.pending = None;
+            }
+        }
+    }
+
+    /// Returns the whole map encoded. From now on changes are collected for its journal.
+    pub fn take_whole(&mut self) -> Vec<u8> {
+        self.pending = Some(Vec::new());
+        self.encode()
+    }
+
+    /// Returns the changes since the last call of this or of [`Self::take_whole`] as an entry of the journal, and
+    /// whether a tombstone is among them. `None` if the whole map has to be written.
+    pub fn take_entry(&mut self) -> Option<(Vec<u8>, bool)> {
+        let kinds = self.pending.as_mut().map(std::mem::take)?;
+        let has_tombstone = kinds.iter().any(|kind| matches!(kind, pb::change::Kind::Tombstone(_)));
+        let mut changes = pb::Changes::of(kinds, self.revision);
+        changes.head = self.head().cloned();
+        Some((map_journal::entry(&changes.encode_to_vec()), has_tombstone))
+    }
+
+    /// Applies the journal of this map, which [`Self::restore`] has just read.
+    pub fn replay(&mut self, journal: &[u8]) {
+        let mut is_complete = true;
+        for entry in map_journal::entries(journal, self.position()) {
+            let Ok(mut changes) = pb::Changes::decode(entry) else {
+                is_complete = false;
+                break;
+            };
+            let head = changes.head.take();
+            is_complete &= self.apply(changes).refused.is_empty();
+            if let Some(head) = head {
+                let _ = self.take_head(head);
+            }
+        }
+        if !is_complete {
+            // What is missing is requested again.
+            self.revision = 0;
+        }
     }
 
     /// Verifies and stores a node. Ignores a removed node, an older record, and nodes past the
@@ -153,7 +248,7 @@ impl MapCache {
     /// Verifies the mesh configuration, and stores it if it is newer than the present one.
     fn configure(&mut self, mesh: pb::Signed) -> Result<Option<MapChange>, signed::Untrusted> {
         let verified = signed::mesh(Some(&mesh), &self.ca)?;
-        if self.mesh.as_ref().is_some_and(|(_, have)| have.generation >= verified.generation) {
+        if self.mesh.as_ref().is_some_and(|(_, have)| !verified.is_newer_than(have)) {
             return Ok(None);
         }
         self.mesh = Some((mesh, verified.clone()));
@@ -165,7 +260,8 @@ impl MapCache {
         let upserts = self.entries.values().cloned().map(pb::change::Kind::Upsert);
         let tombstones = self.tombstones.values().cloned().map(pb::change::Kind::Tombstone);
         let mesh = self.mesh.iter().map(|(signed, _)| pb::change::Kind::Mesh(signed.clone()));
-        let changes = pb::Changes::of(mesh.chain(tombstones).chain(upserts), self.revision);
+        let mut changes = pb::Changes::of(mesh.chain(tombstones).chain(upserts), self.revision);
+        changes.head = self.head().cloned();
         let mut bytes = MAGIC.to_vec();
         bytes.extend_from_slice(&self.epoch.to_be_bytes());
         bytes.extend_from_slice(&changes.encode_to_vec());
@@ -176,8 +272,12 @@ impl MapCache {
     pub fn restore(mut self, bytes: &[u8]) -> Result<Self, InvalidCache> {
         let rest = bytes.strip_prefix(MAGIC).ok_or(InvalidCache::Malformed)?;
         let (epoch, body) = rest.split_first_chunk::<8>().ok_or(InvalidCache::Malformed)?;
-        let changes = pb::Changes::decode(body).map_err(|_| InvalidCache::Malformed)?;
+        let mut changes = pb::Changes::decode(body).map_err(|_| InvalidCache::Malformed)?;
         self.epoch = u64::from_be_bytes(*epoch);
+        if let Some(head) = changes.head.take() {
+            // Without it, a controller's rollback may be noticed by other nodes only.
+            let _ = self.take_head(head);
+        }
         let applied = self.apply(changes);
         if !applied.refused.is_empty() {
             // Refused statements are requested again.
@@ -207,7 +307,8 @@ impl MapCache {
 #[cfg(test)]
 mod tests {
     use towline_fixtures::ca::Ca;
-    use towline_fixtures::node::node;
+    use towline_fixtures::node::{mesh_config, node};
+    use towline_proto::signed::Domain;
 
     use super::*;
 
@@ -230,6 +331,64 @@ mod tests {
         assert_eq!(read.position(), (4, 7));
         assert_eq!(read.changes().len(), 2);
         assert_eq!(read.encode(), map.encode());
+    }
+
+    #[test]
+    fn the_journal_brings_back_what_changed_since_the_map_was_written() {
+        let ca = Ca::new(9);
+        let own = NodeId([1; 16]);
+        let mut map = MapCache::new(ca.public(), own);
+        map.apply(changes(5, vec![Upsert(ca.entry(node(2)))]));
+        assert_eq!(map.take_entry(), None, "the whole map is written first");
+        let (whole, position) = (map.take_whole(), map.position());
+        let mut journal = map_journal::begin(position);
+        map.apply(changes(6, vec![Upsert(ca.entry(node(3)))]));
+        let (entry, has_tombstone) = map.take_entry().unwrap();
+        assert!(!has_tombstone);
+        journal.extend(entry);
+        map.apply(changes(7, vec![Bury(ca.tombstone(2))]));
+        let (entry, has_tombstone) = map.take_entry().unwrap();
+        assert!(has_tombstone);
+        journal.extend(entry);
+
+        let mut read = MapCache::new(ca.public(), own).restore(&whole).unwrap();
+        read.replay(&journal);
+        assert_eq!(read.encode(), map.encode());
+        let mut other = MapCache::new(ca.public(), own);
+        other.replay(&journal);
+        assert_eq!(other.position(), (0, 0), "the journal of another map");
+        map.enter_epoch(9);
+        assert_eq!(map.take_entry(), None);
+    }
+
+    #[test]
+    fn the_newest_head_survives_a_restart_and_a_forged_one_is_refused() {
+        let ca = Ca::new(9);
+        let head = |ca: &Ca, epoch, revision| {
+            let mesh_id = towline_fixtures::node::MESH;
+            ca.sign(Domain::Head, &pb::Head::from(&Head { mesh_id, epoch, revision }))
+        };
+        let mut map = MapCache::new(ca.public(), NodeId([1; 16]));
+        assert_eq!(map.take_head(head(&ca, 2, 5)), Ok(true));
+        assert_eq!(map.take_head(head(&ca, 1, 9)), Ok(false));
+        assert!(map.take_head(head(&Ca::new(8), 3, 1)).is_err());
+        let read = MapCache::new(ca.public(), NodeId([1; 16])).restore(&map.encode()).unwrap();
+        assert_eq!(read.head(), Some(&head(&ca, 2, 5)));
+    }
+
+    #[test]
+    fn a_configuration_of_a_later_epoch_wins_over_a_higher_generation() {
+        let ca = Ca::new(9);
+        let mesh = |epoch, generation| {
+            let mesh = MeshConfig { epoch, generation, ..mesh_config() };
+            let signed = ca.sign(Domain::Mesh, &pb::MeshConfig::from(&mesh));
+            changes(1, vec![pb::change::Kind::Mesh(signed)])
+        };
+        let mut map = MapCache::new(ca.public(), NodeId([1; 16]));
+        map.apply(mesh(1, 7));
+        assert!(map.apply(mesh(1, 6)).changes.is_empty());
+        assert_eq!(map.apply(mesh(2, 3)).changes.len(), 1);
+        assert!(map.apply(mesh(1, 8)).changes.is_empty());
     }
 
     #[test]

@@ -18,7 +18,7 @@ use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer, PrivatePkcs8KeyDer};
 use towline_proto::id::{Fingerprint, IdentityKey, MeshId, NodeId};
 use towline_proto::limits;
-use towline_proto::node::{Grant, MeshConfig, Tombstone};
+use towline_proto::node::{Grant, Head, MeshConfig, Tombstone};
 use towline_proto::signed::{self, Domain};
 use towline_proto::{CONTROLLER_TLS_NAME, pb};
 use towline_service::{certificate, pem};
@@ -26,6 +26,7 @@ use towline_service::{certificate, pem};
 use crate::entropy::{self, NoEntropy};
 use crate::peer;
 use crate::state_dir::{StateDir, StateError};
+use crate::store_secret::StoreSecret;
 
 /// Lifetime of a node's certificate. The agent renews it in time.
 pub const NODE_LIFE: Duration = Duration::from_secs(24 * 3600);
@@ -47,6 +48,7 @@ pub struct Authority {
     public_key: IdentityKey,
     issuer: Issuer<'static, KeyPair>,
     statements: Ed25519KeyPair,
+    store_secret: StoreSecret,
 }
 
 /// Error of loading or creating the CA, or of issuing a certificate.
@@ -61,6 +63,15 @@ pub enum AuthorityError {
          new mesh in an empty state directory"
     )]
     Gone {
+        /// Path of the file.
+        missing: String,
+    },
+    /// The secret that authenticates the store is missing.
+    #[error(
+        "{missing} is missing: restore it from a backup, or if an earlier version of the controller \
+         wrote the store, start once with `serve --migrate-store`"
+    )]
+    NoStoreKey {
         /// Path of the file.
         missing: String,
     },
@@ -135,11 +146,26 @@ impl Authority {
             }
             None => return Err(gone("ca.crt")),
         };
-        Self::new(certificate, key)
+        let passed = dir.credential(STORE_KEY)?;
+        let stored = if passed.is_some() { passed } else { dir.read_key(STORE_KEY)? };
+        let store_secret = match stored {
+            Some(text) => StoreSecret::parse(&text)
+                .ok_or_else(|| dir.damaged(STORE_KEY, "it does not contain keys"))?,
+            None if fresh => create_store_key(dir)?,
+            None => {
+                let missing = dir.file(STORE_KEY).display().to_string();
+                return Err(AuthorityError::NoStoreKey { missing });
+            }
+        };
+        Self::new(certificate, key, store_secret)
             .ok_or_else(|| dir.damaged("ca.crt", "it is not the certificate of ca.key").into())
     }
 
-    fn new(certificate: CertificateDer<'static>, key: KeyPair) -> Option<Self> {
+    fn new(
+        certificate: CertificateDer<'static>,
+        key: KeyPair,
+        store_secret: StoreSecret,
+    ) -> Option<Self> {
         let (mesh_id, public_key) = peer::mesh_authority(&certificate)?;
         if key.public_key_raw() != public_key.as_bytes() {
             return None;
@@ -147,12 +173,25 @@ impl Authority {
         let statements = Ed25519KeyPair::from_pkcs8_maybe_unchecked(key.serialized_der()).ok()?;
         let fingerprint = certificate::fingerprint(&certificate);
         let issuer = Issuer::from_ca_cert_der(&certificate, key).ok()?;
-        Some(Self { mesh_id, certificate, fingerprint, public_key, issuer, statements })
+        Some(Self {
+            mesh_id,
+            certificate,
+            fingerprint,
+            public_key,
+            issuer,
+            statements,
+            store_secret,
+        })
     }
 
     /// Returns the id of the CA's mesh.
     pub fn mesh_id(&self) -> MeshId {
         self.mesh_id
+    }
+
+    /// Returns the secret that authenticates the store's records.
+    pub(crate) fn store_secret(&self) -> &StoreSecret {
+        &self.store_secret
     }
 
     /// Returns the CA's certificate.
@@ -183,6 +222,11 @@ impl Authority {
     /// Signs the mesh configuration.
     pub fn sign_mesh(&self, mesh: &MeshConfig) -> pb::Signed {
         signed::sign(Domain::Mesh, &pb::MeshConfig::from(mesh), &self.statements)
+    }
+
+    /// Signs a head of the map.
+    pub fn sign_head(&self, head: &Head) -> pb::Signed {
+        signed::sign(Domain::Head, &pb::Head::from(head), &self.statements)
     }
 
     /// Issues a certificate for a key of the subject. `now` is in seconds since 1970.
@@ -238,10 +282,37 @@ pub fn csr_key(der: &[u8]) -> Result<(IdentityKey, impl PublicKeyData), InvalidC
     Ok((key, csr.public_key))
 }
 
-/// Creates the administrator's key if there is none, and issues a new certificate for it.
-pub fn renew_admin(dir: &StateDir, authority: &Authority, now: i64) -> Result<(), AuthorityError> {
-    let kept = dir.read_key("admin.key")?;
-    let key = match kept.and_then(|pem| key_pair(&pem)) {
+/// File with the secret that authenticates the store's records.
+const STORE_KEY: &str = "store.key";
+
+/// Creates the secret that authenticates the store's records, unless there is one, for the migration of a store
+/// that an earlier version wrote.
+pub fn prepare_migration(dir: &StateDir) -> Result<(), AuthorityError> {
+    if dir.credential(STORE_KEY)?.is_none() && dir.read_key(STORE_KEY)?.is_none() {
+        create_store_key(dir)?;
+    }
+    Ok(())
+}
+
+fn create_store_key(dir: &StateDir) -> Result<StoreSecret, AuthorityError> {
+    let (secret, text) = StoreSecret::generate()?;
+    dir.write(STORE_KEY, 0o600, &text)?;
+    Ok(secret)
+}
+
+/// Name of the administrator whose credential is in the state directory.
+pub const LOCAL_ADMIN: &str = "local";
+
+/// Creates the administrator's key if there is none or if it was revoked, and issues a new certificate for it.
+/// Returns the public key.
+pub fn renew_admin(
+    dir: &StateDir,
+    authority: &Authority,
+    now: i64,
+    mut is_revoked: impl FnMut(IdentityKey) -> bool,
+) -> Result<IdentityKey, AuthorityError> {
+    let kept = dir.read_key("admin.key")?.and_then(|pem| key_pair(&pem));
+    let key = match kept.filter(|key| public_key(key).is_some_and(|key| !is_revoked(key))) {
         Some(key) => key,
         None => {
             let key = KeyPair::generate_for(&PKCS_ED25519)?;
@@ -249,8 +320,15 @@ pub fn renew_admin(dir: &StateDir, authority: &Authority, now: i64) -> Result<()
             key
         }
     };
-    let certificate = authority.issue(Subject::Admin("local"), &key, now)?;
-    Ok(dir.write("admin.crt", 0o600, &pem::certificate(&certificate))?)
+    let certificate = authority.issue(Subject::Admin(LOCAL_ADMIN), &key, now)?;
+    dir.write("admin.crt", 0o600, &pem::certificate(&certificate))?;
+    // A key that was just used has a public part of 32 bytes.
+    public_key(&key).ok_or_else(|| dir.damaged("admin.key", "it is not an Ed25519 key").into())
+}
+
+/// Returns the public part of a key.
+fn public_key(key: &KeyPair) -> Option<IdentityKey> {
+    IdentityKey::try_from(key.public_key_raw()).ok()
 }
 
 /// Generates a key for the controller and issues a certificate for it.
@@ -348,6 +426,18 @@ mod tests {
         let error = Authority::load_or_create(&dir, true, 0).err().unwrap();
         assert!(error.to_string().contains("not contain an Ed25519 key"), "{error}");
         assert_eq!(dir.read("ca.key").unwrap().as_deref(), Some("junk"));
+    }
+
+    #[test]
+    fn the_administrators_key_is_kept_until_it_is_revoked() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = StateDir::new(root.path());
+        let authority = authority(&dir);
+        let first = renew_admin(&dir, &authority, 0, |_| false).unwrap();
+        assert_eq!(renew_admin(&dir, &authority, 1, |_| false).unwrap(), first);
+        let second = renew_admin(&dir, &authority, 2, |key| key == first).unwrap();
+        assert_ne!(second, first);
+        assert_eq!(renew_admin(&dir, &authority, 3, |key| key == first).unwrap(), second);
     }
 
     #[test]

@@ -63,6 +63,10 @@ pub struct Config {
     pub metrics: Option<SocketAddr>,
     /// Web page. `None`: there is none.
     pub ui: Option<UiConfig>,
+    /// True if administrators may also come over the network, with a certificate.
+    pub remote_admin: bool,
+    /// True if records of the store that are not authenticated are taken at this start, and authenticated.
+    pub migrate_store: bool,
 }
 
 /// Configuration of the web page.
@@ -111,6 +115,9 @@ pub struct Settings {
     /// address, if that is a single one.
     #[serde(deserialize_with = "from_texts")]
     pub advertise: Option<Vec<ControllerAddress>>,
+    /// True if administrators may also come over the network, with the certificate `admin.crt` and its key. By
+    /// default they use the controller's local socket.
+    pub remote_admin: Option<bool>,
     /// IPv6 range of the overlay. It can change only while the mesh has no node. A new mesh gets a
     /// random /64 of fd00::/8 by default.
     #[serde(deserialize_with = "from_text")]
@@ -245,6 +252,7 @@ impl Settings {
             store: self.store.or(below.store),
             listen: self.listen.or(below.listen),
             advertise: self.advertise.or(below.advertise),
+            remote_admin: self.remote_admin.or(below.remote_admin),
             overlay_v6: self.overlay_v6.or(below.overlay_v6),
             overlay_v4: self.overlay_v4.or(below.overlay_v4),
             protected: self.protected.or(below.protected),
@@ -390,6 +398,8 @@ impl Settings {
             heartbeat: HEARTBEAT,
             metrics,
             ui,
+            remote_admin: self.remote_admin.unwrap_or(false),
+            migrate_store: false,
         })
     }
 }
@@ -476,6 +486,7 @@ mod tests {
         assert_eq!(example.mesh.lease, Some(LEASE));
         assert_eq!(example.metrics, None);
         assert_eq!(example.ui, None);
+        assert_eq!(example.remote_admin, default.remote_admin);
         assert_eq!(example.mesh.protected, Some(Vec::new()));
     }
 

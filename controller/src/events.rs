@@ -83,7 +83,7 @@ codes! {
 }
 
 impl MeshEvent {
-    /// Returns the event of a stored change. `None` for those of tokens and of the configuration.
+    /// Returns the event of a stored change. `None` for those of tokens, administrators and the configuration.
     pub fn of(event: Event) -> Option<Self> {
         match event {
             Event::Joined { name, .. } => Some(Self::NodeJoined { node: name }),
@@ -91,8 +91,11 @@ impl MeshEvent {
             Event::Removed { name, why, .. } => Some(Self::NodeRemoved { node: name, why }),
             Event::PrefixMoved { prefix, from, to } => Some(Self::PrefixMoved { prefix, from, to }),
             Event::MeshReturned { .. }
+            | Event::LaterHistory { .. }
             | Event::TokenCreated { .. }
-            | Event::TokenRevoked { .. } => None,
+            | Event::TokenRevoked { .. }
+            | Event::AdminAdded { .. }
+            | Event::AdminRevoked { .. } => None,
         }
     }
 

@@ -15,8 +15,9 @@ use towline_proto::pb;
 use crate::authority::Authority;
 use crate::map::MapChange;
 use crate::store::{Record as StoreRecord, Write};
+use crate::store_secret::{KeyId, Opened, RecordSum, Unauthentic};
 use crate::stored::{self, key_text};
-use crate::view::{NodeView, ViewChange};
+use crate::view::{NodeView, TokenView, ViewChange};
 use towline_registry::sessions::{SessionId, Sessions};
 use towline_registry::{
     Changes, Contents, Counters, Difference, Event, Key, LoadError, Now, PublishError, Published,
@@ -32,6 +33,12 @@ pub struct Ledger {
     tombstones: BTreeMap<NodeId, pb::Signed>,
     /// Times at which nodes were last seen before this process started, in seconds since 1970.
     last_seen: BTreeMap<NodeId, i64>,
+    /// What each stored record but the counters adds to [`Self::sum`], by its key in the store.
+    items: BTreeMap<String, RecordSum>,
+    /// Sum over all stored records but the counters.
+    sum: RecordSum,
+    /// True if stored records are not authenticated with the current key: the next changes include all records.
+    must_rewrite: bool,
 }
 
 /// Signed statements of a node.
@@ -68,6 +75,9 @@ pub enum ReadError {
         /// Description of the error.
         why: String,
     },
+    /// A record was replaced by an earlier one of the same key, or records are missing.
+    #[error("its records are not of one moment: some were removed or replaced by earlier ones")]
+    Mixed,
     /// The records contradict each other.
     #[error("its records contradict each other: {0}")]
     Contradiction(#[from] LoadError),
@@ -83,51 +93,89 @@ impl Ledger {
             nodes: BTreeMap::new(),
             tombstones: BTreeMap::new(),
             last_seen: BTreeMap::new(),
+            items: BTreeMap::new(),
+            sum: RecordSum::default(),
+            must_rewrite: false,
         }
     }
 
-    /// Loads the ledger from the records of the store.
+    /// Loads the ledger from the records of the store. With `migrate`, records of earlier versions are taken,
+    /// which are not authenticated.
     pub fn load(
         authority: Arc<Authority>,
-        records: Vec<StoreRecord>,
+        records: &[StoreRecord],
+        migrate: bool,
         now: Now,
     ) -> Result<Self, ReadError> {
+        let secret = authority.store_secret();
+        let mut must_rewrite = false;
+        // Key that authenticates the counters, and thereby the sum.
+        let mut sum_key = None;
         let (mut counters, mut mesh, mut last_seen) = (None, None, BTreeMap::new());
         let (mut members, mut removed_nodes, mut tokens) = (Vec::new(), Vec::new(), Vec::new());
+        let mut admins = Vec::new();
         let (mut nodes, mut tombstones) = (BTreeMap::new(), BTreeMap::new());
         for (key, value) in records {
             let invalid = |why: String| ReadError::Invalid { key: key.clone(), why };
             let parsed =
-                stored::parse_key(&key).ok_or_else(|| invalid("its key is unknown".into()))?;
+                stored::parse_key(key).ok_or_else(|| invalid("its key is unknown".into()))?;
+            let opened = match secret.open(key, value) {
+                Err(Unauthentic::Unsealed) if migrate => Opened { body: value, key: None },
+                opened => opened.map_err(|error| invalid(error.to_string()))?,
+            };
+            must_rewrite |= opened.key != Some(secret.current());
+            let value = opened.body;
             match parsed {
-                Key::Counters => counters = Some(stored::decode_counters(&value).map_err(invalid)?),
-                Key::Mesh => mesh = Some(stored::decode_mesh(&authority, &value).map_err(invalid)?),
+                Key::Counters => {
+                    counters = Some(stored::decode_counters(value).map_err(invalid)?);
+                    sum_key = opened.key;
+                }
+                Key::Mesh => mesh = Some(stored::decode_mesh(&authority, value).map_err(invalid)?),
                 Key::LastSeen => {
-                    for (node, time) in stored::decode_last_seen(&value).map_err(invalid)? {
+                    for (node, time) in stored::decode_last_seen(value).map_err(invalid)? {
                         later(&mut last_seen, node, time);
                     }
                 }
                 Key::Node(id) => {
-                    let node = stored::decode_node(&authority, id, &value, now).map_err(invalid)?;
+                    let node = stored::decode_node(&authority, id, value, now).map_err(invalid)?;
                     members.push(node.member);
                     later(&mut last_seen, id, node.last_seen);
                     nodes.insert(id, Statements { grant: node.grant, record: node.record });
                 }
                 Key::RemovedNode(id) => {
                     let (removed, signed) =
-                        stored::decode_removed_node(&authority, id, &value).map_err(invalid)?;
+                        stored::decode_removed_node(&authority, id, value).map_err(invalid)?;
                     removed_nodes.push(removed);
                     tombstones.insert(id, signed);
                 }
-                Key::Token(id) => tokens.push(stored::decode_token(id, &value).map_err(invalid)?),
+                Key::Token(id) => tokens.push(stored::decode_token(id, value).map_err(invalid)?),
+                Key::Admin(key) => admins.push(stored::decode_admin(key, value).map_err(invalid)?),
             }
         }
         last_seen.retain(|node, time| *time > 0 && nodes.contains_key(node));
         let (mesh, signed_mesh) = mesh.ok_or(ReadError::Missing("mesh"))?;
-        let counters = counters.ok_or(ReadError::Missing("meta"))?;
-        let contents = Contents { counters, mesh, members, removed_nodes, tokens };
+        let (counters, stored_sum) = counters.ok_or(ReadError::Missing("meta"))?;
+        // A store that is migrated has no sum that could be trusted.
+        if let Some(sum_key) = sum_key.filter(|_| !migrate) {
+            let (_, sum) = items(&authority, sum_key, records);
+            if sum != stored_sum {
+                return Err(ReadError::Mixed);
+            }
+        }
+        let (items, sum) = items(&authority, secret.current(), records);
+        let contents = Contents { counters, mesh, members, removed_nodes, tokens, admins };
         let registry = Registry::load(contents)?;
-        Ok(Self { authority, registry, mesh: signed_mesh, nodes, tombstones, last_seen })
+        Ok(Self {
+            registry,
+            mesh: signed_mesh,
+            nodes,
+            tombstones,
+            last_seen,
+            items,
+            sum,
+            must_rewrite,
+            authority,
+        })
     }
 
     /// Returns the registry, to read it or to apply an operation that needs no signed statement.
@@ -184,7 +232,13 @@ impl Ledger {
     /// Signs what is new, and returns the changes since the previous call. `last_seen` returns when
     /// nodes were last seen, and is called only if that is to be stored.
     pub fn take_changes(&mut self, last_seen: impl Fn() -> BTreeMap<NodeId, i64>) -> LedgerChanges {
-        let Changes { unsigned, records, problems, events } = self.registry.take_changes();
+        let Changes { unsigned, mut records, problems, events } = self.registry.take_changes();
+        let rewrites = self.must_rewrite && !records.is_empty();
+        if rewrites {
+            self.must_rewrite = false;
+            records.extend(self.keys());
+            records.insert(Key::LastSeen);
+        }
         unsigned.into_iter().for_each(|value| self.sign(value));
         let mut changes = LedgerChanges { events, ..LedgerChanges::default() };
         for key in &records {
@@ -193,9 +247,21 @@ impl Ledger {
             {
                 self.nodes.remove(id);
             }
-            changes.writes.push((key_text(*key), self.encode(*key, &last_seen)));
+            let body = match key {
+                // Written last, because it has the sum over the others.
+                Key::Counters => continue,
+                // Nodes may not have been seen yet since this process started.
+                Key::LastSeen if rewrites => Some(stored::encode_last_seen(self.last_seen())),
+                key => self.encode(*key, &last_seen),
+            };
+            let write = self.write(*key, body);
+            changes.writes.push(write);
             changes.map.extend(self.map_change(*key));
             changes.view.extend(self.view_change(*key));
+        }
+        if records.contains(&Key::Counters) {
+            let counters = stored::encode_counters(self.registry.counters(), &self.sum);
+            changes.writes.push(self.write(Key::Counters, Some(counters)));
         }
         let noted = problems.into_iter().filter(|node| !records.contains(&Key::Node(*node)));
         changes.view.extend(noted.filter_map(|node| self.view_change(Key::Node(node))));
@@ -207,8 +273,11 @@ impl Ledger {
     /// that they may be old.
     pub fn mark_backup(&self, records: &mut [StoreRecord]) {
         let name = key_text(Key::Counters);
+        let counters = Counters { is_backup: true, ..self.counters() };
+        let counters = stored::encode_counters(counters, &self.sum);
+        let counters = self.authority.store_secret().seal(&name, &counters);
         for (_, value) in records.iter_mut().filter(|(key, _)| *key == name) {
-            *value = stored::encode_counters(Counters { is_backup: true, ..self.counters() });
+            value.clone_from(&counters);
         }
     }
 
@@ -229,7 +298,8 @@ impl Ledger {
         let removed = self.registry.removed_nodes();
         let removed = removed.map(|removed| Key::RemovedNode(removed.tombstone.node_id));
         let tokens = self.registry.tokens().map(|token| Key::Token(token.id));
-        nodes.chain(removed).chain(tokens).chain([Key::Mesh])
+        let admins = self.registry.admins().map(|admin| Key::Admin(admin.key));
+        nodes.chain(removed).chain(tokens).chain(admins).chain([Key::Mesh])
     }
 
     fn sign(&mut self, value: Unsigned) {
@@ -252,11 +322,28 @@ impl Ledger {
         }
     }
 
+    /// Returns the write of a record, authenticated, and updates the sum over all records.
+    fn write(&mut self, key: Key, body: Option<Vec<u8>>) -> Write {
+        let (name, secret) = (key_text(key), self.authority.store_secret());
+        let value = body.map(|body| secret.seal(&name, &body));
+        if key != Key::Counters {
+            if let Some(old) = self.items.remove(&name) {
+                self.sum.remove(&old);
+            }
+            let item = value.as_ref().and_then(|value| secret.item(secret.current(), &name, value));
+            if let Some(item) = item {
+                self.sum.add(&item);
+                self.items.insert(name.clone(), item);
+            }
+        }
+        (name, value)
+    }
+
     /// Returns the value to store under a key; `None` if the record is deleted.
     fn encode(&self, key: Key, last_seen: impl Fn() -> BTreeMap<NodeId, i64>) -> Option<Vec<u8>> {
         let registry = &self.registry;
         match key {
-            Key::Counters => Some(stored::encode_counters(registry.counters())),
+            Key::Counters => Some(stored::encode_counters(registry.counters(), &self.sum)),
             Key::Mesh => Some(stored::encode_mesh(registry.mesh().revision, &self.mesh)),
             Key::LastSeen => Some(stored::encode_last_seen(last_seen())),
             Key::Node(id) => {
@@ -268,6 +355,7 @@ impl Ledger {
                 Some(stored::encode_removed_node(removed.revision, self.tombstones.get(&id)?))
             }
             Key::Token(id) => registry.token(id).map(stored::encode_token),
+            Key::Admin(key) => registry.admin(key).map(stored::encode_admin),
         }
     }
 
@@ -300,7 +388,7 @@ impl Ledger {
                 revision: self.registry.mesh().revision,
                 signed: self.mesh.clone(),
             }),
-            Key::Counters | Key::LastSeen | Key::Token(_) => None,
+            Key::Counters | Key::LastSeen | Key::Token(_) | Key::Admin(_) => None,
         }
     }
 
@@ -323,12 +411,37 @@ impl Ledger {
                 })))
             }
             Key::Token(id) => Some(match self.registry.token(id) {
-                Some(token) => ViewChange::Token(id, Arc::new(stored::token_message(token))),
+                Some(token) => {
+                    let message = stored::token_message(token);
+                    let secret_hash = token.secret_hash;
+                    ViewChange::Token(id, Arc::new(TokenView { message, secret_hash }))
+                }
                 None => ViewChange::TokenRemoved(id),
+            }),
+            Key::Admin(key) => Some(match self.registry.admin(key) {
+                Some(admin) => ViewChange::Admin(Arc::new(admin.clone())),
+                None => ViewChange::AdminRemoved(key),
             }),
             Key::Counters | Key::LastSeen | Key::Mesh | Key::RemovedNode(_) => None,
         }
     }
+}
+
+/// Returns what each record but the counters adds to the sum under a key of the store's secret, and the sum.
+fn items(
+    authority: &Authority,
+    key: KeyId,
+    records: &[StoreRecord],
+) -> (BTreeMap<String, RecordSum>, RecordSum) {
+    let (mut items, mut sum) = (BTreeMap::new(), RecordSum::default());
+    let counters = key_text(Key::Counters);
+    for (name, value) in records.iter().filter(|(name, _)| *name != counters) {
+        if let Some(item) = authority.store_secret().item(key, name, value) {
+            sum.add(&item);
+            items.insert(name.clone(), item);
+        }
+    }
+    (items, sum)
 }
 
 fn later(last_seen: &mut BTreeMap<NodeId, i64>, node: NodeId, time: i64) {
@@ -448,8 +561,17 @@ mod tests {
         }
 
         fn load(&self, authority: &Arc<Authority>) -> Result<Ledger, ReadError> {
-            let records = self.stored.clone().into_iter().collect();
-            Ledger::load(authority.clone(), records, self.now)
+            let records: Vec<StoreRecord> = self.stored.clone().into_iter().collect();
+            Ledger::load(authority.clone(), &records, false, self.now)
+        }
+
+        /// Returns the records as an earlier version wrote them.
+        fn unauthenticated(&self) -> Vec<StoreRecord> {
+            let secret = AUTHORITY.store_secret();
+            let open = |(key, value): (&String, &Vec<u8>)| {
+                (key.clone(), secret.open(key, value).unwrap().body.to_vec())
+            };
+            self.stored.iter().map(open).collect()
         }
     }
 
@@ -507,10 +629,12 @@ mod tests {
         let mut world = World::new();
         let node = world.node(1);
         let key = format!("node/{node}");
-        let bytes = world.stored.get_mut(&key).unwrap();
-        *bytes = stored::with_last_seen(bytes, 1_600_000_000);
-        world.stored.remove("seen");
-        let loaded = world.load(&AUTHORITY).unwrap();
+        let mut records = world.unauthenticated();
+        records.retain(|(key, _)| key != "seen");
+        for (_, value) in records.iter_mut().filter(|(found, _)| *found == key) {
+            *value = stored::with_last_seen(value, 1_600_000_000);
+        }
+        let loaded = Ledger::load(AUTHORITY.clone(), &records, true, world.now).unwrap();
         assert_eq!(loaded.last_seen().collect::<Vec<_>>(), [(node, 1_600_000_000)]);
     }
 
@@ -529,6 +653,47 @@ mod tests {
     }
 
     #[test]
+    fn records_of_an_earlier_version_are_taken_once_and_only_where_that_is_asked_for() {
+        let mut world = World::new();
+        let node = world.node(1);
+        let records = world.unauthenticated();
+        let load = |migrate| Ledger::load(AUTHORITY.clone(), &records, migrate, world.now);
+        let error = load(false).map(drop).unwrap_err().to_string();
+        assert!(error.contains("--migrate-store"), "{error}");
+        world.ledger = load(true).unwrap();
+        world.stored = records.iter().cloned().collect();
+        world.ledger.registry().start(None, world.now);
+        world.commit();
+        let mut loaded = world.load(&AUTHORITY).unwrap();
+        assert!(loaded.registry().member(node).is_ok());
+    }
+
+    #[test]
+    fn a_record_cannot_be_replaced_by_an_earlier_one_nor_removed() {
+        let mut world = World::new();
+        world.node(1);
+        let unused = {
+            let (token, hash) = (TokenId([2; 8]), SecretHash([2; 32]));
+            let registry = world.ledger.registry();
+            registry.create_token(token, hash, TokenTerms::once(), i64::MAX, world.now).unwrap();
+            world.commit();
+            let key = format!("token/{token}");
+            (key.clone(), world.stored[&key].clone())
+        };
+        world.ledger.registry().revoke_token(TokenId([2; 8])).unwrap();
+        world.commit();
+        let good = world.stored.clone();
+        world.load(&AUTHORITY).unwrap();
+        world.stored.insert(unused.0, unused.1);
+        assert!(matches!(world.load(&AUTHORITY), Err(ReadError::Mixed)), "a revoked token is open");
+        for key in good.keys().filter(|key| *key != "meta" && *key != "mesh") {
+            world.stored = good.clone();
+            world.stored.remove(key);
+            assert!(matches!(world.load(&AUTHORITY), Err(ReadError::Mixed)), "{key} is missing");
+        }
+    }
+
+    #[test]
     fn a_store_of_another_authority_or_with_altered_records_is_not_believed() {
         let mut world = World::new();
         world.node(1);
@@ -536,7 +701,7 @@ mod tests {
         assert!(error.contains("different meshes"), "{error}");
 
         let keys: Vec<String> = world.stored.keys().cloned().collect();
-        for key in keys.iter().filter(|key| key.starts_with("node/") || *key == "mesh") {
+        for key in &keys {
             let mut altered = std::mem::take(&mut world.stored);
             altered.get_mut(key).unwrap()[40] ^= 1;
             world.stored = altered;

@@ -22,8 +22,10 @@
 //!   and [`events`] has what happened lately. All of it is in memory, and nothing is decided by it. [`ui`] is the
 //!   web page that shows it.
 //! - `publish` (feature `kubernetes`) is a client that shows the same in the Kubernetes API.
-//! - [`authority`] is the CA. Its key is in a separate file and never in the store.
-//! - [`service`] implements the RPCs, behind one table that says which role may call which RPC.
+//! - [`authority`] is the CA. Its key is in a separate file and never in the store, and so is the
+//!   [secret](store_secret) that authenticates the store's records.
+//! - [`service`] implements the RPCs, behind one table that says which role may call which RPC. Operators
+//!   come by the [`local`] socket, or over the network if they chose so.
 //! - [`server`] starts and stops all parts. [`cli`] is the command line, whose commands call a
 //!   running controller.
 //!
@@ -46,6 +48,7 @@ pub mod events;
 pub mod internals;
 pub mod ledger;
 pub mod listen;
+pub mod local;
 pub mod map;
 pub mod metrics;
 pub mod peer;
@@ -57,6 +60,7 @@ pub mod service;
 mod slots;
 pub mod state_dir;
 pub mod store;
+pub mod store_secret;
 mod stored;
 pub mod summaries;
 pub mod tls;

@@ -35,7 +35,6 @@ use towline_proto::limits;
 use towline_proto::source_limiter::source;
 use towline_service::tcp;
 
-use crate::clock;
 use crate::peer::Peer;
 use crate::slots::{Slot, Slots};
 
@@ -79,13 +78,21 @@ pub struct ConnectionInfo {
     pub peer: Option<Arc<PresentedPeer>>,
 }
 
-/// Identity in a client's certificate, and whether the certificate had expired.
+/// Identity in a client's certificate, and the end of its validity.
 #[derive(Debug)]
 pub struct PresentedPeer {
     /// Identity of the client.
     pub peer: Peer,
-    /// True if the certificate had already expired during the handshake.
-    pub expired: bool,
+    /// End of the certificate's validity, in seconds since 1970. A connection outlives it, so each request is
+    /// compared with it.
+    pub expires_at: i64,
+}
+
+impl PresentedPeer {
+    /// Returns whether the certificate has expired at `now`, in seconds since 1970.
+    pub fn is_expired(&self, now: i64) -> bool {
+        self.expires_at < now
+    }
 }
 
 /// Listens on `address`. The address `[::]` means all addresses of both families, or all IPv4
@@ -282,8 +289,8 @@ async fn handshake(
     let stream = acceptor.accept(stream).await?;
     let certificate = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
     let peer = certificate.and_then(|der| {
-        let expired = crate::peer::is_expired(der, clock::now().unix);
-        Some(PresentedPeer { peer: Peer::from_certificate(der)?, expired })
+        let expires_at = crate::peer::expires_at(der)?;
+        Some(PresentedPeer { peer: Peer::from_certificate(der)?, expires_at })
     });
     let kind = peer.as_ref().map_or(Standing::Stranger, standing);
     let (slot, life) = places.take(kind, source(address.ip()));

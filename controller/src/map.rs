@@ -222,7 +222,7 @@ impl Map {
     pub fn changes_after(&self, cursor: u64) -> (pb::Changes, bool) {
         let most = self.message_bytes();
         let inner = self.inner.read();
-        let mut message = pb::Changes { changes: Vec::new(), revision: cursor, synced: false };
+        let mut message = pb::Changes { revision: cursor, ..pb::Changes::default() };
         let mut bytes = 0;
         for (&revision, change) in inner.index.range(cursor.saturating_add(1)..) {
             let size = change.len();

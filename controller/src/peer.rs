@@ -50,10 +50,9 @@ impl Peer {
     }
 }
 
-/// Returns whether a certificate has expired at `now` (seconds since 1970). One that cannot be
-/// parsed counts as expired.
-pub fn is_expired(der: &[u8], now: i64) -> bool {
-    certificate::validity(der).is_none_or(|(_, until)| until < now)
+/// Returns the end of a certificate's validity, in seconds since 1970; `None` if it cannot be parsed.
+pub fn expires_at(der: &[u8]) -> Option<i64> {
+    certificate::validity(der).map(|(_, until)| until)
 }
 
 /// Returns the mesh id and the key in a CA's certificate.

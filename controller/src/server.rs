@@ -14,15 +14,17 @@ use std::time::Duration;
 
 use ipnet::Ipv6Net;
 use parking_lot::Mutex;
-use tokio::net::TcpListener;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::{interval, sleep, timeout};
 use tokio_rustls::TlsAcceptor;
-use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::StreamExt as _;
+use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
 use tonic::body::Body;
 use tonic::transport::Server;
 use tower::util::MapResponseLayer;
 use towline_proto::health::health_server::HealthServer;
+use towline_proto::id::IdentityKey;
 use towline_proto::limits;
 use towline_proto::node::MeshConfig;
 use towline_proto::pb::admin_server::AdminServer;
@@ -32,7 +34,7 @@ use towline_proto::token::ControllerAddress;
 use towline_service::port_owner::{self, PortOwner, Transport};
 use x25519_dalek::{PublicKey, StaticSecret};
 
-use crate::authority::{self, ADMIN_LIFE, Authority, AuthorityError};
+use crate::authority::{self, ADMIN_LIFE, Authority, AuthorityError, LOCAL_ADMIN};
 use crate::clock;
 use crate::config::{Config, LEASE, MeshSettings, OVERLAY_V4, UiConfig};
 use crate::counters::Counters;
@@ -40,6 +42,7 @@ use crate::entropy::{NoEntropy, random};
 use crate::events::Events;
 use crate::ledger::Ledger;
 use crate::listen::{self, Handshakes, Places, PresentedPeer, Standing};
+use crate::local;
 use crate::map::Map;
 use crate::metrics;
 use crate::peer::PeerName;
@@ -155,6 +158,9 @@ pub struct Controller {
     metrics: Option<SocketAddr>,
     /// Address of the web page and the host names that it answers to, if it is served.
     ui: Option<UiConfig>,
+    /// Socket of the local administrators; `None` if it could not be bound.
+    local: Option<UnixListener>,
+    is_remote_admin: bool,
     counters: Arc<Counters>,
     started: Now,
 }
@@ -191,17 +197,22 @@ impl Controller {
         let now = clock::now();
         let place = Place::open(&config.store, dir.store())?;
         let fresh = is_fresh(&dir, &place)?;
-        let authority = Arc::new(Authority::load_or_create(&dir, fresh, now.unix)?);
-        let (mut store, ledger) =
-            open_ledger(&dir, place, fresh, &authority, &config.mesh, &config.advertise, now)?;
-        let lost = store.lost();
-        // A controller that was set up before serves its mesh even if the disk is full.
-        match authority::renew_admin(&dir, &authority, now.unix) {
-            Err(error) if fresh => return Err(error.into()),
-            renewed => {
-                warn_unless_stored(renewed, "the administrator's certificate is not renewed");
-            }
+        let migrate = config.migrate_store && !fresh;
+        if migrate {
+            authority::prepare_migration(&dir)?;
         }
+        let authority = Arc::new(Authority::load_or_create(&dir, fresh, now.unix)?);
+        let opening = Opening {
+            dir: &dir,
+            authority: &authority,
+            settings: &config.mesh,
+            advertise: &config.advertise,
+            migrate,
+            now,
+        };
+        let (store, ledger) = open_ledger(opening, place, fresh)?;
+        let (mut store, ledger) = admit_local_admin(&dir, fresh, store, ledger, &authority, now)?;
+        let lost = store.lost();
         let certificate = Arc::new(ServerCertificate::new(&authority, now.unix)?);
         let tls = tls::server_config(&authority, certificate.clone())?;
 
@@ -244,9 +255,16 @@ impl Controller {
             events,
             admission: Arc::default(),
             counters: counters.clone(),
+            admin_revoked: Arc::default(),
+            head: Mutex::new(None),
             reflector: reflector.as_ref().map(|_| address.port()),
             stopping,
         };
+        // Without it, operators need the credential and `remote_admin`.
+        let socket = local::listen(&dir).inspect_err(|error| {
+            let path = dir.file(local::SOCKET);
+            tracing::warn!(%error, path = %path.display(), "no local socket for administrators");
+        });
         let stored = dir.write("address", 0o644, &format!("{}\n", local(address)));
         match stored {
             Err(error) if fresh => return Err(error.into()),
@@ -270,6 +288,8 @@ impl Controller {
             lost,
             metrics: config.metrics,
             ui: config.ui,
+            local: socket.ok(),
+            is_remote_admin: config.remote_admin,
             counters,
             started: now,
         })
@@ -317,10 +337,16 @@ impl Controller {
             acceptor,
             accepted,
             places,
-            standing(shared.map.clone()),
+            standing(shared.map.clone(), shared.view.clone(), self.is_remote_admin),
             self.handshakes.handle(),
         ));
-        let renewing = tokio::spawn(renew(dir.clone(), authority, self.certificate));
+        let renewing = tokio::spawn(renew(
+            dir.clone(),
+            authority,
+            self.certificate,
+            shared.writer.clone(),
+            shared.admin_revoked.clone(),
+        ));
         let writer = shared.writer.clone();
         let ticking = tokio::spawn(tick(
             writer.clone(),
@@ -339,7 +365,12 @@ impl Controller {
         let mut stopping = shared.stopping.clone();
         let map = shared.map.clone();
         let health = HealthServer::new(HealthService::new(shared.stopping.clone()));
-        let authorizer = Authorizer::new(shared.map.clone(), shared.authority.mesh_id());
+        let authorizer = Authorizer::new(
+            shared.map.clone(),
+            shared.view.clone(),
+            shared.authority.mesh_id(),
+            self.is_remote_admin,
+        );
         let shared = Arc::new(shared);
         let discovery = DiscoveryServer::new(DiscoveryService::new(shared.clone()))
             .max_decoding_message_size(limits::MESSAGE_BYTES)
@@ -347,6 +378,13 @@ impl Controller {
         let admin = AdminServer::new(AdminService::new(shared))
             .max_decoding_message_size(limits::MESSAGE_BYTES)
             .max_encoding_message_size(limits::MESSAGE_BYTES);
+        let administering = tokio::spawn(serve_local(
+            self.local,
+            admin.clone(),
+            authorizer.clone(),
+            counters.clone(),
+            stopping.clone(),
+        ));
         let server = Server::builder()
             .http2_keepalive_interval(Some(KEEPALIVE.0))
             .http2_keepalive_timeout(Some(KEEPALIVE.1))
@@ -379,7 +417,11 @@ impl Controller {
         }
         if result.is_ok() {
             // Watches end by themselves. Connections that do not close in time are dropped.
-            let _ = timeout(over + GRACE, &mut server).await;
+            let _ = timeout(over + GRACE, async {
+                let _ = (&mut server).await;
+                let _ = administering.await;
+            })
+            .await;
         }
         drop(server);
         // Until here, probes were told that the controller stops.
@@ -398,6 +440,7 @@ impl Controller {
         if sequence > 0 {
             warn_unless_stored(dir.set_sequence(sequence), SEQUENCE_NOT_WRITTEN);
         }
+        dir.remove(local::SOCKET)?;
         dir.remove("address")?;
         result
     }
@@ -409,13 +452,22 @@ fn drain_time(watches: usize) -> Duration {
 }
 
 /// Returns the function that tells the kind of a client by its certificate and the map.
-fn standing(map: Arc<Map>) -> impl Fn(&PresentedPeer) -> Standing + Clone {
-    move |PresentedPeer { peer, expired }| match peer.name {
-        PeerName::Node(node) if map.member(node, &peer.key).is_err() => Standing::Stranger,
-        PeerName::Node(node) if *expired => Standing::Expired(node),
-        PeerName::Node(node) => Standing::Node(node),
-        PeerName::Admin(_) if *expired => Standing::Stranger,
-        PeerName::Admin(_) => Standing::Admin,
+fn standing(
+    map: Arc<Map>,
+    view: Arc<View>,
+    is_remote_admin: bool,
+) -> impl Fn(&PresentedPeer) -> Standing + Clone {
+    move |presented| {
+        let (peer, is_expired) = (&presented.peer, presented.is_expired(clock::now().unix));
+        match peer.name {
+            PeerName::Node(node) if map.member(node, &peer.key).is_err() => Standing::Stranger,
+            PeerName::Node(node) if is_expired => Standing::Expired(node),
+            PeerName::Node(node) => Standing::Node(node),
+            PeerName::Admin(_) if !is_remote_admin || is_expired || !view.is_admin(&peer.key) => {
+                Standing::Stranger
+            }
+            PeerName::Admin(_) => Standing::Admin,
+        }
     }
 }
 
@@ -447,15 +499,24 @@ fn is_fresh(dir: &StateDir, place: &Place) -> Result<bool, ServeError> {
     }
 }
 
+/// What a mesh is opened with.
+#[derive(Clone, Copy)]
+struct Opening<'a> {
+    dir: &'a StateDir,
+    authority: &'a Arc<Authority>,
+    settings: &'a MeshSettings,
+    advertise: &'a [ControllerAddress],
+    /// True if records that are not authenticated are taken.
+    migrate: bool,
+    now: Now,
+}
+
 fn open_ledger(
-    dir: &StateDir,
+    opening: Opening<'_>,
     place: Place,
     fresh: bool,
-    authority: &Arc<Authority>,
-    settings: &MeshSettings,
-    advertise: &[ControllerAddress],
-    now: Now,
 ) -> Result<(Box<dyn Store>, Ledger), ServeError> {
+    let Opening { dir, authority, settings, .. } = opening;
     let identity = identity(authority);
     let store = if fresh {
         let mut ledger = Ledger::create(authority.clone(), first_mesh(authority, settings)?);
@@ -469,7 +530,7 @@ fn open_ledger(
     } else {
         place.store(&identity)?
     };
-    begin(dir, store, authority, settings, advertise, now)
+    begin(opening, store)
 }
 
 /// Loads the ledger, counts this start and applies the configuration. The addresses that this
@@ -478,14 +539,11 @@ fn open_ledger(
 /// If the store accepts no writes, the mesh is served unchanged. The start is not counted then, so
 /// that the next start finds consistent counters.
 fn begin(
-    dir: &StateDir,
+    opening: Opening<'_>,
     mut store: Box<dyn Store>,
-    authority: &Arc<Authority>,
-    settings: &MeshSettings,
-    advertise: &[ControllerAddress],
-    now: Now,
 ) -> Result<(Box<dyn Store>, Ledger), ServeError> {
-    let mut ledger = writer::read(&mut *store, authority.clone(), now)?;
+    let Opening { dir, authority, settings, advertise, migrate, now } = opening;
+    let mut ledger = writer::read(&mut *store, authority.clone(), migrate, now)?;
     let beside = newest_start(dir.starts()?, dir.sequence()?, &*store, ledger.counters());
     let started = ledger.registry().start(beside, now);
     if started.restored {
@@ -523,12 +581,15 @@ fn begin(
     }
     let expected = store.sequence();
     match store.commit(expected, &ledger.take_changes(BTreeMap::new).writes) {
+        Ok(_) if migrate => {
+            tracing::warn!("store migrated: start without --migrate-store from now on");
+        }
         Ok(_) => {}
         // The new epoch of a restored store must be on the disk before a client sees it.
         Err(error @ (CommitError::Failed { .. } | CommitError::Etcd(_))) if !started.restored => {
             tracing::error!(%error, "start not counted, changed settings not applied");
             store.reopen()?;
-            let ledger = writer::read(&mut *store, authority.clone(), now)?;
+            let ledger = writer::read(&mut *store, authority.clone(), migrate, now)?;
             return Ok((store, ledger));
         }
         Err(error) => return Err(error.into()),
@@ -559,6 +620,50 @@ fn newest_start(
     Some(Starts { count: beside.count.max(counters.starts.saturating_add(1)), ..beside })
 }
 
+/// Renews the credential of the local administrator, and lists its key if it is new.
+///
+/// If the disk accepts no writes, a controller that was set up before serves its mesh all the same: the local
+/// socket needs no credential.
+fn admit_local_admin(
+    dir: &StateDir,
+    fresh: bool,
+    mut store: Box<dyn Store>,
+    mut ledger: Ledger,
+    authority: &Arc<Authority>,
+    now: Now,
+) -> Result<(Box<dyn Store>, Ledger), ServeError> {
+    let is_revoked = |key| is_revoked(&mut ledger, key);
+    let key = match authority::renew_admin(dir, authority, now.unix, is_revoked) {
+        Ok(key) => key,
+        Err(error) if fresh => return Err(error.into()),
+        Err(error) => {
+            warn_unless_stored(Err(error), "the administrator's certificate is not renewed");
+            return Ok((store, ledger));
+        }
+    };
+    ledger.registry().add_admin(key, LOCAL_ADMIN, now);
+    let writes = ledger.take_changes(BTreeMap::new).writes;
+    if writes.is_empty() {
+        return Ok((store, ledger));
+    }
+    let expected = store.sequence();
+    match store.commit(expected, &writes) {
+        Ok(_) => Ok((store, ledger)),
+        Err(error @ (CommitError::Failed { .. } | CommitError::Etcd(_))) => {
+            tracing::error!(%error, "the administrator's key is not listed: use the local socket");
+            store.reopen()?;
+            let ledger = writer::read(&mut *store, authority.clone(), false, now)?;
+            Ok((store, ledger))
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Returns whether an administrator's key is listed as revoked.
+fn is_revoked(ledger: &mut Ledger, key: IdentityKey) -> bool {
+    ledger.registry().admin(key).is_some_and(|admin| admin.revoked_at.is_some())
+}
+
 /// Logs a file that could not be written, and the consequence of that.
 fn warn_unless_stored<E: std::fmt::Display>(stored: Result<(), E>, consequence: &str) {
     if let Err(error) = stored {
@@ -586,6 +691,7 @@ fn first_mesh(authority: &Authority, settings: &MeshSettings) -> Result<MeshConf
         controllers: Vec::new(),
         lease: settings.lease.unwrap_or(LEASE),
         generation: 1,
+        epoch: 0,
     })
 }
 
@@ -609,24 +715,74 @@ fn local(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(ip, address.port())
 }
 
-/// Renews the controller's and the administrator's certificates periodically.
-async fn renew(dir: StateDir, authority: Arc<Authority>, certificate: Arc<ServerCertificate>) {
+/// Serves the administrators' RPCs on the local socket, if there is one.
+async fn serve_local(
+    socket: Option<UnixListener>,
+    admin: AdminServer<AdminService>,
+    authorizer: Authorizer,
+    counters: Arc<Counters>,
+    mut stopping: watch::Receiver<Option<Duration>>,
+) {
+    let Some(socket) = socket else { return };
+    let connections = UnixListenerStream::new(socket).filter(|connection| match connection {
+        Ok(stream) => local::is_allowed(stream),
+        Err(_) => true,
+    });
+    let served = Server::builder()
+        .max_concurrent_streams(STREAMS)
+        .layer(MapResponseLayer::new(move |response: http::Response<Body>| {
+            counters.response(&response);
+            response
+        }))
+        .layer(authorizer)
+        .add_service(admin)
+        .serve_with_incoming_shutdown(connections, async move {
+            drain_begins(&mut stopping).await;
+        })
+        .await;
+    if let Err(error) = served {
+        tracing::error!(%error, "local socket failed: restart the controller");
+    }
+}
+
+/// Renews the controller's and the administrator's certificates periodically, and the latter also when an
+/// administrator's key was revoked.
+async fn renew(
+    dir: StateDir,
+    authority: Arc<Authority>,
+    certificate: Arc<ServerCertificate>,
+    writer: Writer,
+    admin_revoked: Arc<Notify>,
+) {
     let mut admin_since = clock::now().unix;
     let mut checks = interval(CERTIFICATE_CHECK);
     loop {
-        checks.tick().await;
+        let is_admin_due = tokio::select! {
+            _ = checks.tick() => false,
+            () = admin_revoked.notified() => true,
+        };
         let now = clock::now().unix;
         match certificate.renew(&authority, now) {
             Ok(true) => tracing::info!("certificate renewed"),
             Ok(false) => {}
             Err(error) => tracing::error!(%error, "cannot renew the certificate"),
         }
-        if tls::is_due(admin_since, ADMIN_LIFE, now) {
-            match authority::renew_admin(&dir, &authority, now) {
-                Ok(()) => admin_since = now,
-                Err(error) => {
+        if is_admin_due || tls::is_due(admin_since, ADMIN_LIFE, now) {
+            // The files are small, and are written once in days.
+            let (dir, authority) = (dir.clone(), authority.clone());
+            let renewed = writer.run(move |ledger, _, now| {
+                let key = authority::renew_admin(&dir, &authority, now.unix, |key| {
+                    is_revoked(ledger, key)
+                })?;
+                ledger.registry().add_admin(key, LOCAL_ADMIN, now);
+                Ok::<_, AuthorityError>(())
+            });
+            match renewed.await {
+                Ok(Ok(())) => admin_since = now,
+                Ok(Err(error)) => {
                     tracing::error!(%error, "cannot renew the administrator's certificate");
                 }
+                Err(error) => tracing::error!(%error, "cannot list the administrator's key"),
             }
         }
     }
@@ -707,15 +863,22 @@ mod tests {
         let now = clock::now();
         let authority = Arc::new(Authority::load_or_create(&dir, true, now.unix).unwrap());
         let settings = MeshSettings::default();
-        let mut first = open_ledger(&dir, file(), true, &authority, &settings, &[], now).unwrap();
+        let opening = Opening {
+            dir: &dir,
+            authority: &authority,
+            settings: &settings,
+            advertise: &[],
+            migrate: false,
+            now,
+        };
+        let mut first = open_ledger(opening, file(), true).unwrap();
         let mesh = first.1.registry().mesh().clone();
         drop(first);
         let before = dir.starts().unwrap().unwrap();
 
         let store = FileStore::open(&dir.store()).unwrap();
         store.fail_next_commit();
-        let (mut store, mut ledger) =
-            begin(&dir, Box::new(store), &authority, &settings, &[], now).unwrap();
+        let (mut store, mut ledger) = begin(opening, Box::new(store)).unwrap();
         assert_eq!(*ledger.registry().mesh(), mesh);
         assert_eq!(dir.starts().unwrap(), Some(before));
         // Once the disk has room, commits succeed again.
@@ -728,9 +891,8 @@ mod tests {
         dir.set_starts(ahead).unwrap();
         let store = FileStore::open(&dir.store()).unwrap();
         store.fail_next_commit();
-        assert!(begin(&dir, Box::new(store), &authority, &settings, &[], now).is_err());
-        let (_store, _ledger) =
-            open_ledger(&dir, file(), false, &authority, &settings, &[], now).unwrap();
+        assert!(begin(opening, Box::new(store)).is_err());
+        let (_store, _ledger) = open_ledger(opening, file(), false).unwrap();
         assert_eq!(dir.starts().unwrap().unwrap().count, ahead.count + 1);
     }
 
@@ -749,10 +911,18 @@ mod tests {
         let now = clock::now();
         let authority = Arc::new(Authority::load_or_create(&dir, true, now.unix).unwrap());
         let settings = MeshSettings::default();
+        let opening = Opening {
+            dir: &dir,
+            authority: &authority,
+            settings: &settings,
+            advertise: &[],
+            migrate: false,
+            now,
+        };
         // The store is closed when the result is dropped.
         let epoch_of_start = |fresh| {
             let place = Place::File(dir.store());
-            let opened = open_ledger(&dir, place, fresh, &authority, &settings, &[], now);
+            let opened = open_ledger(opening, place, fresh);
             opened.map(|(_store, ledger)| ledger.counters().epoch).unwrap()
         };
         let epoch = epoch_of_start(true);

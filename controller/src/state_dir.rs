@@ -4,10 +4,12 @@
 //! |---|---|---|
 //! | `ca.key` | the CA's private key, PKCS#8 PEM | 0600 |
 //! | `ca.crt` | the CA's certificate, PEM | 0644 |
+//! | `store.key` | the secret that authenticates the store's records | 0600 |
 //! | `admin.key`, `admin.crt` | the administrator's credential | 0600 |
 //! | `towline.redb` | the store | 0600 |
 //! | `starts` | number of the controller's starts, and the mesh's epoch: a store that is behind was restored from a backup | 0600 |
 //! | `sequence` | sequence number that the store had, written once a minute and at the end: a store that is behind was restored | 0600 |
+//! | `admin.sock` | socket for administrators on this machine | 0600 |
 //! | `address` | address on which the running controller listens, for its own command line | 0644 |
 //! | `lock` | lock file, locked while a controller runs | 0600 |
 //!

@@ -1,17 +1,20 @@
 //! Encoding of the registry's records in the store.
 //!
 //! Every signature is verified again when a record is decoded, so that an altered store cannot forge
-//! grants, tombstones or records. The tag of a removed field is never reused.
+//! grants, tombstones or records. What has no signature is authenticated by the
+//! [store's secret](crate::store_secret), which wraps what is encoded here. The tag of a removed field is never
+//! reused.
 
 use prost::Message;
 use prost::bytes::Bytes;
 use towline_proto::convert::{self, Invalid};
-use towline_proto::id::{NodeId, NodeName, TokenId};
+use towline_proto::id::{IdentityKey, NodeId, NodeName, TokenId};
 use towline_proto::{pb, signed};
 
 use crate::authority::Authority;
+use crate::store_secret::RecordSum;
 use towline_registry::token::{NamePattern, SecretHash, Token, TokenTerms};
-use towline_registry::{Counters, Key, Member, Mesh, Now, RemovedNode};
+use towline_registry::{Admin, Counters, Key, Member, Mesh, Now, RemovedNode};
 
 /// Record under the key `meta`: counters.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -26,6 +29,9 @@ struct StoredCounters {
     v4_cursor: u32,
     #[prost(bool, tag = "5")]
     is_backup: bool,
+    /// Sum over all other records, 32 bytes. Records of older versions have none.
+    #[prost(bytes = "bytes", tag = "6")]
+    sum: Bytes,
 }
 
 /// Record under the key `mesh`: the mesh configuration.
@@ -86,6 +92,17 @@ struct StoredToken {
     token: Option<pb::Token>,
 }
 
+/// Record under a key `admin/KEY`: the key of an administrator.
+#[derive(Clone, PartialEq, prost::Message)]
+struct StoredAdmin {
+    #[prost(string, tag = "1")]
+    name: String,
+    #[prost(int64, tag = "2")]
+    created_at: i64,
+    #[prost(int64, optional, tag = "3")]
+    revoked_at: Option<i64>,
+}
+
 /// Returns the text of a key in the store.
 pub(crate) fn key_text(key: Key) -> String {
     match key {
@@ -95,6 +112,7 @@ pub(crate) fn key_text(key: Key) -> String {
         Key::Node(id) => format!("node/{id}"),
         Key::RemovedNode(id) => format!("tombstone/{id}"),
         Key::Token(id) => format!("token/{id}"),
+        Key::Admin(key) => format!("admin/{key}"),
     }
 }
 
@@ -107,20 +125,28 @@ pub(crate) fn parse_key(text: &str) -> Option<Key> {
         Some(("node", id)) => id.parse().ok().map(Key::Node),
         Some(("tombstone", id)) => id.parse().ok().map(Key::RemovedNode),
         Some(("token", id)) => id.parse().ok().map(Key::Token),
+        Some(("admin", key)) => key.parse().ok().map(Key::Admin),
         _ => None,
     }
 }
 
-/// Encodes the counters.
-pub(crate) fn encode_counters(counters: Counters) -> Vec<u8> {
+/// Encodes the counters, with the sum over all other records.
+pub(crate) fn encode_counters(counters: Counters, sum: &RecordSum) -> Vec<u8> {
     let Counters { epoch, revision, starts, v4_cursor, is_backup } = counters;
-    StoredCounters { epoch, revision, starts, v4_cursor, is_backup }.encode_to_vec()
+    // Without any record there is no sum, as in older versions.
+    let is_empty = *sum == RecordSum::default();
+    let sum = if is_empty { Bytes::new() } else { Bytes::copy_from_slice(&sum.0) };
+    StoredCounters { epoch, revision, starts, v4_cursor, is_backup, sum }.encode_to_vec()
 }
 
-/// Decodes the counters.
-pub(crate) fn decode_counters(bytes: &[u8]) -> Result<Counters, String> {
-    let StoredCounters { epoch, revision, starts, v4_cursor, is_backup } = decode(bytes)?;
-    Ok(Counters { epoch, revision, starts, v4_cursor, is_backup })
+/// Decodes the counters and the sum, which is zero in a record of an older version.
+pub(crate) fn decode_counters(bytes: &[u8]) -> Result<(Counters, RecordSum), String> {
+    let StoredCounters { epoch, revision, starts, v4_cursor, is_backup, sum } = decode(bytes)?;
+    let sum = match &*sum {
+        [] => RecordSum::default(),
+        sum => RecordSum(sum.try_into().map_err(|_| "its sum has another length")?),
+    };
+    Ok((Counters { epoch, revision, starts, v4_cursor, is_backup }, sum))
 }
 
 /// Encodes the mesh configuration.
@@ -286,6 +312,18 @@ fn parse_token(secret_hash: SecretHash, token: pb::Token) -> Result<Token, Inval
         revoked: token.revoked,
         secret_hash,
     })
+}
+
+/// Encodes the key of an administrator.
+pub(crate) fn encode_admin(admin: &Admin) -> Vec<u8> {
+    let Admin { name, created_at, revoked_at, .. } = admin.clone();
+    StoredAdmin { name, created_at, revoked_at }.encode_to_vec()
+}
+
+/// Decodes what is stored of an administrator's key.
+pub(crate) fn decode_admin(key: IdentityKey, bytes: &[u8]) -> Result<Admin, String> {
+    let StoredAdmin { name, created_at, revoked_at } = decode(bytes)?;
+    Ok(Admin { key, name, created_at, revoked_at })
 }
 
 /// Returns the message of a token, without the names of the nodes that joined with it.

@@ -1,4 +1,4 @@
-//! What operators see: nodes and tokens. Like the map, it only contains state that is stored.
+//! What operators see: nodes, tokens and keys of administrators. Like the map, it only contains state that is stored.
 //!
 //! The writer replaces single items, each behind an `Arc`. A reader takes a page of them and never
 //! waits in the writer's queue.
@@ -8,10 +8,11 @@ use std::ops::Bound;
 use std::sync::Arc;
 
 use parking_lot::RwLock;
-use towline_proto::id::{Label, NodeId, NodeName, TokenId};
+use towline_proto::id::{IdentityKey, Label, NodeId, NodeName, TokenId};
 use towline_proto::pb;
 
-use towline_registry::{NoSuchNode, NodeProblem};
+use towline_registry::token::SecretHash;
+use towline_registry::{Admin, JoinError, NoSuchNode, NodeProblem, TokenUnknown};
 
 /// Nodes and tokens, for operators.
 #[derive(Default)]
@@ -23,9 +24,10 @@ pub struct View {
 struct Inner {
     nodes: BTreeMap<NodeName, Arc<NodeView>>,
     names: BTreeMap<NodeId, NodeName>,
-    tokens: BTreeMap<TokenId, Arc<pb::Token>>,
+    tokens: BTreeMap<TokenId, Arc<TokenView>>,
     /// Names of the nodes that joined with each token.
     joined: BTreeMap<TokenId, BTreeSet<NodeName>>,
+    admins: BTreeMap<IdentityKey, Arc<Admin>>,
 }
 
 /// A node, for operators.
@@ -49,6 +51,15 @@ pub struct NodeView {
     pub problems: Vec<NodeProblem>,
 }
 
+/// A token, for operators, and the hash that a joining machine must match.
+#[derive(Debug)]
+pub struct TokenView {
+    /// Message of the token, without the names of the nodes that joined with it.
+    pub message: pb::Token,
+    /// Hash of its secret.
+    pub secret_hash: SecretHash,
+}
+
 /// A change of what operators see.
 #[derive(Debug, Clone)]
 pub enum ViewChange {
@@ -57,9 +68,13 @@ pub enum ViewChange {
     /// A node was removed.
     NodeRemoved(NodeId),
     /// A token was added or changed.
-    Token(TokenId, Arc<pb::Token>),
+    Token(TokenId, Arc<TokenView>),
     /// A token was deleted.
     TokenRemoved(TokenId),
+    /// The key of an administrator was added or changed.
+    Admin(Arc<Admin>),
+    /// The key of an administrator was deleted.
+    AdminRemoved(IdentityKey),
 }
 
 impl View {
@@ -118,9 +133,41 @@ impl View {
                     .flatten()
                     .map(ToString::to_string)
                     .collect(),
-                ..pb::Token::clone(token)
+                ..token.message.clone()
             })
             .collect()
+    }
+
+    /// Returns whether an administrator has this key, and it is not revoked.
+    pub fn is_admin(&self, key: &IdentityKey) -> bool {
+        let inner = self.inner.read();
+        inner.admins.get(key).is_some_and(|admin| admin.revoked_at.is_none())
+    }
+
+    /// Returns the keys of all administrators, sorted.
+    pub fn admins(&self) -> Vec<Arc<Admin>> {
+        self.inner.read().admins.values().cloned().collect()
+    }
+
+    /// Compares the hash of a secret with the token's, without waiting in the writer's queue. Returns whether
+    /// the token admits another node at `now`, in seconds since 1970.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such token, or the secret is another one.
+    pub fn check_secret(
+        &self,
+        token: TokenId,
+        secret_hash: &SecretHash,
+        now: i64,
+    ) -> Result<bool, JoinError> {
+        let found = self.inner.read().tokens.get(&token).cloned();
+        let found = found.ok_or(TokenUnknown { token })?;
+        if found.secret_hash != *secret_hash {
+            return Err(JoinError::TokenSecret { token });
+        }
+        let pb::Token { revoked, used, uses, expires_at, .. } = found.message;
+        Ok(!revoked && used < uses && now < expires_at)
     }
 }
 
@@ -153,6 +200,8 @@ impl Inner {
             }
             ViewChange::Token(id, token) => drop(self.tokens.insert(id, token)),
             ViewChange::TokenRemoved(id) => drop(self.tokens.remove(&id)),
+            ViewChange::Admin(admin) => drop(self.admins.insert(admin.key, admin)),
+            ViewChange::AdminRemoved(key) => drop(self.admins.remove(&key)),
         }
     }
 
@@ -185,7 +234,22 @@ mod tests {
     }
 
     fn token(id: u8) -> ViewChange {
-        ViewChange::Token(TokenId([id; 8]), Arc::new(pb::Token::default()))
+        let message = pb::Token { uses: 1, expires_at: 100, ..pb::Token::default() };
+        let secret_hash = SecretHash([id; 32]);
+        ViewChange::Token(TokenId([id; 8]), Arc::new(TokenView { message, secret_hash }))
+    }
+
+    #[test]
+    fn a_secret_is_compared_with_that_of_its_token() {
+        let view = View::default();
+        view.apply(vec![token(1)]);
+        let check = |id: u8, secret: u8, now| {
+            view.check_secret(TokenId([id; 8]), &SecretHash([secret; 32]), now)
+        };
+        assert_eq!(check(1, 1, 99), Ok(true));
+        assert_eq!(check(1, 1, 100), Ok(false), "expired");
+        assert!(matches!(check(1, 2, 99), Err(JoinError::TokenSecret { .. })));
+        assert!(matches!(check(2, 2, 99), Err(JoinError::TokenUnknown(_))));
     }
 
     #[test]

@@ -89,14 +89,16 @@ pub struct Published {
     pub events: Arc<Events>,
 }
 
-/// Loads the ledger from an open store.
+/// Loads the ledger from an open store. With `migrate`, records of earlier versions are taken, which are not
+/// authenticated.
 pub fn read(
     store: &mut dyn Store,
     authority: Arc<Authority>,
+    migrate: bool,
     now: Now,
 ) -> Result<Ledger, LoadError> {
     let records = store.load()?;
-    Ledger::load(authority, records, now)
+    Ledger::load(authority, &records, migrate, now)
         .map_err(|error| LoadError::Load { path: store.name(), error })
 }
 
@@ -281,8 +283,8 @@ impl Thread {
             return Ok(());
         }
         let reread = self.store.reopen().map_err(LoadError::from);
-        let ledger =
-            reread.and_then(|()| read(&mut *self.store, self.authority.clone(), clock::now()));
+        let ledger = reread
+            .and_then(|()| read(&mut *self.store, self.authority.clone(), false, clock::now()));
         match ledger {
             Ok(ledger) => {
                 self.published.replace(&ledger);
@@ -314,6 +316,14 @@ fn log(event: &Event) {
         }
         Event::TokenCreated { token } => tracing::info!(%token, "token created"),
         Event::TokenRevoked { token } => tracing::info!(%token, "token revoked"),
+        Event::LaterHistory { epoch, voided } => tracing::warn!(
+            epoch,
+            voided_tokens = voided,
+            "a node has a later history: this machine was restored from a copy: all watches restart, open tokens \
+             and administrators' keys are void"
+        ),
+        Event::AdminAdded { name, key } => tracing::info!(name, %key, "administrator added"),
+        Event::AdminRevoked { name, key } => tracing::info!(name, %key, "administrator revoked"),
     }
 }
 

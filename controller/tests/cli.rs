@@ -369,7 +369,7 @@ fn a_first_start_that_was_cut_short_goes_on() {
     let whole = tempfile::tempdir().unwrap();
     Running::start(whole.path()).kill();
     // The files that an interrupted first start leaves, in the order of their creation.
-    let files = ["ca.key", "ca.crt", "towline.redb"];
+    let files = ["ca.key", "ca.crt", "store.key", "towline.redb"];
     for count in 1..=files.len() {
         let root = tempfile::tempdir().unwrap();
         // The mode that a first start sets; a directory that others can enter is refused.

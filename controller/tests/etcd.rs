@@ -130,7 +130,7 @@ fn etcd(data: &Path) -> Option<(Process, String)> {
 fn copy_ca(from: &Path, to: &Path) {
     use std::os::unix::fs::DirBuilderExt;
     std::fs::DirBuilder::new().mode(0o700).create(to).unwrap();
-    for file in ["ca.key", "ca.crt"] {
+    for file in ["ca.key", "ca.crt", "store.key"] {
         std::fs::copy(from.join(file), to.join(file)).unwrap();
     }
 }

@@ -8,10 +8,11 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tonic::Code;
+use tonic::transport::{Channel, Endpoint};
 use towline_controller::authority::{Authority, Subject};
-use towline_controller::clock;
-use towline_controller::service::{ROLES, Role, tombstone_of};
+use towline_controller::service::{RPCS, Role, tombstone_of};
 use towline_controller::state_dir::StateDir;
+use towline_controller::{clock, local};
 use towline_fixtures::controller::{
     Machine, Node, TestController, config, prefix, soon, tombstone, upsert,
 };
@@ -19,9 +20,11 @@ use towline_proto::health::HealthCheckRequest;
 use towline_proto::health::health_check_response::ServingStatus;
 use towline_proto::health::health_client::HealthClient;
 use towline_proto::id::NodeId;
+use towline_proto::pb::admin_client::AdminClient;
 use towline_proto::pb::discovery_client::DiscoveryClient;
 use towline_proto::token::TokenSecret;
 use towline_proto::{limits, pb, refusal, signed};
+use towline_service::grpc;
 
 #[tokio::test]
 async fn nodes_join_and_see_each_other() {
@@ -134,6 +137,9 @@ async fn a_source_that_keeps_guessing_has_to_wait() {
         let status = machine.join(&controller, &token).await.unwrap_err();
         if status.code() == Code::ResourceExhausted {
             assert!(status.message().contains("wait"), "{status}");
+            // The same source, with a secret that is right.
+            let token = controller.token(pb::CreateTokenRequest::default()).await;
+            machine.join(&controller, &token).await.expect("a good token is never refused");
             controller.stop().await;
             return;
         }
@@ -238,6 +244,47 @@ async fn a_slow_watcher_gets_the_newest_state_and_no_queue() {
         }
     }
     assert!(received < NODES * LAST / 2, "{received} states of {NODES} nodes were queued");
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn a_machine_that_was_restored_from_a_copy_is_told_so_by_what_a_node_knows() {
+    let root = tempfile::tempdir().unwrap();
+    let (state, copy) = (root.path().join("state"), root.path().join("copy"));
+    let files = ["towline.redb", "starts", "sequence"];
+    let controller = TestController::start(&state);
+    let ca = controller.ca_key();
+    let a = controller.node("a", &[]).await;
+    let token = controller.token(pb::CreateTokenRequest::default()).await;
+    controller.stop().await;
+    // A copy of the whole machine, also of what is beside the store.
+    std::fs::create_dir(&copy).unwrap();
+    for name in files {
+        std::fs::copy(state.join(name), copy.join(name)).unwrap();
+    }
+    let controller = TestController::start(&state);
+    Machine::new("b").join(&controller, &token).await.unwrap();
+    let ready = a.watch(&controller).await.ready;
+    let head = ready.head.clone();
+    assert_eq!(signed::head(head.as_ref(), &ca).unwrap().epoch, ready.epoch);
+    controller.stop().await;
+    for name in files {
+        std::fs::copy(copy.join(name), state.join(name)).unwrap();
+    }
+
+    let controller = TestController::start(&state);
+    let forged = pb::WatchStart { head: ready.mesh.clone(), ..Default::default() };
+    let watch = a.watch_from(&controller, forged).await.unwrap();
+    assert_eq!(watch.ready.epoch, ready.epoch, "what is no head proves nothing");
+    drop(watch);
+    let start = pb::WatchStart { head, ..Default::default() };
+    let later = a.watch_from(&controller, start).await.unwrap().ready;
+    assert!(later.epoch > ready.epoch, "{} {}", later.epoch, ready.epoch);
+    let mesh = signed::mesh(later.mesh.as_ref(), &ca).unwrap();
+    assert!(mesh.is_newer_than(&signed::mesh(ready.mesh.as_ref(), &ca).unwrap()));
+    let status = Machine::new("c").join(&controller, &token).await.unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition, "{status}");
+    assert!(status.message().contains("revoked"), "{status}");
     controller.stop().await;
 }
 
@@ -393,8 +440,9 @@ async fn every_call_is_refused_without_the_certificate_that_it_needs() {
         let path = http::uri::PathAndQuery::from_static(path);
         grpc.unary(tonic::Request::new(pb::LeaveRequest {}), path, codec).await.unwrap_err().code()
     };
-    for (path, role) in ROLES {
-        match role {
+    for rpc in RPCS {
+        let path = rpc.path;
+        match rpc.role {
             Role::Anyone => {}
             Role::Node | Role::ExpiredNode | Role::Certified => {
                 assert_eq!(call(stranger.clone(), path).await, Code::Unauthenticated, "{path}");
@@ -408,6 +456,71 @@ async fn every_call_is_refused_without_the_certificate_that_it_needs() {
     let unknown = call(member, "/towline.v1.Discovery/Everything").await;
     assert_eq!(unknown, Code::Unimplemented);
     controller.stop().await;
+}
+
+#[tokio::test]
+async fn a_revoked_administrator_loses_open_connections_and_the_controller_gets_a_new_key() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let mut admin = controller.admin().await;
+    let list = pb::ListAdminsRequest {};
+    let admins = admin.list_admins(list).await.unwrap().into_inner().admins;
+    assert_eq!(admins.len(), 1);
+    assert_eq!((admins[0].name.as_str(), admins[0].revoked_at), ("local", None));
+    let unknown = pb::RevokeAdminRequest { key: vec![9; 32] };
+    assert_eq!(admin.revoke_admin(unknown).await.unwrap_err().code(), Code::NotFound);
+
+    let revoke = pb::RevokeAdminRequest { key: admins[0].key.clone() };
+    admin.revoke_admin(revoke).await.unwrap();
+    let status = admin.list_admins(list).await.unwrap_err();
+    assert_eq!(status.code(), Code::PermissionDenied, "{status}");
+    assert!(status.message().contains("revoked"), "{status}");
+    // The controller replaces the credential in its state directory.
+    let mut by_socket = AdminClient::new(by_socket(&controller).await);
+    let replaced = async {
+        loop {
+            let admins = by_socket.list_admins(list).await.unwrap().into_inner().admins;
+            if admins.len() == 2 {
+                break admins;
+            }
+        }
+    };
+    let admins = soon(replaced).await;
+    assert_eq!(admins.iter().filter(|admin| admin.revoked_at.is_none()).count(), 1);
+    let listed = controller.admin().await.list_admins(list).await.unwrap().into_inner();
+    assert_eq!(listed.admins, admins);
+    controller.stop().await;
+    // Revoked also after a restart.
+    let controller = TestController::start(root.path());
+    let listed = controller.admin().await.list_admins(list).await.unwrap().into_inner();
+    assert_eq!(listed.admins, admins);
+    controller.stop().await;
+}
+
+/// Returns a connection by the local socket.
+async fn by_socket(controller: &TestController) -> Channel {
+    let stream = tokio::net::UnixStream::connect(controller.dir.join(local::SOCKET)).await.unwrap();
+    grpc::channel(Endpoint::from_static("http://controller"), stream).await.unwrap()
+}
+
+#[tokio::test]
+async fn administration_over_the_network_needs_a_choice_and_by_the_socket_none() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::with(towline_controller::Config {
+        remote_admin: false,
+        ..config(root.path())
+    });
+    let status = controller.admin().await.get_mesh(pb::GetMeshRequest {}).await.unwrap_err();
+    assert_eq!(status.code(), Code::PermissionDenied);
+    assert!(status.message().contains("remote_admin"), "{status}");
+
+    let channel = by_socket(&controller).await;
+    let mesh = AdminClient::new(channel.clone()).get_mesh(pb::GetMeshRequest {}).await.unwrap();
+    signed::mesh(mesh.into_inner().mesh.as_ref(), &controller.ca_key()).unwrap();
+    let hello = DiscoveryClient::new(channel).hello(pb::HelloRequest {}).await;
+    assert!(hello.is_err(), "the socket is for administrators");
+    controller.stop().await;
+    assert!(!root.path().join(local::SOCKET).exists());
 }
 
 #[tokio::test]

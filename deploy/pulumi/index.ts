@@ -1,6 +1,7 @@
 // A join token for each worker, made by the controller's own command line. Pulumi encrypts what is
 // marked as a secret in its state. The machine that runs this holds the administrator's credential
-// (/var/lib/towline-controller/admin.*) and reaches TCP 7443.
+// (/var/lib/towline-controller/admin.*) and reaches TCP 7443: set TOWLINE_CONTROLLER=HOST:PORT here and
+// `remote_admin = true` in the controller's configuration. On the controller's own machine neither is needed.
 import * as fs from "node:fs";
 import * as path from "node:path";
 import * as command from "@pulumi/command";

@@ -1,7 +1,8 @@
 # One join token for each worker, made by the controller's own command line and kept in encrypted
 # state. The machine that runs Terraform holds the administrator's credential, as
 # `towline-controller` writes it beside its CA (/var/lib/towline-controller/admin.*), and reaches
-# TCP 7443.
+# TCP 7443: set TOWLINE_CONTROLLER=HOST:PORT here and `remote_admin = true` in the controller's configuration. On the
+# controller's own machine neither is needed.
 terraform {
   required_version = ">= 1.7"
   required_providers {

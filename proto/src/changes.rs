@@ -17,7 +17,7 @@ impl Changes {
     /// Creates the message with these changes. It is marked as synced.
     pub fn of(kinds: impl IntoIterator<Item = change::Kind>, revision: u64) -> Self {
         let changes = kinds.into_iter().map(Change::encoded).collect();
-        Self { changes, revision, synced: true }
+        Self { changes, revision, synced: true, head: None }
     }
 
     /// Decodes the changes one by one. Changes of an unknown kind are skipped, so that a newer

@@ -12,7 +12,7 @@ use ipnet::IpNet;
 use crate::id::{InvalidId, Label, NodeName, WireguardKey};
 use crate::limits;
 use crate::node::{
-    Candidate, CandidateKind, Grant, MeshConfig, OverlayAddresses, Record, Tombstone,
+    Candidate, CandidateKind, Grant, Head, MeshConfig, OverlayAddresses, Record, Tombstone,
 };
 use crate::pb;
 use crate::summary::{MeshSummary, PeerCounts, PeerSummary, Tunnel};
@@ -30,6 +30,9 @@ pub enum Invalid {
     /// A field has more bytes or items than [`limits`] allows.
     #[error("{0} is too long")]
     TooLong(&'static str),
+    /// A number is larger than [`limits`] allows.
+    #[error("{0} is too large")]
+    TooLarge(&'static str),
     /// An address has a wrong length, or cannot be used for its purpose.
     #[error("{0} is not a usable address")]
     Address(&'static str),
@@ -244,6 +247,9 @@ impl TryFrom<pb::Record> for Record {
     fn try_from(record: pb::Record) -> Result<Self, Invalid> {
         bounded("list of candidates", record.candidates.len(), limits::CANDIDATES)?;
         bounded("version", record.version.len(), limits::VERSION_BYTES)?;
+        if record.generation > limits::GENERATION {
+            return Err(Invalid::TooLarge("generation"));
+        }
         Ok(Self {
             node_id: id(&record.node_id)?,
             generation: record.generation,
@@ -329,6 +335,7 @@ impl TryFrom<pb::MeshConfig> for MeshConfig {
             bypass_when_down: prefixes(&mesh.bypass_when_down)?,
             controllers: controllers(&mesh.controllers)?,
             generation: mesh.generation,
+            epoch: mesh.epoch,
         })
     }
 }
@@ -345,6 +352,7 @@ impl From<&MeshConfig> for pb::MeshConfig {
             bypass_when_down: mesh.bypass_when_down.iter().map(Into::into).collect(),
             controllers: mesh.controllers.iter().map(ToString::to_string).collect(),
             generation: mesh.generation,
+            epoch: mesh.epoch,
         }
     }
 }
@@ -445,6 +453,22 @@ fn reason_code(code: String) -> Result<Option<Box<str>>, Invalid> {
     Ok(if code.is_empty() { None } else { Some(code.into()) })
 }
 
+impl TryFrom<pb::Head> for Head {
+    type Error = Invalid;
+
+    fn try_from(head: pb::Head) -> Result<Self, Invalid> {
+        let pb::Head { mesh_id, epoch, revision } = head;
+        Ok(Self { mesh_id: id(&mesh_id)?, epoch, revision })
+    }
+}
+
+impl From<&Head> for pb::Head {
+    fn from(head: &Head) -> Self {
+        let Head { mesh_id, epoch, revision } = *head;
+        Self { mesh_id: mesh_id.0.to_vec(), epoch, revision }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -521,5 +545,9 @@ mod tests {
         };
         assert!(Record::try_from(record(10_000)).is_err());
         assert!(Record::try_from(record(limits::CANDIDATES)).is_ok());
+        let last = pb::Record { generation: limits::GENERATION, ..record(1) };
+        assert!(Record::try_from(last.clone()).is_ok());
+        let beyond = pb::Record { generation: limits::GENERATION + 1, ..last };
+        assert_eq!(Record::try_from(beyond), Err(Invalid::TooLarge("generation")));
     }
 }

@@ -11,7 +11,7 @@ use ring::signature::{ED25519, Ed25519KeyPair, UnparsedPublicKey};
 use crate::convert::Invalid;
 use crate::id::IdentityKey;
 use crate::limits;
-use crate::node::{Grant, MeshConfig, Node, Record, Tombstone};
+use crate::node::{Grant, Head, MeshConfig, Node, Record, Tombstone};
 use crate::pb;
 
 /// Purpose of a signature.
@@ -25,6 +25,8 @@ pub enum Domain {
     Tombstone,
     /// Signature of the CA over the [`MeshConfig`].
     Mesh,
+    /// Signature of the CA over a [`Head`].
+    Head,
 }
 
 impl Domain {
@@ -34,6 +36,7 @@ impl Domain {
             Self::Record => b"towline record v1\0",
             Self::Tombstone => b"towline tombstone v1\0",
             Self::Mesh => b"towline mesh v1\0",
+            Self::Head => b"towline head v1\0",
         }
     }
 
@@ -43,6 +46,7 @@ impl Domain {
             Self::Record => "record",
             Self::Tombstone => "tombstone",
             Self::Mesh => "mesh configuration",
+            Self::Head => "head of the map",
         }
     }
 }
@@ -120,6 +124,12 @@ pub fn tombstone(signed: Option<&pb::Signed>, ca: &IdentityKey) -> Result<Tombst
 pub fn mesh(signed: Option<&pb::Signed>, ca: &IdentityKey) -> Result<MeshConfig, Untrusted> {
     let body = verify(Domain::Mesh, signed, ca)?;
     Ok(decode::<pb::MeshConfig>(Domain::Mesh, body)?.try_into()?)
+}
+
+/// Verifies and parses a head of the map that the CA signed.
+pub fn head(signed: Option<&pb::Signed>, ca: &IdentityKey) -> Result<Head, Untrusted> {
+    let body = verify(Domain::Head, signed, ca)?;
+    Ok(decode::<pb::Head>(Domain::Head, body)?.try_into()?)
 }
 
 /// Verifies a map entry: the CA's grant, the node's record, and that the grant allows the record.

@@ -178,6 +178,7 @@ pub fn ready(epoch: u64) -> pb::watch_response::Kind {
         grant: None,
         reflector_port: 0,
         reflectors: Vec::new(),
+        head: None,
     })
 }
 

@@ -188,6 +188,10 @@ fn cloud_init_says_only_what_cloud_init_knows() {
         }
         for command in document["runcmd"].as_array().unwrap() {
             assert!(command.as_array().unwrap().iter().all(Value::is_string), "{name}");
+            // What is fetched is compared with its checksum before it is installed.
+            let text = command.to_string();
+            let (fetch, check) = (text.find("curl"), text.find("| sha256sum -c - && dpkg -i"));
+            assert!(fetch.is_none() || fetch < check, "{name}: {text}");
         }
         if name.contains("control-plane") {
             // Only the way in which the public address is found may differ.

@@ -498,6 +498,27 @@ async fn a_removed_node_learns_it_from_the_tombstone_it_is_refused_with() {
 }
 
 #[tokio::test]
+async fn a_removal_that_a_peer_tells_is_taken_if_the_authority_signed_it_and_told_to_others() {
+    let mut scene = Scene::new().await;
+    let _watch = scene.session(1).await;
+    scene.daemon.event(|event| matches!(event, Event::Connected { .. }).then_some(())).await;
+    let commands = scene.daemon.commands.clone();
+    let forged = Ca::new(99).tombstone(3);
+    commands.send(Command::Removed(forged)).await.unwrap();
+    let tombstone = scene.ca.tombstone(4);
+    commands.send(Command::Removed(tombstone.clone())).await.unwrap();
+    let changes = scene.daemon.map().await;
+    let [MapChange::Remove(removed)] = &changes[..] else { panic!("{changes:?}") };
+    assert_eq!(removed.node_id, NodeId([4; 16]), "and nothing of the forged one");
+    let (reply, known) = oneshot::channel();
+    commands.send(Command::Removals { since: 0, reply }).await.unwrap();
+    assert_eq!(known.await.unwrap().tombstones, [tombstone]);
+    // It is on the disk, so that a restart knows it too.
+    let map = scene.node.state.map(&scene.node.membership).unwrap();
+    assert!(map.is_removed(NodeId([4; 16])));
+}
+
+#[tokio::test]
 async fn a_leave_that_nobody_waits_for_any_more_is_not_sent() {
     let mut scene = Scene::new().await;
     let mut watch = scene.session(1).await;

@@ -587,7 +587,7 @@ impl Mesh {
         self.with_peer(node, |peer, cx| peer.handle_pong(cx, &sent));
         // Behind a relay it is the relay that is seen, and on a LAN it is no news.
         let outside = !from.is_relayed() && !is_private(from.remote.ip());
-        if outside && self.stun.handle_observed(self.fx.now, &self.local, observed) {
+        if outside && self.stun.handle_observed(self.fx.now, &self.local, node, observed) {
             self.advertise();
         }
         self.probing.handle_operator_pong(&mut self.fx, &sent, from);

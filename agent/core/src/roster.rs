@@ -114,7 +114,7 @@ impl Roster {
             }
             MapChange::Mesh(mesh) => {
                 let membership = self.membership.as_mut()?;
-                if mesh.generation <= membership.mesh.generation {
+                if !mesh.is_newer_than(&membership.mesh) {
                     return None;
                 }
                 membership.mesh = mesh;

@@ -6,7 +6,7 @@
 //! how the NAT maps. While a NAT stands between, asking again keeps the mapping open.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use rand::Rng;
@@ -78,8 +78,19 @@ pub(crate) struct StunClient {
     queries: BTreeMap<Query, QueryState>,
     /// Reflectors of the controllers that ever answered.
     answered: BTreeSet<SocketAddr>,
-    /// Addresses that peers saw our pings come from, with the time of the last pong.
-    observed: BTreeMap<SocketAddr, Instant>,
+    /// Addresses that peers saw our pings come from.
+    observed: BTreeMap<SocketAddr, Observed>,
+}
+
+/// An address that peers saw our pings come from. One peer alone could make up any number of them.
+#[derive(Debug)]
+struct Observed {
+    /// First peer that saw it.
+    first: NodeId,
+    /// Another peer that saw it, too.
+    second: Option<NodeId>,
+    /// Time of the last pong.
+    at: Instant,
 }
 
 impl StunClient {
@@ -185,8 +196,8 @@ impl StunClient {
     pub(crate) fn handle_timeout(&mut self, fx: &mut Effects, local: &LocalNode) -> bool {
         let now = fx.now;
         let mut forgot = false;
-        self.observed.retain(|_, at| {
-            let keep = now < *at + GOOD_FOR;
+        self.observed.retain(|_, observed| {
+            let keep = now < observed.at + GOOD_FOR;
             forgot |= !keep;
             keep
         });
@@ -248,28 +259,51 @@ impl StunClient {
         before != Some(candidate.address())
     }
 
-    /// Handles an address at which a peer saw our ping. Returns whether it was unknown.
+    /// Handles an address at which a peer saw our ping. It becomes a candidate once a second peer saw it, or if a
+    /// reflector's answer has the same IP address: then the peer tells only another port of our NAT. Returns whether
+    /// there is a new candidate.
     pub(crate) fn handle_observed(
         &mut self,
         now: Instant,
         local: &LocalNode,
+        peer: NodeId,
         address: SocketAddr,
     ) -> bool {
         let usable = Candidate::new(CandidateKind::Reflexive, address)
             .is_some_and(|c| !local.is_inside(c.address().ip()) && !local.is_own(c.address()));
-        if !usable || self.known().any(|known| known == address) {
-            if let Some(at) = self.observed.get_mut(&address) {
-                *at = now;
-            }
+        if !usable {
             return false;
         }
-        if self.observed.len() == OBSERVED
-            && let Some(oldest) = self.observed.iter().min_by_key(|(_, at)| **at).map(|(a, _)| *a)
-        {
-            self.observed.remove(&oldest);
+        let was_known = self.known().any(|known| known == address);
+        if let Some(observed) = self.observed.get_mut(&address) {
+            observed.at = now;
+            if observed.first != peer {
+                observed.second = Some(peer);
+            }
+        } else {
+            if was_known {
+                return false;
+            }
+            self.make_room(peer);
+            self.observed.insert(address, Observed { first: peer, second: None, at: now });
         }
-        self.observed.insert(address, now);
-        true
+        !was_known && self.known().any(|known| known == address)
+    }
+
+    /// Forgets an observed address if there are too many: the oldest one that the same peer saw first and no other,
+    /// else the oldest of those that one peer alone saw, else the oldest. So a peer that makes up addresses
+    /// displaces its own.
+    fn make_room(&mut self, peer: NodeId) {
+        if self.observed.len() < OBSERVED {
+            return;
+        }
+        let first_to_go = self.observed.iter().min_by_key(|(_, observed)| {
+            let is_own = observed.first == peer && observed.second.is_none();
+            (!is_own, observed.second.is_some(), observed.at)
+        });
+        if let Some(address) = first_to_go.map(|(address, _)| *address) {
+            self.observed.remove(&address);
+        }
     }
 
     /// Returns our known outer addresses.
@@ -339,7 +373,15 @@ impl StunClient {
 
     fn known(&self) -> impl Iterator<Item = SocketAddr> {
         let asked = self.queries.values().filter_map(|asked| Some(asked.mapped?.0));
-        asked.chain(self.observed.keys().copied())
+        let observed = self.observed.iter().filter(move |(address, seen)| {
+            seen.second.is_some() || self.is_reflected(address.ip())
+        });
+        asked.chain(observed.map(|(address, _)| *address))
+    }
+
+    /// Returns whether a reflector's answer has this IP address.
+    fn is_reflected(&self, address: IpAddr) -> bool {
+        self.queries.values().any(|asked| asked.mapped.is_some_and(|(at, _)| at.ip() == address))
     }
 
     fn schedule(&self, fx: &mut Effects) {
@@ -347,5 +389,46 @@ impl StunClient {
             Some(due) => fx.timers.set(Timer::StunClient, due),
             None => fx.timers.cancel(Timer::StunClient),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use towline_types::mtu::Mtu;
+
+    use super::*;
+
+    fn address(text: &str) -> SocketAddr {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn a_peers_word_on_our_address_needs_a_second_one_or_a_reflector_with_the_same_address() {
+        #[allow(clippy::disallowed_methods)] // some instant to count from
+        let now = Instant::now();
+        let local = LocalNode::new(None, Mtu::DEFAULT);
+        let mut stun = StunClient::default();
+        let (ours, forged) = (address("203.0.113.9:4000"), address("198.51.100.1:4000"));
+        let known = |stun: &StunClient| stun.known().collect::<Vec<_>>();
+        assert!(!stun.handle_observed(now, &local, NodeId([1; 16]), ours));
+        assert!(!stun.handle_observed(now, &local, NodeId([1; 16]), ours), "the same peer again");
+        assert!(known(&stun).is_empty());
+        assert!(stun.handle_observed(now, &local, NodeId([2; 16]), ours));
+        assert_eq!(known(&stun), [ours]);
+
+        // One peer that makes up addresses displaces its own.
+        for port in 1..20 {
+            let made_up = SocketAddr::new(forged.ip(), port);
+            assert!(!stun.handle_observed(now, &local, NodeId([3; 16]), made_up));
+        }
+        assert_eq!((known(&stun), stun.observed.len()), (vec![ours], OBSERVED));
+
+        let other_port = address("203.0.113.50:7000");
+        let reflected = QueryState {
+            mapped: Some((address("203.0.113.50:6000"), now)),
+            ..QueryState::default()
+        };
+        stun.queries.insert((None, address("192.0.2.1:7443")), reflected);
+        assert!(stun.handle_observed(now, &local, NodeId([3; 16]), other_port));
     }
 }

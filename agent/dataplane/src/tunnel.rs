@@ -44,6 +44,9 @@ const RETRY_JITTER_MS: u64 = 333;
 const SAME_COMMAND: Duration = Duration::from_millis(20);
 /// Shortest time between two reports of inner traffic ([`Observation::Active`]).
 const ACTIVE_EVERY: Duration = Duration::from_secs(1);
+/// Shortest time between two reports that the peer roamed. Each one has the peer table made again, so a peer that
+/// sends each datagram from another port must not cause one for each.
+const ROAM_INTERVAL: Duration = Duration::from_secs(1);
 /// Largest number of segments that wait for a session. A super-packet counts once per segment.
 const WAITING: usize = 16;
 /// Longest time that a packet waits for a session.
@@ -90,6 +93,8 @@ pub(super) struct Tunnel {
     adopted: Option<Path>,
     /// Path of the last reported [`Observation::Roamed`], so that it is reported once.
     roamed_reported: Option<Path>,
+    /// Time of that report.
+    roamed_at: Option<Instant>,
     /// Inner traffic that must be reported.
     inner_traffic: InnerTraffic,
     /// Time until which the tunnel needs ticks. `None` if it needs none.
@@ -156,6 +161,7 @@ impl Tunnel {
             wanted_reported: false,
             adopted: None,
             roamed_reported: None,
+            roamed_at: None,
             inner_traffic: InnerTraffic::default(),
             live_until: None,
             closed: false,
@@ -557,8 +563,11 @@ impl Tunnel {
     }
 
     fn report_roamed(&mut self, from: Path, context: &mut TunnelContext<'_>) {
-        if self.roamed_reported != Some(from) {
+        let is_soon = self.roamed_at.is_some_and(|at| context.now < at + ROAM_INTERVAL);
+        // A later datagram from there reports it.
+        if self.roamed_reported != Some(from) && !is_soon {
             self.roamed_reported = Some(from);
+            self.roamed_at = Some(context.now);
             context.events.observe(self.peer, Observation::Roamed { from });
         }
     }

@@ -208,6 +208,11 @@ impl ControllerLink {
         }
     }
 
+    /// Returns a sender of commands to the discovery client. `None` without a mesh.
+    pub(super) fn commands(&self) -> Option<mpsc::Sender<Command>> {
+        self.commands.clone()
+    }
+
     /// Returns whether there is a session with a controller.
     pub(super) fn is_connected(&self) -> bool {
         self.session.is_connected

@@ -25,6 +25,7 @@
 //! | `Observer` | events, rates of traffic, and the problems that are known |
 //! | `SummarySchedule` | when the next summary of the tunnels goes to the controller |
 //! | `RelayServer` | requests of other nodes to this node's relay |
+//! | `RemovalExchange` | questions to peers about removed nodes, and answers |
 //! | `Leaving` | a `towline leave` that waits for a controller |
 //! | `WireguardSocket` | the socket of `wg show`, and its server |
 //! | `Reporter` | nothing: it reads all of them for status output |
@@ -40,6 +41,7 @@ mod observer;
 mod prober;
 mod problem;
 mod relay_server;
+mod removals;
 mod report;
 mod restorations;
 mod signals;
@@ -95,6 +97,7 @@ use leave::Leaving;
 use observer::Observer;
 use prober::Prober;
 use relay_server::RelayServer;
+use removals::RemovalExchange;
 use report::Reporter;
 use signals::{SignalMeaning, Signals};
 use sleep::SleepClock;
@@ -245,6 +248,10 @@ impl Daemon {
             let socket = WireguardSocket::start(&self.config.link.name, control.requests());
             self.wireguard_socket = Some(socket);
         }
+        // A relay alone has no overlay addresses. The task ends with this function.
+        let commands = self.controller.commands().filter(|_| self.purpose == Purpose::Node);
+        let _removals =
+            commands.map(|commands| RemovalExchange::start(control.requests(), commands));
         // Pod networks are known before the uplinks are chosen: none of them is one.
         self.kubernetes_changed();
         self.configuration_changed();

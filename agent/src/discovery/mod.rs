@@ -12,12 +12,12 @@
 
 mod open;
 mod session;
+mod stored_map;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use prost::Message as _;
 use rand::Rng as _;
 use rustls_pki_types::CertificateDer;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -37,14 +37,19 @@ use towline_service::certificate;
 use crate::join::{self, status_message};
 use crate::map_cache::MapCache;
 use crate::not_connected::NotConnected;
+pub use crate::removals::Removals;
 use crate::state::{Counters, Keys, Membership, StateDir, StateError};
 use session::{Ended, Session};
+use stored_map::Journal;
 
 /// Delay between sessions. The jitter keeps many agents from reconnecting at the same time.
 const BACKOFF: Backoff =
     Backoff::new(Duration::from_millis(250), Duration::from_secs(15), Jitter::Half);
 /// Maximum time for the controller's answer when this node leaves.
 const LEAVE_ANSWER: Duration = Duration::from_secs(30);
+/// Shortest time between two records. Each one is sent to every node of the mesh, so a machine whose addresses change
+/// all the time must not make all others work as often.
+const PUBLISH_INTERVAL: Duration = Duration::from_secs(2);
 /// Delay after which a refused record is published again.
 const PUBLISH_RETRY: Duration = Duration::from_secs(30);
 /// Number of missed heartbeats that end a session.
@@ -126,6 +131,15 @@ pub enum Command {
     /// Send a summary of the tunnels to the controller, for its operators. It is dropped if there is no
     /// session.
     Summary(Box<MeshSummary>),
+    /// Return the removals since a time, for a peer that asks.
+    Removals {
+        /// Time in seconds since 1970.
+        since: i64,
+        /// Receiver of the removals.
+        reply: oneshot::Sender<Removals>,
+    },
+    /// Verify a tombstone that a peer sent, and remove its node.
+    Removed(pb::Signed),
 }
 
 /// State of the discovery task.
@@ -147,6 +161,8 @@ pub struct Discovery {
     instance: [u8; 16],
     /// Record that was signed last. Each new session publishes it again, unchanged.
     current: Option<(Announcement, pb::Signed)>,
+    /// Journal of the stored map.
+    journal: Journal,
     /// True once the map showed that the state was restored from an older copy.
     is_restored: bool,
     events: mpsc::Sender<Event>,
@@ -190,6 +206,7 @@ impl Discovery {
             map: setup.map,
             instance: rand::rng().random(),
             current: None,
+            journal: Journal::default(),
             is_restored: false,
             events,
         })
@@ -276,6 +293,14 @@ impl Discovery {
                         let _ = reply.send(Err(reason.to_owned()));
                     }
                     Some(Command::Signal(..) | Command::Summary(_)) => {}
+                    Some(Command::Removals { since, reply }) => {
+                        let _ = reply.send(self.map.removals(since));
+                    }
+                    Some(Command::Removed(tombstone)) => {
+                        if self.learn_removal(tombstone).await.is_err() {
+                            return false;
+                        }
+                    }
                     None => return false,
                 },
             }
@@ -319,6 +344,7 @@ impl Discovery {
     /// Takes over the epoch, the mesh configuration and the grant of the first message.
     async fn take_ready(&mut self, ready: &pb::WatchReady) -> Result<(), Ended> {
         self.map.enter_epoch(ready.epoch);
+        self.take_head(ready.head.clone());
         if let Some(mesh) = &ready.mesh {
             let mesh = pb::change::Kind::Mesh(mesh.clone());
             self.take_changes(pb::Changes::of([mesh], 0)).await?;
@@ -327,6 +353,15 @@ impl Discovery {
             self.take_grant(grant.clone()).await?;
         }
         Ok(())
+    }
+
+    /// Takes over a head of the map. Returns whether it is newer than the present one.
+    fn take_head(&mut self, head: Option<pb::Signed>) -> bool {
+        let Some(head) = head else { return false };
+        self.map.take_head(head).unwrap_or_else(|error| {
+            tracing::warn!(%error, "invalid head of the map ignored");
+            false
+        })
     }
 
     /// Takes over a new grant, for example after an operator changed it.
@@ -379,7 +414,11 @@ impl Discovery {
                     // A change of this machine's addresses is one of the announcement.
                     session.has_address()?;
                     let announcement = announcements.borrow_and_update().clone();
-                    self.publish(session, announcement).await?;
+                    match session.publishable_at() {
+                        // Whatever is announced then is published.
+                        Some(at) => session.retry_publish = Some(at),
+                        None => self.publish(session, announcement).await?,
+                    }
                 }
                 () = sleep_until(retry), if session.retry_publish.is_some() => {
                     session.retry_publish = None;
@@ -405,6 +444,10 @@ impl Discovery {
                         Some(Command::Leave(reply)) => self.leave(session, reply).await?,
                         Some(Command::Signal(to, body)) => session.signal(to, body)?,
                         Some(Command::Summary(summary)) => session.summary(&summary)?,
+                        Some(Command::Removals { since, reply }) => {
+                            let _ = reply.send(self.map.removals(since));
+                        }
+                        Some(Command::Removed(tombstone)) => self.learn_removal(tombstone).await?,
                         None => return Err(Ended::Stop),
                     }
                 }
@@ -442,7 +485,9 @@ impl Discovery {
                 }
                 return Ok(());
             }
-            Some(Kind::Heartbeat(_)) => {}
+            Some(Kind::Heartbeat(heartbeat)) => {
+                session.map_dirty |= self.take_head(heartbeat.head);
+            }
             // A second `Ready` and unknown messages are ignored.
             Some(Kind::Ready(_)) | None => {}
         }
@@ -497,22 +542,6 @@ impl Discovery {
         self.events.send(event).await.map_err(|_| Ended::Stop)
     }
 
-    /// Takes the tombstone with which the controller refuses a removed node.
-    async fn take_tombstone(&mut self, status: &tonic::Status) -> Result<(), Ended> {
-        if status.code() != tonic::Code::PermissionDenied || status.details().is_empty() {
-            return Ok(());
-        }
-        let Ok(tombstone) = pb::Signed::decode(status.details()) else { return Ok(()) };
-        let tombstone = pb::change::Kind::Tombstone(tombstone);
-        self.take_changes(pb::Changes::of([tombstone], 0)).await?;
-        let (state, encoded) = (self.state.clone(), self.map.encode());
-        // The map is written immediately, so that the tombstone survives a restart.
-        if let Err(error) = state.store_map(&encoded) {
-            tracing::warn!(%error, "map not stored");
-        }
-        Ok(())
-    }
-
     /// Publishes the record, unless this session already published the same one.
     async fn publish(
         &mut self,
@@ -532,6 +561,7 @@ impl Discovery {
         let result = match session.client.publish(request).await {
             Ok(answer) => {
                 session.published = true;
+                session.published_at = Some(Instant::now());
                 Ok(answer.into_inner().refused.into_iter().map(|refused| refused.reason).collect())
             }
             Err(status) if is_about_the_record(&status) => {
@@ -548,7 +578,7 @@ impl Discovery {
     /// Numbers and signs an announcement. The number is stored before it is used, if the disk
     /// allows it. If it is lost, the map contains the last one.
     fn sign(&mut self, announcement: Announcement) -> Result<pb::Signed, Ended> {
-        self.counters.generation += 1;
+        self.counters.generation = self.counters.generation.saturating_add(1);
         kept(self.state.store_counters(self.counters));
         let record = Record {
             node_id: self.membership.grant.node_id,
@@ -611,19 +641,6 @@ impl Discovery {
                 let _ = reply.send(Err(status_message(&status)));
                 Ok(())
             }
-        }
-    }
-
-    /// Stores the map on a blocking thread. A failure is logged; the map in memory stays.
-    async fn save_map(&self, session: &mut Session) {
-        session.map_saved = Instant::now();
-        if !std::mem::take(&mut session.map_dirty) {
-            return;
-        }
-        let (state, encoded) = (self.state.clone(), self.map.encode());
-        let written = tokio::task::spawn_blocking(move || state.store_map(&encoded)).await;
-        if let Ok(Err(error)) = written {
-            tracing::warn!(%error, "map not stored");
         }
     }
 }

@@ -94,6 +94,7 @@ impl Discovery {
             local: connection.local,
             heartbeat: Duration::from_millis(ready.heartbeat_ms.clamp(100, 60_000).into()),
             published: false,
+            published_at: None,
             retry_publish: None,
             map_dirty: false,
             map_saved: Instant::now(),
@@ -115,6 +116,7 @@ impl Discovery {
             instance_id: self.instance.to_vec(),
             tombstones: if tells { self.map.tombstones() } else { Vec::new() },
             mesh: tells.then(|| self.membership.signed_mesh.clone()),
+            head: self.map.head().cloned(),
         });
         // The channel is empty, so this does not block.
         let _ = requests.send(pb::WatchRequest { kind: Some(start) }).await;

@@ -13,6 +13,7 @@ use towline_proto::summary::MeshSummary;
 use towline_proto::token::ControllerAddress;
 use towline_proto::{limits, pb};
 
+use super::PUBLISH_INTERVAL;
 use crate::dial;
 use crate::not_connected::NotConnected;
 
@@ -43,6 +44,8 @@ pub(super) struct Session {
     pub(super) local: SocketAddr,
     pub(super) heartbeat: Duration,
     pub(super) published: bool,
+    /// Time at which this session's last record was accepted.
+    pub(super) published_at: Option<Instant>,
     pub(super) retry_publish: Option<Instant>,
     pub(super) map_dirty: bool,
     pub(super) map_saved: Instant,
@@ -59,8 +62,13 @@ impl Session {
         Ok(())
     }
 
+    /// Returns when the next record may be published; `None` if that is now.
+    pub(super) fn publishable_at(&self) -> Option<Instant> {
+        self.published_at.map(|at| at + PUBLISH_INTERVAL).filter(|at| *at > Instant::now())
+    }
+
     pub(super) fn beat(&self, revision: u64) -> Result<(), Ended> {
-        self.send(pb::watch_request::Kind::Heartbeat(pb::Heartbeat { revision }))
+        self.send(pb::watch_request::Kind::Heartbeat(pb::Heartbeat { revision, head: None }))
     }
 
     pub(super) fn signal(&self, to: NodeId, body: Vec<u8>) -> Result<(), Ended> {
@@ -188,6 +196,7 @@ mod tests {
                 local: SocketAddr::from(([127, 0, 0, 1], 1)),
                 heartbeat: HEARTBEAT,
                 published: false,
+                published_at: None,
                 retry_publish: None,
                 map_dirty: false,
                 map_saved: Instant::now(),
@@ -221,7 +230,7 @@ mod tests {
 
     /// Returns a heartbeat of the controller: the message with the head of gRPC.
     fn heartbeat() -> Frame<Bytes> {
-        let kind = pb::watch_response::Kind::Heartbeat(pb::Heartbeat { revision: 1 });
+        let kind = pb::watch_response::Kind::Heartbeat(pb::Heartbeat { revision: 1, head: None });
         let message = pb::WatchResponse { kind: Some(kind) }.encode_to_vec();
         let mut framed = BytesMut::new();
         framed.put_u8(0);

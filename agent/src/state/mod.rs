@@ -9,7 +9,8 @@
 //! | `counters.json` | boot epoch and record generation | before each use of a new value |
 //! | `prefixes.json` | prefixes that this node announced, and withdrawn ones that are still guarded | when they change |
 //! | `networks.json` | the networks to which the machine was connected when it joined | at the join |
-//! | `map.bin` | the signed network map, as last received | after changes, debounced |
+//! | `map.bin` | the signed network map, as last received | at the start, and when the journal is as large |
+//! | `map.journal` | changes of the map since then | after changes, debounced |
 //! | `kubernetes.json` | the last valid facts of this machine's Node object | when they change |
 //! | `confirm-by` | the deadline for confirming the join (`confirm.rs`) | at the join; removed by `towline confirm` |
 //! | `join-failure` | why the last join failed or was undone | when that happens; removed by a join |
@@ -39,7 +40,7 @@ use ipnet::IpNet;
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 use serde::{Deserialize, Serialize};
-use towline_proto::id::IdentityKey;
+use towline_proto::id::{IdentityKey, NodeName};
 use towline_proto::node::{Grant, MeshConfig};
 use towline_proto::token::ControllerAddress;
 use towline_proto::{pb, signed};
@@ -412,7 +413,12 @@ impl StateDir {
         let empty = MapCache::new(membership.ca_key, membership.grant.node_id);
         let Some(bytes) = self.read("map.bin")? else { return Ok(empty) };
         match empty.restore(&bytes) {
-            Ok(map) => Ok(map),
+            Ok(mut map) => {
+                if let Some(journal) = self.read("map.journal")? {
+                    map.replay(&journal);
+                }
+                Ok(map)
+            }
             Err(error) => {
                 tracing::warn!(path = %self.path.join("map.bin").display(), %error, "cached map ignored");
                 Ok(MapCache::new(membership.ca_key, membership.grant.node_id))
@@ -422,7 +428,27 @@ impl StateDir {
 
     /// Stores the map.
     pub fn store_map(&self, encoded: &[u8]) -> Result<(), StateError> {
-        self.replace("map.bin", encoded)
+        self.replace("map.bin", encoded)?;
+        // It belongs to the map before, and would be ignored.
+        self.remove("map.journal")
+    }
+
+    /// Stores changes of the map in its journal. With `is_first`, the journal begins with them. With `must_sync`,
+    /// returns after they are on the disk.
+    pub fn append_map(
+        &self,
+        bytes: &[u8],
+        is_first: bool,
+        must_sync: bool,
+    ) -> Result<(), StateError> {
+        let directory = match &self.directory {
+            Some(directory) => directory,
+            None => &directory::create_for(&self.path, account::AGENT)?,
+        };
+        if is_first {
+            return Ok(directory.replace("map.journal", 0o600, bytes)?);
+        }
+        Ok(directory.append("map.journal", bytes, must_sync)?)
     }
 
     /// Returns the cached prefixes, empty before the first run. A damaged file is logged and
@@ -532,6 +558,7 @@ impl StateDir {
             "membership.json",
             "certificate.pem",
             "map.bin",
+            "map.journal",
             "prefixes.json",
             "networks.json",
             "counters.json",
@@ -623,6 +650,9 @@ pub enum InvalidMembership {
     /// The CA certificate contains no Ed25519 key.
     #[error("the CA certificate contains no Ed25519 key")]
     Ca,
+    /// The grant or the configuration is not what this machine asked for.
+    #[error("the {0} is another one than this machine asked for")]
+    Other(&'static str),
     /// A statement is not signed by the CA, or is malformed.
     #[error(transparent)]
     Untrusted(#[from] signed::Untrusted),
@@ -642,10 +672,24 @@ impl Membership {
         Ok(Self { ca, ca_key, controllers, grant, signed_grant, mesh, signed_mesh })
     }
 
+    /// Checks that the grant is for this machine: its name, its keys, and the mesh of the configuration.
+    pub fn check_own(&self, name: &NodeName, keys: &Keys) -> Result<(), InvalidMembership> {
+        let Grant { mesh_id, identity_key, wireguard_keys, .. } = &self.grant;
+        let other = [
+            ("mesh of the grant", *mesh_id == self.mesh.mesh_id),
+            ("name in the grant", self.grant.name == *name),
+            ("identity key in the grant", *identity_key == keys.identity.public()),
+            ("WireGuard key in the grant", *wireguard_keys == [keys.wireguard.public()]),
+        ]
+        .into_iter()
+        .find(|(_, is_ours)| !is_ours);
+        other.map_or(Ok(()), |(what, _)| Err(InvalidMembership::Other(what)))
+    }
+
     /// Takes over the mesh configuration of the map if it is newer. Returns whether it was.
     pub fn update(&mut self, map: &MapCache) -> bool {
         let Some((signed, mesh)) = map.mesh() else { return false };
-        if mesh.generation <= self.mesh.generation {
+        if !mesh.is_newer_than(&self.mesh) {
             return false;
         }
         (self.mesh, self.signed_mesh) = (mesh.clone(), signed.clone());

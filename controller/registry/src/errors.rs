@@ -152,6 +152,17 @@ pub enum PublishError {
         /// Generation of the record in the map.
         stored: u64,
     },
+    /// The record's generation is much higher than that of the one in the map.
+    #[error(
+        "the record's generation {offered} is too far ahead of the stored {stored}: publish at most {}",
+        .stored.saturating_add(limits::GENERATION_STEP)
+    )]
+    GenerationAhead {
+        /// Generation of the record.
+        offered: u64,
+        /// Generation of the record in the map.
+        stored: u64,
+    },
     /// A different record with the same generation was published before.
     #[error(
         "generation {generation} was published before with different content: publish a higher one"
@@ -202,6 +213,14 @@ pub struct NoSuchNode {
 pub struct TokenUnknown {
     /// Id of the token.
     pub token: TokenId,
+}
+
+/// Error of an operation on a key that no administrator has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("no administrator has the key {key}: see `towline-controller admin list`")]
+pub struct NoSuchAdmin {
+    /// Key of the request.
+    pub key: IdentityKey,
 }
 
 /// Reason to refuse the creation of a token.

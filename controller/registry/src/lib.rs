@@ -18,6 +18,7 @@
 //! | `problems` | what the operator of a node should know |
 //! | [`sessions`] | the live sessions |
 //! | [`token`] | join tokens |
+//! | `admins` | keys of administrators |
 //!
 //! # Invariants
 //!
@@ -34,6 +35,7 @@
 #![forbid(unsafe_code)]
 
 mod address;
+mod admins;
 mod claims;
 mod errors;
 mod join;
@@ -51,13 +53,14 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use towline_types::id::{IdentityKey, NodeId, NodeName, TokenId};
 use towline_types::limits;
-use towline_types::node::{MeshConfig, Node, Tombstone};
+use towline_types::node::{Head, MeshConfig, Node, Tombstone};
 use towline_types::ownership;
 
+pub use admins::Admin;
 use claims::Claims;
 pub use errors::{
-    CreateTokenError, JoinError, LoadError, NoSuchNode, NodeAbsent, OverlayInUse, PublishError,
-    ReadmitError, TokenUnknown,
+    CreateTokenError, JoinError, LoadError, NoSuchAdmin, NoSuchNode, NodeAbsent, OverlayInUse,
+    PublishError, ReadmitError, TokenUnknown,
 };
 pub use join::Join;
 pub use members::Member;
@@ -89,6 +92,7 @@ pub struct Registry {
     removed_nodes: BTreeMap<NodeId, RemovedNode>,
     removed_identities: BTreeMap<IdentityKey, NodeId>,
     tokens: BTreeMap<TokenId, Token>,
+    admins: BTreeMap<IdentityKey, Admin>,
     problems: Problems,
     /// Monotonic time at which the last-seen times were last marked to be stored; `None` before the first
     /// time in this process.
@@ -153,6 +157,8 @@ pub struct Contents {
     pub removed_nodes: Vec<RemovedNode>,
     /// All tokens.
     pub tokens: Vec<Token>,
+    /// Keys of all administrators.
+    pub admins: Vec<Admin>,
 }
 
 /// Key of a stored record.
@@ -170,6 +176,8 @@ pub enum Key {
     RemovedNode(NodeId),
     /// A [`Token`]. If it does not exist, its record is deleted.
     Token(TokenId),
+    /// An [`Admin`]. If it does not exist, its record is deleted.
+    Admin(IdentityKey),
 }
 
 /// Value that the CA has to sign before it is stored and shown.
@@ -248,6 +256,27 @@ pub enum Event {
         /// Id of the token.
         token: TokenId,
     },
+    /// A node proved that the store is a copy from an earlier time.
+    LaterHistory {
+        /// Epoch that began.
+        epoch: u64,
+        /// Number of tokens that were revoked.
+        voided: usize,
+    },
+    /// The key of an administrator was added.
+    AdminAdded {
+        /// Name of the administrator.
+        name: String,
+        /// The key.
+        key: IdentityKey,
+    },
+    /// The key of an administrator was revoked.
+    AdminRevoked {
+        /// Name of the administrator.
+        name: String,
+        /// The key.
+        key: IdentityKey,
+    },
 }
 
 /// Counters in a file beside the store, which is not part of a backup of the store.
@@ -306,6 +335,7 @@ impl Registry {
             registry.removed_nodes.insert(id, removed);
         }
         registry.tokens = contents.tokens.into_iter().map(|token| (token.id, token)).collect();
+        registry.admins = contents.admins.into_iter().map(|admin| (admin.key, admin)).collect();
         Ok(registry)
     }
 
@@ -318,6 +348,7 @@ impl Registry {
             removed_nodes: BTreeMap::new(),
             removed_identities: BTreeMap::new(),
             tokens: BTreeMap::new(),
+            admins: BTreeMap::new(),
             problems: Problems::default(),
             seen_stored_at: None,
             seen_stored: 0,
@@ -331,34 +362,63 @@ impl Registry {
 
     /// Counts a start of the controller. `beside` are the counters in the file `starts`, if it exists.
     /// A store that is marked as a backup, or that is behind the file, was restored. Then the epoch is
-    /// raised, so that all watches start with a full snapshot, and all tokens are revoked, since some
-    /// may have been used after the backup.
+    /// raised, so that all watches start with a full snapshot, and all tokens and keys of administrators
+    /// are revoked, since some may have been used or revoked after the backup.
     ///
     /// An epoch is at least the time at which it began, in seconds since 1970. So a second store under the
     /// same CA (an empty one, or the same backup restored twice) does not repeat the epoch of the first, and
     /// no client takes a revision of the first for one of the second.
     pub fn start(&mut self, beside: Option<Starts>, now: Now) -> Started {
         let beside = beside.unwrap_or(Starts { count: 0, epoch: 0 });
-        let began = u64::try_from(now.unix).unwrap_or(0);
         let counters = &mut self.counters;
         if counters.starts == 0 && !counters.is_backup {
-            counters.epoch = counters.epoch.max(began);
+            counters.epoch = counters.epoch.max(least_epoch(now));
         }
         let restored = counters.is_backup || counters.starts < beside.count;
         counters.is_backup = false;
         counters.starts = counters.starts.max(beside.count) + 1;
         self.dirty.insert(Key::Counters);
-        let mut voided = 0;
-        if restored {
-            counters.epoch = (counters.epoch.max(beside.epoch) + 1).max(began);
-            for token in self.tokens.values_mut().filter(|token| !token.revoked) {
-                token.revoked = true;
-                voided += 1;
-                self.dirty.insert(Key::Token(token.id));
-            }
-        }
+        let voided = if restored { self.begin_epoch(beside.epoch, now) } else { 0 };
         let starts = Starts { count: self.counters.starts, epoch: self.counters.epoch };
         Started { starts, restored, voided }
+    }
+
+    /// Begins a new epoch if a node proved that this store is a copy from an earlier time: the CA signed a later
+    /// head of the map than the store has. Returns the number of tokens that were revoked; `None` if the head is not
+    /// a later one.
+    pub fn prove_later(&mut self, head: Head, now: Now) -> Option<usize> {
+        let is_later = head.mesh_id == self.mesh.config.mesh_id
+            && head.position() > (self.counters.epoch, self.counters.revision);
+        is_later.then(|| {
+            // Revisions go on after those that were lost, so that no two changes have the same one.
+            self.counters.revision = self.counters.revision.max(head.revision);
+            let voided = self.begin_epoch(head.epoch, now);
+            self.events.push(Event::LaterHistory { epoch: self.counters.epoch, voided });
+            voided
+        })
+    }
+
+    /// Begins an epoch after the present one and after `above`, and not before the time. All watches start with the whole map then, and the
+    /// mesh configuration wins over those of earlier epochs. Revokes all tokens and keys of administrators. Returns
+    /// the number of tokens.
+    fn begin_epoch(&mut self, above: u64, now: Now) -> usize {
+        let mut voided = 0;
+        let next = self.counters.epoch.max(above).saturating_add(1);
+        self.counters.epoch = next.max(least_epoch(now));
+        self.mesh.config.epoch = self.counters.epoch;
+        self.mesh.revision = self.next_revision();
+        self.dirty.extend([Key::Counters, Key::Mesh]);
+        self.unsigned.insert(Unsigned::Mesh);
+        for token in self.tokens.values_mut().filter(|token| !token.revoked) {
+            token.revoked = true;
+            voided += 1;
+            self.dirty.insert(Key::Token(token.id));
+        }
+        for admin in self.admins.values_mut().filter(|admin| admin.revoked_at.is_none()) {
+            admin.revoked_at = Some(now.unix);
+            self.dirty.insert(Key::Admin(admin.key));
+        }
+        voided
     }
 
     /// Changes the mesh configuration. Does nothing if it stays the same. The overlay ranges can
@@ -479,8 +539,8 @@ impl Registry {
     }
 
     /// Does the periodic work: removes ephemeral nodes that are offline for too long, moves prefixes of
-    /// offline nodes to connected claimants, deletes old tokens, and at most once a minute marks the
-    /// last-seen times to be stored.
+    /// offline nodes to connected claimants, deletes old tokens and revoked keys, and at most once a minute
+    /// marks the last-seen times to be stored.
     pub fn tick(&mut self, sessions: &Sessions, now: Now) {
         let was_stalled = self.is_stalled(now);
         self.ticked_at = Some(now.mono);
@@ -509,6 +569,7 @@ impl Registry {
             self.tokens.remove(&token);
             self.dirty.insert(Key::Token(token));
         }
+        self.delete_old_admins(now);
         let is_changed = !sessions.is_empty() || sessions.opened_and_closed() != self.seen_stored;
         let is_due = |at| is_changed && now.since(at) >= LAST_SEEN_INTERVAL;
         if self.seen_stored_at.is_none_or(is_due) {
@@ -660,6 +721,11 @@ impl Registry {
             self.problems.note(node, about, problem);
         }
     }
+}
+
+/// Returns the least number of an epoch that begins now: the time in seconds since 1970.
+fn least_epoch(now: Now) -> u64 {
+    u64::try_from(now.unix).unwrap_or(0)
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@
 
 use ipnet::IpNet;
 use towline_types::id::{NodeId, NodeName};
+use towline_types::limits;
 use towline_types::node::{Node, Record};
 use towline_types::ownership::{self, Claim};
 
@@ -71,6 +72,9 @@ impl Registry {
             let (offered, stored) = (record.generation, stored.generation);
             if offered < stored {
                 return Err(PublishError::GenerationBehind { offered, stored });
+            }
+            if offered - stored > limits::GENERATION_STEP {
+                return Err(PublishError::GenerationAhead { offered, stored });
             }
             if offered == stored {
                 if difference != Difference::Nothing {

@@ -72,8 +72,14 @@ impl Registry {
         let is_empty = self.members.len() == 0;
         let same_overlays =
             (config.overlay_v6, config.overlay_v4) == (ours.overlay_v6, ours.overlay_v4);
-        let is_newer = config.generation > ours.generation;
-        let config = MeshConfig { generation: config.generation.max(ours.generation), ..config };
+        // One that was signed after the backup has a higher generation, also if its epoch is an earlier one: a
+        // restored store begins a later one.
+        let is_newer = config.generation > ours.generation || config.epoch > ours.epoch;
+        let config = MeshConfig {
+            generation: config.generation.max(ours.generation),
+            epoch: config.epoch.max(ours.epoch),
+            ..config
+        };
         if config == *ours || !(is_empty || is_newer && same_overlays) {
             return false;
         }

@@ -42,7 +42,7 @@ impl Backup {
         }
         FileStore::create(&self.file, &records)?;
         Ok(format!(
-            "{} records saved in {shown}: keep the controller's ca.key and ca.crt with it",
+            "{} records saved in {shown}: keep the controller's ca.key, ca.crt and store.key with it",
             records.len()
         ))
     }

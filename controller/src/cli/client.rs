@@ -1,4 +1,5 @@
-//! Connection to a running controller, with the administrator's credential.
+//! Connection to a running controller: by the local socket in its state directory, or over the network with the
+//! administrator's credential from there.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -7,7 +8,8 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint};
@@ -17,6 +19,7 @@ use towline_proto::pb::admin_client::AdminClient;
 use towline_proto::token::ControllerAddress;
 use towline_service::{grpc, tls};
 
+use crate::local;
 use crate::peer;
 use crate::state_dir::StateDir;
 
@@ -50,15 +53,21 @@ pub(super) async fn connect(
             "the controller of {shown} is not running: start it with `towline-controller serve`"
         )
     };
+    let ca = CertificateDer::from_pem_slice(ca.as_bytes())
+        .context("ca.crt is damaged: restore it from a backup")?;
+    let (_, ca_key) =
+        peer::mesh_authority(&ca).context("ca.crt is damaged: restore it from a backup")?;
+    // A controller of an earlier version has no socket, and one whose socket could not be bound neither.
+    if address.is_none()
+        && let Ok(stream) = UnixStream::connect(dir.file(local::SOCKET)).await
+    {
+        return client(stream, ca_key).await;
+    }
     let address = match (address, dir.read("address")?) {
         (Some(address), _) => address.to_string(),
         (None, Some(address)) => address.trim_end().to_owned(),
         (None, None) => bail!(not_running()),
     };
-    let ca = CertificateDer::from_pem_slice(ca.as_bytes())
-        .context("ca.crt is damaged: restore it from a backup")?;
-    let (_, ca_key) =
-        peer::mesh_authority(&ca).context("ca.crt is damaged: restore it from a backup")?;
     let connector = connector(&dir, &ca)?;
 
     let connecting = async {
@@ -77,11 +86,19 @@ pub(super) async fn connect(
         }
         Err(_) => bail!("cannot connect to the controller at {address}: no answer in time"),
     };
+    client(stream, ca_key).await
+}
+
+/// Opens HTTP/2 on a connection.
+async fn client(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    ca: IdentityKey,
+) -> anyhow::Result<Client> {
     let endpoint = Endpoint::from_static("http://controller").timeout(TIMEOUT);
     let channel =
         grpc::channel(endpoint, stream).await.context("cannot open an HTTP/2 connection")?;
     let admin = AdminClient::new(channel).max_decoding_message_size(limits::MESSAGE_BYTES);
-    Ok(Client { admin, ca: ca_key })
+    Ok(Client { admin, ca })
 }
 
 fn connector(dir: &StateDir, ca: &CertificateDer<'static>) -> anyhow::Result<TlsConnector> {

@@ -96,6 +96,18 @@ Examples:
   # an empty list
   towline-controller mesh set --trusted-site none";
 
+pub(super) const ADMIN_LIST: &str = "\
+Examples:
+  towline-controller admin list
+  towline-controller admin list -o json";
+
+pub(super) const ADMIN_REVOKE: &str = "\
+Examples:
+  # the key is in the second column of `admin list`
+  towline-controller admin revoke 8d1f0c6a52b7e94d3a61f80b7c2e5d4910a3b6c8d7e2f1049b8a7c6d5e4f3a21
+  # the credential in the state directory may have been copied
+  towline-controller admin revoke local";
+
 pub(super) const BACKUP: &str = "\
 Examples:
   towline-controller backup /root/mesh.redb";

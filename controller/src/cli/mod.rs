@@ -1,12 +1,13 @@
 //! The command line. Stdout is data, stderr is diagnostics. Exit status: 0 done, 1 failed, 2 wrong
 //! usage.
 //!
-//! `serve` runs the controller. The commands `token`, `node`, `mesh` and `backup` call a running one
-//! over gRPC, with the administrator's credential from the state directory. They never open its store.
-//! The command `store` opens a store that no running controller has.
+//! `serve` runs the controller. The commands `token`, `node`, `mesh`, `admin` and `backup` call a running one
+//! over gRPC: by its local socket, or with the administrator's credential from the state directory. They
+//! never open its store. The command `store` opens a store that no running controller has.
 
 #![expect(clippy::print_stderr, reason = "diagnostics of the command line")]
 
+mod admin;
 mod backup;
 mod client;
 mod events;
@@ -71,7 +72,8 @@ struct Common {
     /// State directory of the controller [default: /var/lib/towline-controller]
     #[arg(long, global = true, env = "TOWLINE_CONTROLLER_STATE_DIR", value_name = "DIR")]
     state_dir: Option<PathBuf>,
-    /// Address of the running controller [default: the one that uses the state directory]
+    /// Address of the running controller, if it allows remote administrators [default: the one that uses the
+    /// state directory, by its local socket]
     #[arg(long, global = true, env = "TOWLINE_CONTROLLER", value_name = "HOST:PORT")]
     controller: Option<ControllerAddress>,
 }
@@ -90,6 +92,9 @@ enum Command {
     /// Show and change the configuration of the mesh
     #[command(subcommand)]
     Mesh(mesh::Mesh),
+    /// List and revoke the keys of administrators
+    #[command(subcommand)]
+    Admin(admin::Admin),
     /// Copy the store of the running controller into a new file
     #[command(after_help = examples::BACKUP)]
     Backup(backup::Backup),
@@ -150,6 +155,16 @@ struct Serve {
         value_delimiter = ','
     )]
     advertise: Vec<ControllerAddress>,
+    /// Let administrators also come over the network, with the certificate in the state directory [default:
+    /// by the local socket only]
+    #[arg(
+        long,
+        env = "TOWLINE_CONTROLLER_REMOTE_ADMIN",
+        value_name = "BOOL",
+        num_args = 0..=1,
+        default_missing_value = "true"
+    )]
+    remote_admin: Option<bool>,
     /// IPv6 range of the overlay [default: a random /64 in fd00::/8]
     #[arg(long, env = "TOWLINE_CONTROLLER_OVERLAY_V6", value_name = "CIDR")]
     overlay_v6: Option<Ipv6Net>,
@@ -177,6 +192,10 @@ struct Serve {
         value_delimiter = ','
     )]
     bypass_when_down: Vec<IpNet>,
+    /// Take a store that an earlier version wrote, whose records are not authenticated, and authenticate them.
+    /// Use it for one start after the upgrade, and never for a store from elsewhere
+    #[arg(long)]
+    migrate_store: bool,
     /// Time that a node may be offline before other nodes may take over its prefixes [default: 10m]
     #[arg(long, env = "TOWLINE_CONTROLLER_LEASE", value_name = "DURATION")]
     lease: Option<SignedDuration>,
@@ -212,6 +231,7 @@ impl Serve {
             store: self.store,
             listen: self.listen,
             advertise: some(self.advertise),
+            remote_admin: self.remote_admin,
             overlay_v6: self.overlay_v6,
             overlay_v4: self.overlay_v4,
             protected: some(self.protected),
@@ -252,12 +272,13 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     let Cli { common, command } = cli;
     match command {
         Command::Serve(serve) => {
-            let log = serve.log.clone();
-            serve_until_signal(serve.settings(&common)?, &log)
+            let (log, migrate_store) = (serve.log.clone(), serve.migrate_store);
+            serve_until_signal(serve.settings(&common)?, &log, migrate_store)
         }
         Command::Token(command) => block_on(token::run(command, &common)),
         Command::Node(command) => block_on(node::run(command, &common)),
         Command::Mesh(command) => block_on(mesh::run(command, &common)),
+        Command::Admin(command) => block_on(admin::run(command, &common)),
         Command::Backup(command) => Ok(output::print(&block_on(command.run(&common))?)?),
         Command::Store(command) => Ok(output::print(&command.run(&common)?)?),
         #[cfg(feature = "kubernetes")]
@@ -278,9 +299,13 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     }
 }
 
-fn serve_until_signal(settings: Settings, log: &LogArgs) -> anyhow::Result<()> {
+fn serve_until_signal(
+    settings: Settings,
+    log: &LogArgs,
+    migrate_store: bool,
+) -> anyhow::Result<()> {
     let log_config = settings.log.unwrap_or_default();
-    let config = settings.resolve()?;
+    let config = Config { migrate_store, ..settings.resolve()? };
     log.init(log_config, "info")?;
     raise_file_limit();
     block_on_all_threads(async {

@@ -74,7 +74,7 @@ impl Transfer {
         let count = records.len();
         FileStore::create(&self.file, &writes(records))?;
         Ok(format!(
-            "{count} records exported to {shown}: keep the controller's ca.key and ca.crt with it"
+            "{count} records exported to {shown}: keep the controller's ca.key, ca.crt and store.key with it"
         ))
     }
 
@@ -117,7 +117,7 @@ impl Transfer {
 fn mark(dir: &StateDir, records: &mut [Record]) -> anyhow::Result<Arc<Authority>> {
     let now = clock::now();
     let authority = Arc::new(Authority::load_or_create(dir, false, now.unix)?);
-    let ledger = Ledger::load(authority.clone(), records.to_vec(), now)
+    let ledger = Ledger::load(authority.clone(), records, false, now)
         .context("the store is damaged, or is not of the mesh of ca.crt")?;
     ledger.mark_backup(records);
     Ok(authority)

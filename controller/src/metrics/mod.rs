@@ -146,17 +146,21 @@ mod tests {
 
     use towline_proto::id::{NodeId, TokenId};
     use towline_registry::NodeProblem;
+    use towline_registry::token::SecretHash;
 
     use super::*;
     use crate::clock;
     use crate::counters::Limit;
-    use crate::view::ViewChange;
+    use crate::view::{TokenView, ViewChange};
 
     #[test]
     fn the_parts_become_metrics_of_the_table() {
         let now = clock::now();
         let (view, counters) = (View::default(), Counters::default());
-        let token = |id: u8, token: pb::Token| ViewChange::Token(TokenId([id; 8]), Arc::new(token));
+        let token = |id: u8, message: pb::Token| {
+            let secret_hash = SecretHash([id; 32]);
+            ViewChange::Token(TokenId([id; 8]), Arc::new(TokenView { message, secret_hash }))
+        };
         let usable = pb::Token { uses: 1, expires_at: i64::MAX, ..pb::Token::default() };
         let problem = NodeProblem::Cloned {
             connected: "192.0.2.1".parse().unwrap(),

@@ -1,4 +1,4 @@
-//! RPCs for operators: tokens, nodes and the mesh configuration.
+//! RPCs for operators: tokens, nodes, the mesh configuration, and the operators' own keys.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -7,7 +7,7 @@ use std::time::Duration;
 use futures_util::Stream;
 use tonic::{Request, Response, Status};
 use towline_proto::convert::{self, Invalid};
-use towline_proto::id::{InvalidId, NodeName, TokenId};
+use towline_proto::id::{IdentityKey, InvalidId, NodeName, TokenId};
 use towline_proto::pb::admin_server::Admin;
 use towline_proto::token::{JoinToken, TokenSecret};
 use towline_proto::{limits, pb};
@@ -216,6 +216,34 @@ impl Admin for AdminService {
         let messages = backup_messages(records).into_iter().map(Ok);
         Ok(Response::new(Box::pin(tokio_stream::iter(messages))))
     }
+
+    async fn list_admins(
+        &self,
+        _: Request<pb::ListAdminsRequest>,
+    ) -> Result<Response<pb::ListAdminsResponse>, Status> {
+        let admins = self.shared.view.admins();
+        let admins = admins.iter().map(|admin| admin_info(admin)).collect();
+        Ok(Response::new(pb::ListAdminsResponse { admins }))
+    }
+
+    async fn revoke_admin(
+        &self,
+        request: Request<pb::RevokeAdminRequest>,
+    ) -> Result<Response<pb::RevokeAdminResponse>, Status> {
+        let key = IdentityKey::try_from(request.get_ref().key.as_slice())
+            .map_err(|error| Invalid::from(error).status())?;
+        let change = move |ledger: &mut Ledger, _: &Sessions, now: Now| {
+            ledger.registry().revoke_admin(key, now)
+        };
+        self.shared.apply(change).await?.map_err(|error| error.status())?;
+        self.shared.admin_revoked.notify_one();
+        Ok(Response::new(pb::RevokeAdminResponse {}))
+    }
+}
+
+fn admin_info(admin: &towline_registry::Admin) -> pb::AdminInfo {
+    let towline_registry::Admin { key, name, created_at, revoked_at } = admin.clone();
+    pb::AdminInfo { name, key: key.0.to_vec(), created_at, revoked_at }
 }
 
 /// Divides records into messages, the last of which is marked.

@@ -26,7 +26,8 @@ use crate::events::MeshEvent;
 use crate::ledger::Ledger;
 use crate::map::AccessError;
 use towline_registry::sessions::{Occupied, Session, Sessions};
-use towline_registry::{Join, JoinError, PublishError, ReadmitError};
+use towline_registry::token::SecretHash;
+use towline_registry::{Join, PublishError, ReadmitError};
 
 use super::auth::Caller;
 use super::budgets::Work;
@@ -48,31 +49,75 @@ impl DiscoveryService {
         Self { shared }
     }
 
-    async fn admit(&self, join: WireJoin, source: SocketAddr) -> Result<pb::JoinResponse, Status> {
+    /// Refuses a join whose token or secret is wrong, before anything of it costs time. If the source had many
+    /// failed joins, it has to wait, unless it has the secret of a token that admits another node: a machine is
+    /// never refused for what its neighbours behind a NAT do.
+    fn check_secret(
+        &self,
+        join: &WireJoin,
+        secret_hash: &SecretHash,
+        source: SocketAddr,
+    ) -> Result<(), Status> {
+        let now = clock::now();
+        let checked = self.shared.view.check_secret(join.token, secret_hash, now.unix);
+        if checked == Ok(true) {
+            return Ok(());
+        }
+        let wait = self.shared.failed_joins.lock().wait(source.ip(), now.mono);
+        if !wait.is_zero() {
+            self.shared.counters.limit(Limit::FailedJoins);
+            let seconds = wait.as_secs() + 1;
+            let text = format!("too many failed joins from {}: wait {seconds} s", source.ip());
+            return Err(with_retry_after(Status::resource_exhausted(text), wait));
+        }
+        checked.map(drop).map_err(|error| {
+            self.note_failure(join.token, source, &error);
+            error.status()
+        })
+    }
+
+    /// Counts a failed join of a source, and logs it unless the source had many.
+    fn note_failure(&self, token: TokenId, source: SocketAddr, reason: &dyn std::fmt::Display) {
+        let now = clock::now().mono;
+        let mut failed_joins = self.shared.failed_joins.lock();
+        if failed_joins.wait(source.ip(), now).is_zero() {
+            tracing::info!(%source, %token, %reason, "join refused");
+        } else {
+            tracing::debug!(%source, %token, %reason, "join refused");
+        }
+        failed_joins.charge(source.ip(), now);
+    }
+
+    async fn admit(
+        &self,
+        join: WireJoin,
+        secret_hash: SecretHash,
+        source: SocketAddr,
+    ) -> Result<pb::JoinResponse, Status> {
         let shared = &self.shared;
         if join.proof_key != *shared.proof_public.as_bytes() {
             return Err(Status::unavailable(
                 "the controller restarted during the join: call Hello again, then Join",
             ));
         }
-        let (identity_key, public) = csr_key(&join.csr).map_err(|error| error.status())?;
+        let (identity_key, public) = csr_key(&join.csr).map_err(|error| {
+            self.note_failure(join.token, source, &error);
+            error.status()
+        })?;
         if !join.holds_wireguard_key(&shared.proof_key) {
-            return Err(Status::invalid_argument(
-                "the proof of the WireGuard key is invalid: use the private key of that public key",
-            ));
+            let reason =
+                "the proof of the WireGuard key is invalid: use the private key of that public key";
+            self.note_failure(join.token, source, &reason);
+            return Err(Status::invalid_argument(reason));
         }
         let node_id = NodeId(random().map_err(|error| error.status())?);
-        let WireJoin { token, secret, name, wireguard_key, .. } = join;
-        let secret_hash = secret_hash(&secret);
+        let WireJoin { token, name, wireguard_key, .. } = join;
         let request = Join { token, secret_hash, name, identity_key, wireguard_key, node_id };
         let change = move |ledger: &mut Ledger, sessions: &Sessions, now| {
             ledger.registry().join(&request, sessions, now)
         };
         let node = shared.apply(change).await?.map_err(|error| {
-            if is_guess(&error) {
-                shared.failed_joins.lock().charge(source.ip(), clock::now().mono);
-            }
-            tracing::info!(%source, %token, reason = %error, "join refused");
+            self.note_failure(token, source, &error);
             error.status()
         })?;
         let grant = shared.map.grant(node).map_err(|error| absent(&error, &shared.map))?;
@@ -115,16 +160,11 @@ impl Discovery for DiscoveryService {
         &self,
         request: Request<pb::JoinRequest>,
     ) -> Result<Response<pb::JoinResponse>, Status> {
-        let source = Caller::of(&request)?.address;
-        let wait = self.shared.failed_joins.lock().wait(source.ip(), clock::now().mono);
-        if !wait.is_zero() {
-            self.shared.counters.limit(Limit::FailedJoins);
-            let seconds = wait.as_secs() + 1;
-            let text = format!("too many failed joins from {}: wait {seconds} s", source.ip());
-            return Err(with_retry_after(Status::resource_exhausted(text), wait));
-        }
+        let source = Caller::of(&request)?.address()?;
         let join = WireJoin::parse(request.into_inner()).map_err(|error| error.status())?;
-        Ok(Response::new(self.admit(join, source).await?))
+        let secret_hash = secret_hash(&join.secret);
+        self.check_secret(&join, &secret_hash, source)?;
+        Ok(Response::new(self.admit(join, secret_hash, source).await?))
     }
 
     async fn renew(
@@ -227,6 +267,7 @@ impl Discovery for DiscoveryService {
         }
         convert::bounded("instance_id", start.instance_id.len(), 64)
             .map_err(|error| error.status())?;
+        watch::prove(&self.shared, start.head.as_ref()).await?;
         let cursor = Watcher::cursor(&self.shared.map, (start.epoch, start.revision));
         let mut loading = None;
         if cursor == 0 {
@@ -275,11 +316,6 @@ impl Discovery for DiscoveryService {
         let tombstone = self.shared.remove(node.id, "left the mesh").await?;
         Ok(Response::new(pb::LeaveResponse { tombstone: Some(tombstone) }))
     }
-}
-
-/// Returns whether a refused join may have been an attempt to guess a token.
-fn is_guess(error: &JoinError) -> bool {
-    matches!(error, JoinError::TokenUnknown(_) | JoinError::TokenSecret { .. })
 }
 
 /// A parsed [`pb::JoinRequest`].

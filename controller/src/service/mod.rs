@@ -17,9 +17,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use tokio::sync::Notify;
 use tonic::Status;
 use towline_proto::convert::Invalid;
 use towline_proto::id::{NodeId, NodeName};
+use towline_proto::node::Head;
 use towline_proto::rate::Rate;
 use towline_proto::refusal::with_retry_after;
 use towline_proto::source_limiter::SourceLimiter;
@@ -47,7 +49,7 @@ use refusal::{Refusal, absent};
 
 pub use admin::AdminService;
 pub use admission::{Admission, drain_begins};
-pub use auth::{Authorizer, Caller, ROLES, Role};
+pub use auth::{Access, Authorizer, Caller, Object, RPCS, Role, Rpc};
 pub use budgets::Budgets;
 pub use discovery::DiscoveryService;
 pub(crate) use discovery::WireJoin;
@@ -70,8 +72,8 @@ pub struct Shared {
     pub view: Arc<View>,
     /// Sessions of the connected nodes.
     pub sessions: Arc<Mutex<Sessions>>,
-    /// Rate limit of failed joins per source. Only failures count, so that machines behind one NAT
-    /// that join successfully do not slow each other down.
+    /// Rate limit of failed joins per source. Only failures count, and they never delay a machine that has the
+    /// secret of a token that admits another node.
     pub failed_joins: Mutex<SourceLimiter>,
     /// X25519 private key for the proofs of WireGuard keys at joins. It is generated when the
     /// process starts.
@@ -89,6 +91,10 @@ pub struct Shared {
     pub summaries: Arc<Summaries>,
     /// What happened lately, for operators.
     pub events: Arc<Events>,
+    /// Signal that the key of an administrator was revoked: the controller may have to replace its own.
+    pub admin_revoked: Arc<Notify>,
+    /// Head of the map that was signed last.
+    pub head: Mutex<Option<(Head, pb::Signed)>>,
     /// UDP port of the STUN server; `None` if it could not be bound.
     pub reflector: Option<u16>,
     /// Places of nodes that load the whole map.
@@ -115,6 +121,21 @@ impl Shared {
             sessions: self.sessions.clone(),
             summaries: self.summaries.clone(),
         }
+    }
+
+    /// Returns the signed head of the map.
+    fn head(&self) -> pb::Signed {
+        let (epoch, revision) = (self.map.epoch(), self.map.revision());
+        let head = Head { mesh_id: self.authority.mesh_id(), epoch, revision };
+        let mut last = self.head.lock();
+        if let Some((signed_head, signed)) = &*last
+            && *signed_head == head
+        {
+            return signed.clone();
+        }
+        let signed = self.authority.sign_head(&head);
+        *last = Some((head, signed.clone()));
+        signed
     }
 
     /// Spends one unit of a node's budget.

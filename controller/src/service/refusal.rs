@@ -10,8 +10,8 @@ use crate::entropy::NoEntropy;
 use crate::map::{AccessError, Map};
 use crate::writer::Unavailable;
 use towline_registry::{
-    CreateTokenError, JoinError, NoSuchNode, NodeAbsent, OverlayInUse, PublishError, ReadmitError,
-    TokenUnknown,
+    CreateTokenError, JoinError, NoSuchAdmin, NoSuchNode, NodeAbsent, OverlayInUse, PublishError,
+    ReadmitError, TokenUnknown,
 };
 
 /// Error of an operation that has a gRPC code.
@@ -48,9 +48,10 @@ impl Refusal for PublishError {
     fn code(&self) -> Code {
         match self {
             Self::Absent(_) | Self::NotGranted(_) => Code::PermissionDenied,
-            Self::NoSession | Self::GenerationBehind { .. } | Self::GenerationReused { .. } => {
-                Code::FailedPrecondition
-            }
+            Self::NoSession
+            | Self::GenerationBehind { .. }
+            | Self::GenerationAhead { .. }
+            | Self::GenerationReused { .. } => Code::FailedPrecondition,
         }
     }
 }
@@ -85,6 +86,12 @@ impl Refusal for TokenUnknown {
 }
 
 impl Refusal for NoSuchNode {
+    fn code(&self) -> Code {
+        Code::NotFound
+    }
+}
+
+impl Refusal for NoSuchAdmin {
     fn code(&self) -> Code {
         Code::NotFound
     }

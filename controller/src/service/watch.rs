@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
-use tokio::time::{Instant, MissedTickBehavior, Sleep, interval, sleep};
+use tokio::time::{Instant, MissedTickBehavior, Sleep, interval, sleep, timeout};
 use tonic::{Status, Streaming};
 use towline_proto::code::Coded as _;
 use towline_proto::convert;
@@ -25,8 +25,8 @@ use crate::entropy;
 use crate::events::MeshEvent;
 use crate::ledger::Ledger;
 use crate::map::Map;
-use towline_registry::NodeProblem;
 use towline_registry::sessions::{SessionId, Sessions};
+use towline_registry::{NodeProblem, Now};
 
 use super::Shared;
 use super::admission::{Place, drain_begins};
@@ -37,6 +37,9 @@ use super::signals::ToWatch;
 
 /// Number of signatures that are verified before the task yields to others.
 const VERIFIED_AT_ONCE: usize = 64;
+
+/// Time for this controller to get the changes that a client has seen elsewhere, before they count as lost.
+const CATCH_UP: Duration = Duration::from_secs(2);
 
 /// Pause between two messages of changes to one watcher, for each watcher that there is: 50 ms with
 /// 1,000 watchers, half a second with 10,000. The first change after a pause is sent at once; what
@@ -279,7 +282,8 @@ impl Watcher {
                 (Kind::Changes(changes), if all { Due::Nothing } else { Due::Changes })
             }
             Due::Heartbeat | Due::Nothing => {
-                (Kind::Heartbeat(pb::Heartbeat { revision: self.cursor }), Due::Nothing)
+                let head = Some(self.shared.head());
+                (Kind::Heartbeat(pb::Heartbeat { revision: self.cursor, head }), Due::Nothing)
             }
         };
         (pb::WatchResponse { kind: Some(kind) }, then)
@@ -297,6 +301,7 @@ impl Watcher {
             grant: map.member(self.node.id, &self.node.identity).ok().map(|(_, grant)| grant),
             reflector_port: self.shared.reflector.map_or(0, u32::from),
             reflectors: self.shared.reflectors(),
+            head: Some(self.shared.head()),
         }
     }
 
@@ -335,6 +340,40 @@ fn replaced() -> Status {
     Status::aborted("the session was replaced by a newer one")
 }
 
+/// Begins a new epoch if a client has a later head of the map than this controller, which was then restored from a
+/// copy of its machine. Only the CA can sign a head, so a node cannot make one up.
+pub(super) async fn prove(shared: &Shared, head: Option<&pb::Signed>) -> Result<(), Status> {
+    if head.is_none() {
+        return Ok(());
+    }
+    let head = match signed::head(head, shared.authority.public_key()) {
+        Ok(head) if head.mesh_id == shared.authority.mesh_id() => head,
+        Ok(_) => return Ok(()),
+        Err(error) => {
+            tracing::debug!(%error, "head of a node ignored");
+            return Ok(());
+        }
+    };
+    let is_later = || head.position() > (shared.map.epoch(), shared.map.revision());
+    if !is_later() {
+        return Ok(());
+    }
+    // The node may come from another controller, whose newest changes are not here yet.
+    let mut latest = shared.map.latest();
+    let _ = timeout(CATCH_UP, latest.wait_for(|revision| *revision >= head.revision)).await;
+    if !is_later() {
+        return Ok(());
+    }
+    let change = move |ledger: &mut Ledger, _: &Sessions, now: Now| {
+        ledger.registry().prove_later(head, now).is_some()
+    };
+    if shared.apply(change).await? {
+        // The key of the local administrator is void, too.
+        shared.admin_revoked.notify_one();
+    }
+    Ok(())
+}
+
 /// Adds the tombstones of a client that this controller does not have, and takes over the client's configuration
 /// of the mesh if it is newer, after it verified them.
 pub(super) async fn resync(
@@ -360,7 +399,8 @@ pub(super) async fn resync(
         Some(mesh) if mesh != shared.map.mesh() => {
             let theirs = signed::mesh(Some(&mesh), key).map_err(untrusted)?;
             let ours = signed::mesh(Some(&shared.map.mesh()), key).map_err(untrusted)?;
-            (theirs.generation > ours.generation).then_some(theirs)
+            let is_newer = theirs.generation > ours.generation || theirs.epoch > ours.epoch;
+            is_newer.then_some(theirs)
         }
         _ => None,
     };
@@ -463,6 +503,8 @@ mod tests {
                 signals: Signals::default(),
                 summaries: Arc::default(),
                 events: Arc::new(Events::new(1)),
+                admin_revoked: Arc::default(),
+                head: Mutex::new(None),
                 admission: Arc::new(Admission::new()),
                 counters: Arc::default(),
                 reflector: None,
@@ -493,7 +535,8 @@ mod tests {
 
         /// Sends a heartbeat as a client does: the message with the head of gRPC.
         async fn beat(&self) {
-            let kind = pb::watch_request::Kind::Heartbeat(pb::Heartbeat { revision: 1 });
+            let kind =
+                pb::watch_request::Kind::Heartbeat(pb::Heartbeat { revision: 1, head: None });
             let message = pb::WatchRequest { kind: Some(kind) }.encode_to_vec();
             let mut framed = BytesMut::new();
             framed.put_u8(0);

@@ -24,8 +24,8 @@ use etcd::{EtcdError, EtcdSettings, EtcdStore};
 pub use file::FileStore;
 
 /// Version of the format of the records. It is raised with every change that an older controller cannot
-/// read. Format 2 added the record `seen`.
-const FORMAT: u64 = 2;
+/// read. Format 2 added the record `seen`, format 3 the records `admin/KEY`.
+const FORMAT: u64 = 3;
 /// Oldest format that can still be read. The first commit raises it to [`FORMAT`].
 const OLDEST_FORMAT: u64 = 1;
 

@@ -13,6 +13,12 @@ pub const LABEL_KEY_BYTES: usize = 63;
 pub const LABEL_VALUE_BYTES: usize = 253;
 /// Labels of a node.
 pub const LABELS: usize = 32;
+/// Largest generation of a record. A node that publishes each second reaches it in nine million years, so a higher one
+/// is an attempt to leave the node no number to publish with.
+pub const GENERATION: u64 = 1 << 48;
+/// Largest step from one generation of a record to the next. A node whose state was restored takes its number from the
+/// map.
+pub const GENERATION_STEP: u64 = 1 << 20;
 /// Candidates in a record.
 pub const CANDIDATES: usize = 32;
 /// Prefixes in a record, in a grant, or protected in a mesh's configuration.

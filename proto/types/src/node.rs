@@ -289,11 +289,39 @@ pub struct MeshConfig {
     /// Addresses of the controllers, in the order in which agents try them. Empty: agents know only
     /// those of their join token.
     pub controllers: Vec<ControllerAddress>,
-    /// Version number of the configuration. It grows with every change.
+    /// Version number of the configuration. It grows with every change within an epoch.
     pub generation: u64,
+    /// Epoch of the map in which the configuration was signed. A controller that was restored begins a new one.
+    /// 0 if the controller does not say it (before 0.2.0).
+    pub epoch: u64,
+}
+
+/// Statement of the newest change of the map that a controller showed. Signed by the CA. A node that has it proves to
+/// a controller that was restored from a copy that there was a later history.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Head {
+    /// Id of the mesh.
+    pub mesh_id: MeshId,
+    /// Epoch of the map.
+    pub epoch: u64,
+    /// Revision of the newest change.
+    pub revision: u64,
+}
+
+impl Head {
+    /// Returns the epoch and the revision, by which heads are ordered.
+    pub fn position(&self) -> (u64, u64) {
+        (self.epoch, self.revision)
+    }
 }
 
 impl MeshConfig {
+    /// Returns whether this configuration replaces another one: it is of a later epoch, or of the same one and has
+    /// a higher generation. After a restored backup the generation is lower than before.
+    pub fn is_newer_than(&self, other: &Self) -> bool {
+        (self.epoch, self.generation) > (other.epoch, other.generation)
+    }
+
     /// Returns the mesh's controllers, then those of `others` that are not among them.
     pub fn controllers_and(&self, others: &[ControllerAddress]) -> Vec<ControllerAddress> {
         let mut controllers = self.controllers.clone();

@@ -164,6 +164,7 @@ mod tests {
             bypass_when_down: Vec::new(),
             controllers: Vec::new(),
             generation: 1,
+            epoch: 0,
         }
     }
 

@@ -79,11 +79,12 @@ pub const TARGETS: &[Target] = &[
 /// An accepted body respects its bounds and decodes again to the same value.
 pub fn signed(bytes: &[u8]) {
     let Some((kind, body)) = bytes.split_first() else { return };
-    let domain = match kind % 4 {
+    let domain = match kind % 5 {
         0 => Domain::Grant,
         1 => Domain::Record,
         2 => Domain::Tombstone,
-        _ => Domain::Mesh,
+        3 => Domain::Mesh,
+        _ => Domain::Head,
     };
     let signed = CA.sign_bytes(domain, body);
     let signed = Some(&signed);
@@ -116,6 +117,12 @@ pub fn signed(bytes: &[u8]) {
                 assert_eq!(signed::mesh(Some(&again), &CA.public()), Ok(mesh));
             }
         }
+        Domain::Head => {
+            if let Ok(head) = signed::head(signed, &CA.public()) {
+                let again = CA.sign_bytes(domain, &pb::Head::from(&head).encode_to_vec());
+                assert_eq!(signed::head(Some(&again), &CA.public()), Ok(head));
+            }
+        }
     }
 }
 
@@ -123,6 +130,8 @@ pub fn signed(bytes: &[u8]) {
 ///
 /// Nothing in it is accepted unless the CA or the node signed it.
 pub fn map(bytes: &[u8]) {
+    // Peers send parts of the map, too.
+    towline_agent::internals::removal_message(bytes);
     let Ok(message) = pb::WatchResponse::decode(bytes) else { return };
     let Some(pb::watch_response::Kind::Changes(changes)) = message.kind else { return };
     for change in changes.kinds().flatten() {
@@ -692,6 +701,7 @@ mod tests {
                 Domain::Record => signed::record(Some(&signed), &CA.public()).is_ok(),
                 Domain::Tombstone => signed::tombstone(Some(&signed), &CA.public()).is_ok(),
                 Domain::Mesh => signed::mesh(Some(&signed), &CA.public()).is_ok(),
+                Domain::Head => signed::head(Some(&signed), &CA.public()).is_ok(),
             };
             assert!(good);
         }

@@ -38,6 +38,19 @@ pub fn private_key(file: &FilePath) -> anyhow::Result<StaticSecret> {
     Ok(StaticSecret::from(bytes))
 }
 
+/// Opens a socket with a new port, for datagrams to `to`.
+fn open(namespace: &Namespace, to: SocketAddr) -> anyhow::Result<UdpSocket> {
+    let local: SocketAddr = if to.is_ipv4() {
+        ([0, 0, 0, 0], 0).into()
+    } else {
+        (std::net::Ipv6Addr::UNSPECIFIED, 0).into()
+    };
+    let socket = namespace.run(|| Ok(UdpSocket::bind(local)?))?;
+    socket.connect(to)?;
+    socket.set_read_timeout(Some(AGAIN))?;
+    Ok(socket)
+}
+
 impl RawTunnel {
     /// Completes a handshake from `namespace` with the node whose key is `peer` and that listens at
     /// `to`, as the member with the key `own`.
@@ -47,14 +60,7 @@ impl RawTunnel {
         peer: &PublicKey,
         to: SocketAddr,
     ) -> anyhow::Result<Self> {
-        let local: SocketAddr = if to.is_ipv4() {
-            ([0, 0, 0, 0], 0).into()
-        } else {
-            (std::net::Ipv6Addr::UNSPECIFIED, 0).into()
-        };
-        let socket = namespace.run(|| Ok(UdpSocket::bind(local)?))?;
-        socket.connect(to)?;
-        socket.set_read_timeout(Some(AGAIN))?;
+        let socket = open(namespace, to)?;
         let secrets = Secrets::new(own);
         let session = Session::new(&secrets, WireguardKey(peer.to_bytes()), None, 1);
         let mut tunnel = Self { session, socket, to };
@@ -66,6 +72,12 @@ impl RawTunnel {
         })?;
         done.with_context(|| format!("no handshake with {to}"))?;
         Ok(tunnel)
+    }
+
+    /// Sends from another port from now on.
+    pub fn roam(&mut self, namespace: &Namespace) -> anyhow::Result<()> {
+        self.socket = open(namespace, self.to)?;
+        Ok(())
     }
 
     fn await_response(&mut self) -> anyhow::Result<Option<()>> {

@@ -63,6 +63,7 @@ const DOCUMENTS: &[Document] = &[
         Source::Struct("controller/src/tunnels/mod.rs", "TunnelStatus"),
     ),
     list("towline-controller mesh events", Source::Schema("Event")),
+    list("towline-controller admin list", Source::Struct("controller/src/cli/admin.rs", "View")),
     one("towline-controller version", Source::Struct("proto/src/status.rs", "Version")),
 ];
 

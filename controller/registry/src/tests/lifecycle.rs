@@ -102,6 +102,28 @@ fn a_backup_that_is_restored_twice_begins_two_epochs() {
 }
 
 #[test]
+fn only_a_later_head_of_this_mesh_begins_a_new_epoch() {
+    let mut world = World::new();
+    let token = world.token(terms());
+    let counters = world.registry.counters();
+    let mesh_id = world.registry.mesh().config.mesh_id;
+    let (epoch, revision) = (counters.epoch, counters.revision);
+    let mut prove = |mesh_id, epoch, revision| {
+        world.registry.prove_later(Head { mesh_id, epoch, revision }, world.now)
+    };
+    assert_eq!(prove(mesh_id, epoch, revision), None, "the present one");
+    assert_eq!(prove(MeshId([9; 16]), epoch, revision + 9), None, "another mesh");
+    assert_eq!(prove(mesh_id, epoch, revision + 9), Some(1));
+    assert_eq!(prove(mesh_id, epoch, revision + 9), None, "once");
+    world.commit();
+    let after = world.registry.counters();
+    assert!(after.epoch > epoch, "{epoch} {}", after.epoch);
+    assert!(after.revision > revision + 9, "no two changes have the same revision");
+    assert_eq!(world.registry.mesh().config.epoch, after.epoch);
+    assert!(matches!(world.join(token, "b", 2), Err(JoinError::TokenRevoked { .. })));
+}
+
+#[test]
 fn the_overlay_ranges_stay_while_nodes_live_in_them() {
     let mut world = World::new();
     let change = |mesh: &mut MeshConfig| mesh.overlay_v4 = "198.18.0.0/16".parse().unwrap();

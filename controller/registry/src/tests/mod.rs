@@ -1,5 +1,6 @@
 //! Tests of the registry: a registry with its store, which the test modules drive.
 
+mod admins;
 mod cost;
 mod invariants;
 mod join;
@@ -12,14 +13,15 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use towline_fixtures::node::{identity_key, mesh_config, net, nets, record};
-use towline_types::id::{NodeId, NodeName, TokenId, WireguardKey};
-use towline_types::node::{MeshConfig, Record, Tombstone};
+use towline_types::id::{IdentityKey, MeshId, NodeId, NodeName, TokenId, WireguardKey};
+use towline_types::node::{Head, MeshConfig, Record, Tombstone};
 
 use super::sessions::{Session, Sessions};
 use super::token::{SecretHash, Token, TokenTerms};
 use super::{
-    Contents, Counters, CreateTokenError, Difference, Join, JoinError, Key, LoadError, Member,
-    Mesh, NodeAbsent, Now, PublishError, Published, Registry, RemovedNode, Starts, Unsigned,
+    Admin, Contents, Counters, CreateTokenError, Difference, Join, JoinError, Key, LoadError,
+    Member, Mesh, NodeAbsent, Now, PublishError, Published, Registry, RemovedNode, Starts,
+    Unsigned,
 };
 
 const SECRET: SecretHash = SecretHash([7; 32]);
@@ -47,6 +49,7 @@ struct Stored {
     members: BTreeMap<NodeId, Member>,
     removed_nodes: BTreeMap<NodeId, RemovedNode>,
     tokens: BTreeMap<TokenId, Token>,
+    admins: BTreeMap<IdentityKey, Admin>,
 }
 
 impl Stored {
@@ -67,6 +70,10 @@ impl Stored {
                 Some(token) => drop(self.tokens.insert(id, token.clone())),
                 None => drop(self.tokens.remove(&id)),
             },
+            Key::Admin(key) => match registry.admin(key) {
+                Some(admin) => drop(self.admins.insert(key, admin.clone())),
+                None => drop(self.admins.remove(&key)),
+            },
         }
     }
 
@@ -78,6 +85,7 @@ impl Stored {
             members: self.members.values().map(member).collect(),
             removed_nodes: self.removed_nodes.values().cloned().collect(),
             tokens: self.tokens.values().cloned().collect(),
+            admins: self.admins.values().cloned().collect(),
         }
     }
 }

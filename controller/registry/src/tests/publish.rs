@@ -136,3 +136,14 @@ fn a_record_of_which_only_the_generation_is_new_is_no_change_of_the_map() {
     let restarted = Record { generation: 3, boot_epoch: 2, prefixes, ..record(&grant) };
     assert!(world.publish_record(node, restarted).unwrap().revision > first.revision);
 }
+
+#[test]
+fn a_generation_cannot_run_ahead_of_the_owner() {
+    let mut world = World::new();
+    let node = world.node("a", 1, &[]);
+    world.publish(node, 5, &[]).unwrap();
+    let step = towline_types::limits::GENERATION_STEP;
+    let refused = world.publish(node, 6 + step, &[]);
+    assert!(matches!(refused, Err(PublishError::GenerationAhead { stored: 5, .. })), "{refused:?}");
+    world.publish(node, 5 + step, &[]).unwrap();
+}

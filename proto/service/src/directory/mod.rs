@@ -13,7 +13,7 @@
 //! - **A file is replaced atomically**, see [`mod@file`].
 
 use std::fs::{DirBuilder, File, Metadata, OpenOptions};
-use std::io::{self, Read as _};
+use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::os::unix::fs::{PermissionsExt as _, fchown};
 use std::path::{Path, PathBuf};
@@ -265,6 +265,30 @@ impl PrivateDirectory {
         file::replace(&path, mode, bytes, |file| self.give(file))
             .and_then(|()| self.sync())
             .map_err(|source| DirectoryError::Io { act: "write", path, source })
+    }
+
+    /// Appends to a file, and creates it with mode 0600 if it does not exist. With `must_sync`, returns after the
+    /// bytes are on the disk.
+    ///
+    /// # Errors
+    ///
+    /// See [`DirectoryError`]. A part of the bytes may have been written.
+    pub fn append(&self, name: &str, bytes: &[u8], must_sync: bool) -> Result<(), DirectoryError> {
+        let path = self.path.join(name);
+        let append = || -> io::Result<()> {
+            let mut file = OpenOptions::new()
+                .create(true)
+                .append(true)
+                .mode(0o600)
+                .custom_flags(O_NOFOLLOW | O_NONBLOCK)
+                .open(&path)?;
+            if file.metadata()?.uid() != self.owner.uid {
+                self.give(&file)?;
+            }
+            file.write_all(bytes)?;
+            if must_sync { file.sync_data() } else { Ok(()) }
+        };
+        append().map_err(|source| DirectoryError::Io { act: "write", path: path.clone(), source })
     }
 
     /// Opens a lock file, which is never read, and creates it if it does not exist.

@@ -17,6 +17,7 @@ pub mod demo;
 pub mod departure;
 pub mod explain;
 pub mod failover;
+pub mod flood;
 mod foreign_firewalls;
 pub mod hosts;
 pub mod hybrid;

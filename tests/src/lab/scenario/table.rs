@@ -8,8 +8,8 @@ use clap::{ArgMatches, Args, Command, FromArgMatches};
 
 use super::selection::{Entry, Selection, list};
 use super::{
-    Setting, attack, bench, bootstrap, coexist, crash, demo, departure, explain, failover, hosts,
-    idle, interop, kubernetes, leak, many, mtu, nat, nodes, outage, plan, scale, vm,
+    Setting, attack, bench, bootstrap, coexist, crash, demo, departure, explain, failover, flood,
+    hosts, idle, interop, kubernetes, leak, many, mtu, nat, nodes, outage, plan, scale, vm,
 };
 use crate::lab::binaries::{Binaries, Profile};
 use crate::lab::interrupt;
@@ -128,6 +128,13 @@ pub const SCENARIOS: &[Scenario] = &[
         help: "Attack a node as strangers, neighbours, local users, pods and members",
         arguments: Selection::augment_args,
         run: |matches, flags| on_cases(&attack::entries(), attack::run, matches, flags),
+    },
+    Scenario {
+        name: "flood",
+        aliases: &[],
+        help: "Flood a controller and a node: others work on, and can join (release build)",
+        arguments: flood::Options::augment_args,
+        run: run_flood,
     },
     Scenario {
         name: "hosts",
@@ -292,6 +299,18 @@ fn run_scale(matches: &ArgMatches, flags: Flags) -> anyhow::Result<ExitCode> {
     let options = scale::Options::from_arg_matches(matches)?;
     let profile = if options.dev { Profile::Dev } else { Profile::Release };
     on_hosts(profile, scale::run, matches, flags)
+}
+
+/// Runs `flood` with release builds, or with dev builds if its options ask for it.
+fn run_flood(matches: &ArgMatches, flags: Flags) -> anyhow::Result<ExitCode> {
+    let options = flood::Options::from_arg_matches(matches)?;
+    let entries = flood::entries();
+    if options.selection.list {
+        return show(&list(&entries));
+    }
+    options.selection.check(&entries)?;
+    let profile = if options.dev { Profile::Dev } else { Profile::Release };
+    on_hosts(profile, flood::run, matches, flags)
 }
 
 /// Prints a list of cases.

@@ -31,7 +31,7 @@ const COOKIE: (u8, usize) = (3, 64);
 
 /// Sends the flood from `host` to `target`, whose key is `key`, until `stop` is set. If `also` is
 /// set, it is the source of every second packet. Returns the number of packets that were sent.
-pub(super) fn run(
+pub(in crate::lab::scenario) fn run(
     host: &Namespace,
     target: SocketAddr,
     key: WireguardKey,

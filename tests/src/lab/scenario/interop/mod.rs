@@ -6,7 +6,7 @@
 //! other cases run during that time.
 
 mod cases;
-mod flood;
+pub(super) mod flood;
 mod pair;
 
 use std::collections::BTreeMap;

@@ -243,8 +243,7 @@ impl Watch {
     ) -> anyhow::Result<Self> {
         let (requests, stream) = mpsc::channel(4);
         let instance_id = (number as u64).to_be_bytes().to_vec();
-        let start =
-            pb::WatchStart { epoch, revision, instance_id, tombstones: Vec::new(), mesh: None };
+        let start = pb::WatchStart { epoch, revision, instance_id, ..pb::WatchStart::default() };
         requests.send(pb::WatchRequest { kind: Some(Ask::Start(start)) }).await?;
         let mut responses = client.watch(ReceiverStream::new(stream)).await?.into_inner();
         let first = responses.message().await?.and_then(|first| first.kind);
@@ -323,7 +322,7 @@ impl LightAgent {
                     self.publish(&mut client, &watch, version).await?;
                 }
                 _ = beat.tick() => {
-                    let heartbeat = pb::Heartbeat { revision: self.revision };
+                    let heartbeat = pb::Heartbeat { revision: self.revision, head: None };
                     let heartbeat = pb::WatchRequest { kind: Some(Ask::Heartbeat(heartbeat)) };
                     // A full queue means that the connection does not drain; the controller ends it.
                     let _ = watch.requests.try_send(heartbeat);

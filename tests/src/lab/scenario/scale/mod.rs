@@ -380,7 +380,7 @@ async fn run_agents(
 
 /// Raises the limit of open files of this process to `wanted`, unless it is higher. The controller inherits
 /// it.
-fn allow_many_sockets(wanted: usize) -> anyhow::Result<()> {
+pub(super) fn allow_many_sockets(wanted: usize) -> anyhow::Result<()> {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     let wanted = wanted as u64;
     anyhow::ensure!(

@@ -1,0 +1,85 @@
+//! Keys of administrators. A certificate gives access only while its key is in this list and is not revoked,
+//! so a certificate that was copied can be made useless at once.
+
+use towline_types::id::IdentityKey;
+
+use super::{Event, Key, NoSuchAdmin, Now, Registry};
+
+/// Largest number of keys, including revoked ones.
+const ADMINS: usize = 256;
+/// Time in seconds for which a revoked key is still listed. Its certificates have expired by then, and a key
+/// that is not listed gives no access.
+const REVOKED_KEPT: i64 = 30 * 24 * 3600;
+
+/// Key of an administrator.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Admin {
+    /// Public key of the administrator's certificates.
+    pub key: IdentityKey,
+    /// Name of the administrator. Several keys may have the same one.
+    pub name: String,
+    /// Time at which the key was added, in seconds since 1970.
+    pub created_at: i64,
+    /// Time at which the key was revoked, in seconds since 1970; `None` while it is valid.
+    pub revoked_at: Option<i64>,
+}
+
+impl Registry {
+    /// Adds the key of an administrator. Does nothing if the key is listed, also if it is revoked. If there are
+    /// too many keys, the oldest one is deleted.
+    pub fn add_admin(&mut self, key: IdentityKey, name: &str, now: Now) {
+        if self.admins.contains_key(&key) {
+            return;
+        }
+        while self.admins.len() >= ADMINS {
+            let oldest = self.admins.values().min_by_key(|admin| {
+                // Revoked keys go first.
+                (admin.revoked_at.is_none(), admin.created_at)
+            });
+            let Some(oldest) = oldest.map(|admin| admin.key) else { break };
+            self.admins.remove(&oldest);
+            self.dirty.insert(Key::Admin(oldest));
+        }
+        let admin = Admin { key, name: name.to_owned(), created_at: now.unix, revoked_at: None };
+        self.admins.insert(key, admin);
+        self.dirty.insert(Key::Admin(key));
+        self.events.push(Event::AdminAdded { name: name.to_owned(), key });
+    }
+
+    /// Revokes the key of an administrator. Revoking it again is not an error.
+    pub fn revoke_admin(&mut self, key: IdentityKey, now: Now) -> Result<(), NoSuchAdmin> {
+        let admin = self.admins.get_mut(&key).ok_or(NoSuchAdmin { key })?;
+        if admin.revoked_at.is_none() {
+            admin.revoked_at = Some(now.unix);
+            let name = admin.name.clone();
+            self.dirty.insert(Key::Admin(key));
+            self.events.push(Event::AdminRevoked { name, key });
+        }
+        Ok(())
+    }
+
+    /// Returns the key of an administrator, with what is known of it.
+    pub fn admin(&self, key: IdentityKey) -> Option<&Admin> {
+        self.admins.get(&key)
+    }
+
+    /// Returns all keys of administrators, sorted.
+    pub fn admins(&self) -> impl Iterator<Item = &Admin> {
+        self.admins.values()
+    }
+
+    /// Deletes keys that were revoked long ago.
+    pub(super) fn delete_old_admins(&mut self, now: Now) {
+        let is_old = |at: i64| now.unix.saturating_sub(at) > REVOKED_KEPT;
+        let old: Vec<IdentityKey> = self
+            .admins
+            .values()
+            .filter(|admin| admin.revoked_at.is_some_and(is_old))
+            .map(|admin| admin.key)
+            .collect();
+        for key in old {
+            self.admins.remove(&key);
+            self.dirty.insert(Key::Admin(key));
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! Keys of administrators.
+
+use std::time::Duration;
+
+use towline_types::id::IdentityKey;
+
+use super::World;
+use crate::{Key, NoSuchAdmin, Starts};
+
+fn key(number: u8) -> IdentityKey {
+    IdentityKey([number; 32])
+}
+
+#[test]
+fn a_revoked_key_stays_revoked_and_is_forgotten_in_the_end() {
+    let mut world = World::new();
+    world.registry.add_admin(key(1), "local", world.now);
+    assert_eq!(world.registry.revoke_admin(key(2), world.now), Err(NoSuchAdmin { key: key(2) }));
+    world.registry.revoke_admin(key(1), world.now).unwrap();
+    world.registry.add_admin(key(1), "local", world.now);
+    let revoked_at = |world: &World| world.registry.admin(key(1)).map(|admin| admin.revoked_at);
+    assert_eq!(revoked_at(&world), Some(Some(world.now.unix)));
+
+    let begun = world.now;
+    world.registry.tick(&world.sessions, begun.plus(Duration::from_secs(29 * 24 * 3600)));
+    assert!(revoked_at(&world).is_some());
+    world.registry.tick(&world.sessions, begun.plus(Duration::from_secs(31 * 24 * 3600)));
+    assert_eq!(revoked_at(&world), None);
+    assert!(world.registry.take_changes().records.contains(&Key::Admin(key(1))));
+}
+
+#[test]
+fn a_restored_backup_revokes_every_key() {
+    let mut world = World::new();
+    world.registry.add_admin(key(1), "local", world.now);
+    world.registry.start(None, world.now);
+    assert!(world.registry.admin(key(1)).unwrap().revoked_at.is_none());
+    let ahead = Starts { count: 100, epoch: 1 };
+    assert!(world.registry.start(Some(ahead), world.now).restored);
+    assert!(world.registry.admin(key(1)).unwrap().revoked_at.is_some());
+}
+
+#[test]
+fn the_number_of_keys_is_bounded_and_a_revoked_one_goes_first() {
+    let mut world = World::new();
+    for number in 0..=255 {
+        world.registry.add_admin(key(number), "a", world.now);
+    }
+    world.registry.revoke_admin(key(9), world.now).unwrap();
+    world.registry.add_admin(IdentityKey(std::array::from_fn(|index| index as u8)), "b", world.now);
+    assert_eq!(world.registry.admins().count(), 256);
+    assert!(world.registry.admin(key(9)).is_none());
+}
