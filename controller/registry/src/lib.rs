@@ -398,9 +398,9 @@ impl Registry {
         })
     }
 
-    /// Begins an epoch after the present one and after `above`, and not before the time. All watches start with the whole map then, and the
-    /// mesh configuration wins over those of earlier epochs. Revokes all tokens and keys of administrators. Returns
-    /// the number of tokens.
+    /// Begins an epoch after the present one and after `above`, and not before the time. All watches start with the
+    /// whole map then, and the mesh configuration wins over those of earlier epochs. Revokes all tokens and keys of
+    /// administrators. Returns the number of tokens.
     fn begin_epoch(&mut self, above: u64, now: Now) -> usize {
         let mut voided = 0;
         let next = self.counters.epoch.max(above).saturating_add(1);
