@@ -12,7 +12,7 @@ use crate::authority::Authority;
 use crate::clock;
 use crate::config::{self, Settings};
 use crate::ledger::Ledger;
-use crate::server;
+use crate::opening;
 use crate::state_dir::StateDir;
 use crate::store::etcd::EtcdStore;
 use crate::store::{FileStore, Location, Place, Record, Store as _, Write};
@@ -94,7 +94,7 @@ impl Transfer {
                 if is_file { "its file" } else { "its keys" }
             );
         }
-        let store = place.create(&server::identity(&authority), &writes(records))?;
+        let store = place.create(&opening::identity(&authority), &writes(records))?;
         if is_file {
             let file = std::fs::File::open(dir.store()).context("cannot open the new store")?;
             dir.give(&file)?;
