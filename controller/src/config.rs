@@ -167,8 +167,8 @@ pub struct EtcdTable {
     pub user: Option<String>,
     /// File with the password of the user.
     pub password_file: Option<PathBuf>,
-    /// Connect to other machines without TLS. Who is on the way can then read the store, and change what is
-    /// not signed: tokens.
+    /// Connect to other machines without TLS. Who is on the way can then read the store, and put an earlier one
+    /// in its place.
     pub plaintext: bool,
 }
 
