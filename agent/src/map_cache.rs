@@ -33,6 +33,8 @@ pub enum InvalidCache {
 pub struct Applied {
     /// Changes for the core, in order.
     pub changes: Vec<MapChange>,
+    /// Grant of this node, if it was among the changes.
+    pub own_grant: Option<pb::Signed>,
     /// Reasons of the statements that were refused: a faulty controller, or a newer format.
     pub refused: Vec<String>,
 }
@@ -102,7 +104,7 @@ impl MapCache {
         self.revision = self.revision.max(changes.revision);
         for change in changes.kinds() {
             let result = match change {
-                Ok(pb::change::Kind::Upsert(entry)) => self.upsert(entry),
+                Ok(pb::change::Kind::Upsert(entry)) => self.upsert(entry, &mut applied.own_grant),
                 Ok(pb::change::Kind::Tombstone(tombstone)) => self.remove_node(tombstone),
                 Ok(pb::change::Kind::Mesh(mesh)) => self.configure(mesh),
                 Err(malformed) => Err(malformed.into()),
@@ -116,8 +118,12 @@ impl MapCache {
     }
 
     /// Verifies and stores a node. Ignores a removed node, an older record, and nodes past the
-    /// limit.
-    fn upsert(&mut self, entry: pb::Entry) -> Result<Option<MapChange>, signed::Untrusted> {
+    /// limit. Passes on the grant of this node.
+    fn upsert(
+        &mut self,
+        entry: pb::Entry,
+        own_grant: &mut Option<pb::Signed>,
+    ) -> Result<Option<MapChange>, signed::Untrusted> {
         let Some(node) = signed::node(&entry, &self.ca)? else { return Ok(None) };
         let (id, generation) = (node.id(), node.record().generation);
         if self.tombstones.contains_key(&id)
@@ -125,6 +131,9 @@ impl MapCache {
             || (self.entries.len() >= limits::NODES && !self.entries.contains_key(&id))
         {
             return Ok(None);
+        }
+        if id == self.own {
+            own_grant.clone_from(&entry.grant);
         }
         self.entries.insert(id, entry);
         self.generations.insert(id, generation);

@@ -15,6 +15,7 @@ use crate::node::{
     Candidate, CandidateKind, Grant, MeshConfig, OverlayAddresses, Record, Tombstone,
 };
 use crate::pb;
+use crate::pod_range::{InvalidPodRange, PodRange};
 use crate::token::ControllerAddress;
 
 /// Error of parsing a message.
@@ -38,6 +39,9 @@ pub enum Invalid {
     /// A name, an id or a key has the wrong form.
     #[error(transparent)]
     Id(#[from] InvalidId),
+    /// A pod range has numbers that do not fit.
+    #[error(transparent)]
+    PodRange(#[from] InvalidPodRange),
 }
 
 /// Checks that `len`, in items or bytes, is at most `limit`.
@@ -84,6 +88,12 @@ impl From<&IpNet> for pb::Prefix {
 pub fn prefixes(list: &[pb::Prefix]) -> Result<Vec<IpNet>, Invalid> {
     bounded("list of prefixes", list.len(), limits::PREFIXES)?;
     list.iter().map(IpNet::try_from).collect()
+}
+
+/// Parses a list of at most [`limits::POD_RANGES`] pod ranges.
+pub fn pod_ranges(list: &[pb::PodRange]) -> Result<Vec<PodRange>, Invalid> {
+    bounded("list of pod ranges", list.len(), limits::POD_RANGES)?;
+    list.iter().map(PodRange::try_from).collect()
 }
 
 /// Parses the name of a site. An empty one means no site.
@@ -151,6 +161,26 @@ fn overlay<B: AsRef<[u8]>>(addresses: &[B]) -> Result<OverlayAddresses, Invalid>
     }
 }
 
+impl TryFrom<&pb::PodRange> for PodRange {
+    type Error = Invalid;
+
+    fn try_from(range: &pb::PodRange) -> Result<Self, Invalid> {
+        let net = IpNet::try_from(range.range.as_ref().ok_or(Invalid::Missing("range"))?)?;
+        Ok(Self::new(net, range.block_len, range.blocks, prefixes(&range.pinned)?)?)
+    }
+}
+
+impl From<&PodRange> for pb::PodRange {
+    fn from(range: &PodRange) -> Self {
+        Self {
+            range: Some((&range.range()).into()),
+            block_len: range.block_len().into(),
+            blocks: range.blocks(),
+            pinned: range.pinned().iter().map(Into::into).collect(),
+        }
+    }
+}
+
 impl TryFrom<pb::Grant> for Grant {
     type Error = Invalid;
 
@@ -163,6 +193,7 @@ impl TryFrom<pb::Grant> for Grant {
             wireguard_keys: wireguard_keys(&grant.wireguard_keys)?,
             overlay: overlay(&grant.overlay_addresses)?,
             allowed_prefixes: prefixes(&grant.allowed_prefixes)?,
+            pod_ranges: pod_ranges(&grant.pod_ranges)?,
             site: site(grant.site)?,
             labels: labels(grant.labels)?,
             issued_at: grant.issued_at,
@@ -181,6 +212,7 @@ impl From<&Grant> for pb::Grant {
             wireguard_keys: grant.wireguard_keys.iter().map(|key| key.0.to_vec()).collect(),
             overlay_addresses: grant.overlay.iter().map(ip_bytes).collect(),
             allowed_prefixes: grant.allowed_prefixes.iter().map(Into::into).collect(),
+            pod_ranges: grant.pod_ranges.iter().map(Into::into).collect(),
             site: grant.site.as_ref().map(Label::to_string).unwrap_or_default(),
             labels: grant.labels.iter().map(|(k, v)| (k.to_string(), v.clone())).collect(),
             issued_at: grant.issued_at,

@@ -4,6 +4,9 @@
 //! Instead, the map entry lists the prefix as withheld. So all nodes decide the same way, the
 //! contested prefix stays with its holder, and the rest of the record takes effect.
 //!
+//! A block of a pod range that the node announces is pinned: its grant allows it from then on
+//! ([`Grant::pin`](towline_types::node::Grant::pin)).
+//!
 //! A claim to a prefix that another node holds is refused, and noted as a problem of both nodes. A
 //! holder that was offline for longer than the lease loses the prefix to a claimant that is
 //! connected. Refused claims are checked again whenever a prefix is freed, and periodically.
@@ -15,7 +18,7 @@ use towline_types::ownership::{self, Claim};
 
 use super::problems::{NodeProblem, WithheldReason};
 use super::sessions::{SessionId, Sessions};
-use super::{Event, Key, Now, PublishError, Registry};
+use super::{Event, Key, Now, PublishError, Registry, Unsigned};
 
 /// Result of a publication.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -79,14 +82,21 @@ impl Registry {
                 return Ok(self.settled(node, false, sessions, now));
             }
         }
-        if let Err(error) = Node::new(member.grant.clone(), record.clone()) {
+        let pinned = member.grant.pin(&record.prefixes);
+        let grant = pinned.as_ref().unwrap_or(&member.grant).clone();
+        if let Err(error) = Node::new(grant, record.clone()) {
             self.note(node, error.clone().into());
             return Err(error.into());
         }
         let freed = self.claims.held_by(node).iter().any(|have| !record.prefixes.contains(have));
         self.members.set_record(node, record);
         self.dirty.insert(Key::Node(node));
-        if difference == Difference::Content {
+        let is_pinned = pinned.is_some();
+        if let Some(grant) = pinned {
+            self.members.set_allowed(node, grant);
+            self.unsigned.insert(Unsigned::Grant(node));
+        }
+        if is_pinned || difference == Difference::Content {
             self.touch(node);
         }
         let published = self.settled(node, true, sessions, now);

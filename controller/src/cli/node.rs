@@ -94,6 +94,9 @@ struct View {
     prefixes: Vec<String>,
     /// Networks that the node may announce, whole or in part.
     allowed_prefixes: Vec<String>,
+    /// Networks of which the node may announce a few blocks, each with their number and length. The
+    /// blocks that it announced are among the allowed prefixes.
+    pod_ranges: Vec<String>,
     /// Addresses and ports where the node might be reached, each with its kind.
     candidates: Vec<String>,
     /// Version of the node's agent; empty until it published a record.
@@ -141,6 +144,7 @@ impl View {
             overlay_addresses: grant.overlay.iter().map(|address| address.to_string()).collect(),
             prefixes: record.as_ref().map(|record| texts(&record.prefixes)).unwrap_or_default(),
             allowed_prefixes: texts(&grant.allowed_prefixes),
+            pod_ranges: grant.pod_ranges.iter().map(ToString::to_string).collect(),
             candidates: record
                 .as_ref()
                 .map(|record| record.candidates.iter().map(candidate).collect())
@@ -213,6 +217,7 @@ fn sheet(node: &View) -> String {
         ("overlay", output::list(&node.overlay_addresses)),
         ("prefixes", output::list(&node.prefixes)),
         ("allowed", output::list(&node.allowed_prefixes)),
+        ("pod ranges", output::list(&node.pod_ranges)),
         ("candidates", output::list(&node.candidates)),
         ("labels", output::list(&labels)),
         ("ephemeral", node.ephemeral.to_string()),
