@@ -17,6 +17,7 @@ use towline_types::ownership::{self, Refused};
 
 use crate::config::Membership;
 use crate::conflict::{Conflict, Holder};
+use crate::local_limits::LocalLimits;
 use crate::prefixes::PrefixMap;
 
 /// Prefixes and key that one node holds, and its claims that were refused.
@@ -40,7 +41,8 @@ pub(crate) struct Claims {
     names: BTreeMap<NodeName, NodeId>,
     keys: BTreeMap<WireguardKey, Owner>,
     held: PrefixMap<Owner>,
-    /// True if a claim was refused: then the change of one node may decide the claim of another.
+    /// True if a claim was refused because of another one: then the change of one node may decide the
+    /// claim of another.
     is_disputed: bool,
 }
 
@@ -54,6 +56,7 @@ impl Claims {
     /// Resolves the claims of `nodes` and our own.
     pub(crate) fn resolve<'a>(
         membership: &Membership,
+        limits: &LocalLimits,
         own_prefixes: &[IpNet],
         nodes: impl Iterator<Item = &'a Arc<Node>>,
     ) -> Self {
@@ -68,19 +71,24 @@ impl Claims {
             claims.held.insert(prefix, Owner::Us);
         }
         for node in by_age {
-            claims.admit(membership, node);
+            claims.admit(membership, limits, node);
         }
         claims
     }
 
     /// Resolves the claims of one node that is new or changed. Returns false if that may concern
     /// other nodes, so that all claims have to be resolved.
-    pub(crate) fn change(&mut self, membership: &Membership, node: &Arc<Node>) -> bool {
+    pub(crate) fn change(
+        &mut self,
+        membership: &Membership,
+        limits: &LocalLimits,
+        node: &Arc<Node>,
+    ) -> bool {
         if self.is_disputed {
             return false;
         }
         self.forget(node.id());
-        self.admit(membership, node);
+        self.admit(membership, limits, node);
         !self.is_disputed
     }
 
@@ -104,8 +112,8 @@ impl Claims {
         }
     }
 
-    /// Gives a node those of its claims that no other node holds.
-    fn admit(&mut self, membership: &Membership, node: &Arc<Node>) {
+    /// Gives a node those of its claims that no other node holds and this host does not refuse.
+    fn admit(&mut self, membership: &Membership, limits: &LocalLimits, node: &Arc<Node>) {
         let own = &membership.grant;
         let mut claim = Claim::default();
         let grant = node.grant();
@@ -125,7 +133,13 @@ impl Claims {
             }
             let announced = node.record().prefixes.iter().copied();
             for prefix in grant.overlay.prefixes().chain(announced) {
-                match self.refused(membership, prefix, grant) {
+                let is_own_address = grant.overlay.prefixes().any(|own| own == prefix);
+                let is_lan = node.record().lans.contains(&prefix);
+                let covered = limits
+                    .refuses(grant, &prefix, is_lan)
+                    .filter(|_| !is_own_address)
+                    .map(|covered| Conflict::Covers { prefix, covered });
+                match self.refused(membership, prefix, grant).or(covered) {
                     None => {
                         self.held.insert(prefix, Owner::Node(node.clone()));
                         claim.prefixes.push(prefix);
@@ -138,7 +152,7 @@ impl Claims {
             let is_lan = |net: &&IpNet| node.record().lans.contains(net);
             claim.lans = claim.prefixes.iter().filter(is_lan).copied().collect();
         }
-        self.is_disputed |= !claim.conflicts.is_empty();
+        self.is_disputed |= claim.conflicts.iter().any(Conflict::is_with_others);
         self.by_node.insert(node.id(), (node.clone(), claim));
     }
 

@@ -7,6 +7,8 @@ use towline_types::codes;
 use towline_types::id::{NodeId, NodeName};
 use towline_types::ownership::Unusable;
 
+use crate::local_limits::Covered;
+
 /// Claim of a peer that was refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Conflict {
@@ -38,6 +40,13 @@ pub enum Conflict {
     },
     /// No node may hold the prefix.
     Unusable(Unusable),
+    /// The prefix covers something that this host needs. It is refused here only.
+    Covers {
+        /// Claimed prefix.
+        prefix: IpNet,
+        /// What it covers.
+        covered: Covered,
+    },
 }
 
 codes! {
@@ -47,10 +56,21 @@ codes! {
         Prefix => "prefix-conflict",
         Overlap => "prefix-overlap",
         Unusable(Unusable),
+        Covers { covered: Covered },
     }
 }
 
 impl Conflict {
+    /// Returns whether the claims of other nodes caused it, so that it may end when they change.
+    pub(crate) fn is_with_others(&self) -> bool {
+        match self {
+            Self::Name { .. } | Self::Key { .. } | Self::Prefix { .. } | Self::Overlap { .. } => {
+                true
+            }
+            Self::Unusable(_) | Self::Covers { .. } => false,
+        }
+    }
+
     /// Returns the conflict of a claim to `prefix` with `held`, which overlaps it.
     pub(crate) fn over(prefix: IpNet, held: IpNet, holder: Holder) -> Self {
         if prefix == held {
@@ -92,6 +112,9 @@ impl fmt::Display for Conflict {
                 write!(f, "prefix {prefix} overlaps {held} of {holder}")
             }
             Self::Unusable(reason) => reason.fmt(f),
+            Self::Covers { prefix, covered } => {
+                write!(f, "prefix {prefix} is refused here: it covers {covered}")
+            }
         }
     }
 }

@@ -72,6 +72,7 @@ pub mod counters;
 mod derived;
 mod effects;
 mod home_relays;
+pub mod local_limits;
 pub mod local_networks;
 mod local_node;
 pub mod mesh;

@@ -31,6 +31,7 @@ use crate::counters::Counters;
 use crate::derived::Derived;
 use crate::effects::Effects;
 use crate::home_relays::{ChannelPeer, HomeRelays};
+use crate::local_limits::{Covered, LocalLimits};
 use crate::local_networks::LocalNetworks;
 use crate::local_node::LocalNode;
 use crate::path::{LocalAddress, LocalPort, Path};
@@ -295,6 +296,12 @@ impl Mesh {
         self.settings.set_local_networks(&mut self.fx, networks);
     }
 
+    /// Takes the limits that this host sets: networks that cover what it needs are refused.
+    pub fn set_local_limits(&mut self, now: Instant, limits: LocalLimits) {
+        self.fx.advance(now);
+        self.roster.set_local_limits(&mut self.fx, limits);
+    }
+
     /// Takes the networks to which the host is connected now. Only those of [`Self::set_local_networks`]
     /// among them stay as they are.
     pub fn set_connected_networks(&mut self, now: Instant, connected: BTreeSet<IpNet>) {
@@ -444,6 +451,16 @@ impl Mesh {
     /// What holds for the whole mesh.
     pub fn config(&self) -> Option<&MeshConfig> {
         self.roster.mesh()
+    }
+
+    /// Returns the protected ranges of the mesh that this host does not guard, each with what it covers.
+    pub fn refused_ranges(&self) -> impl Iterator<Item = (IpNet, Covered)> {
+        self.roster.refused_ranges()
+    }
+
+    /// Returns the ranges of the mesh that this host guards.
+    pub fn guarded_ranges(&self) -> impl Iterator<Item = IpNet> {
+        self.roster.guarded_ranges()
     }
 
     /// Returns whether this node itself was removed from the mesh. Its peer table then has static peers

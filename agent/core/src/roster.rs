@@ -14,13 +14,15 @@ use ipnet::IpNet;
 use towline_types::id::{IdentityKey, NodeId, WireguardKey};
 use towline_types::limits;
 use towline_types::node::{Grant, MeshConfig, Node, Tombstone};
+use towline_types::ownership::overlap;
 
 use crate::changes::{Change, Scope};
 use crate::claims::{Claim, Claims};
 use crate::config::{MapChange, Membership};
 use crate::conflict::Holder;
 use crate::effects::Effects;
-use crate::prefixes::covering;
+use crate::local_limits::{Covered, InClear, LocalLimits};
+use crate::prefixes::{covering, is_host};
 use crate::static_peers::StaticPeers;
 
 /// Our own membership, and all that the map says of the other nodes.
@@ -30,6 +32,8 @@ pub(crate) struct Roster {
     membership: Option<Membership>,
     /// Prefixes that we announce; none lies inside another.
     own_prefixes: Vec<IpNet>,
+    /// Networks that others may not cover on this host.
+    limits: LocalLimits,
     /// The other nodes, each by its newest record.
     nodes: BTreeMap<NodeId, Arc<Node>>,
     /// Nodes that were removed, this one perhaps among them. Never shrinks.
@@ -83,6 +87,7 @@ impl Roster {
         Self {
             membership,
             own_prefixes: Vec::new(),
+            limits: LocalLimits::default(),
             nodes: BTreeMap::new(),
             removed: BTreeSet::new(),
             removed_keys: BTreeSet::new(),
@@ -144,6 +149,14 @@ impl Roster {
         }
     }
 
+    /// Takes the limits that this host sets, whole.
+    pub(crate) fn set_local_limits(&mut self, fx: &mut Effects, limits: LocalLimits) {
+        if self.limits != limits {
+            self.limits = limits;
+            fx.mark(Change::Ownership);
+        }
+    }
+
     /// Adds networks that were held once.
     pub(crate) fn add_withdrawn(
         &mut self,
@@ -185,6 +198,33 @@ impl Roster {
 
     pub(crate) fn mesh(&self) -> Option<&MeshConfig> {
         self.membership.as_ref().map(|membership| &membership.mesh)
+    }
+
+    /// Returns what of the mesh's configuration may let traffic leave the tunnel.
+    pub(crate) fn in_clear(&self) -> InClear {
+        self.limits.in_clear
+    }
+
+    /// Returns the ranges of the mesh that this host guards: the overlay, and the protected ranges that
+    /// cover nothing that it needs.
+    pub(crate) fn guarded_ranges(&self) -> impl Iterator<Item = IpNet> {
+        let overlays = self.mesh().into_iter().flat_map(MeshConfig::overlays);
+        let protected = self.mesh().into_iter().flat_map(|mesh| &mesh.protected);
+        overlays
+            .chain(protected.filter(|range| self.limits.refuses_range(range).is_none()).copied())
+    }
+
+    /// Returns the protected ranges that this host does not guard, each with what it covers.
+    pub(crate) fn refused_ranges(&self) -> impl Iterator<Item = (IpNet, Covered)> {
+        let protected = self.mesh().into_iter().flat_map(|mesh| &mesh.protected);
+        protected.filter_map(|range| Some((*range, self.limits.refuses_range(range)?)))
+    }
+
+    /// Returns the networks outside the overlay that the operator of this host refuses.
+    pub(crate) fn refused_networks(&self) -> impl Iterator<Item = IpNet> {
+        let overlays: Vec<IpNet> = self.mesh().into_iter().flat_map(MeshConfig::overlays).collect();
+        let is_outside = move |net: &&IpNet| !overlays.iter().any(|range| overlap(range, net));
+        self.limits.refused.iter().filter(is_outside).copied()
     }
 
     /// Whether this node itself was removed from the mesh: then it has no tunnels to its nodes.
@@ -262,7 +302,7 @@ impl Roster {
             let alone = match (self.nodes.get(id), &self.membership) {
                 (Some(node), Some(membership)) => {
                     self.withdrawn.add(&held.unwrap_or_default());
-                    self.claims.change(membership, node)
+                    self.claims.change(membership, &self.limits, node)
                 }
                 _ => self.claims.remove(*id),
             };
@@ -280,7 +320,8 @@ impl Roster {
     fn resolve_all(&mut self, fx: &mut Effects, static_peers: &mut StaticPeers) {
         let claims = match &self.membership {
             Some(membership) => {
-                Claims::resolve(membership, &self.own_prefixes, self.nodes.values())
+                let nodes = self.nodes.values();
+                Claims::resolve(membership, &self.limits, &self.own_prefixes, nodes)
             }
             None => Claims::default(),
         };
@@ -307,6 +348,21 @@ impl Roster {
         }
         for held in static_peers.prefixes() {
             self.withdrawn.remove(held);
+        }
+        self.release_refused();
+    }
+
+    /// Releases withdrawn networks that this host would refuse now. One address may be a node's own, whose
+    /// grant named it.
+    fn release_refused(&mut self) {
+        let Some(membership) = &self.membership else { return };
+        let (limits, grant, lans) = (&self.limits, &membership.grant, &self.withdrawn.lans);
+        let is_refused =
+            |net: &IpNet| !is_host(net) && limits.refuses(grant, net, lans.contains(net)).is_some();
+        let refused: Vec<IpNet> =
+            self.withdrawn.nets.iter().filter(|net| is_refused(net)).copied().collect();
+        for net in refused {
+            self.withdrawn.remove(&net);
         }
     }
 

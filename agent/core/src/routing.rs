@@ -205,11 +205,13 @@ impl Routing {
         // addresses need no hole: the local table comes before ours.
         let holes: Vec<IpNet> =
             roster.own_prefixes().iter().filter(|net| !input.is_node_ip(net)).copied().collect();
+        let unguarded: Vec<IpNet> =
+            holes.iter().copied().chain(roster.refused_networks()).collect();
         let held = entries.iter().map(|entry| entry.net);
         let ever = input.guarded_by_mesh().chain(held).chain(roster.withdrawn().iter().copied());
         let ever: BTreeSet<IpNet> = ever.filter(|net| net.prefix_len() > 0).collect();
         let local = input.local_networks(&entries);
-        let guarded = without(local_networks::guarded(&ever, &local), &holes);
+        let guarded = without(local_networks::guarded(&ever, &local), &unguarded);
 
         let nowhere =
             guarded.iter().map(|net| ((*net, RouteVia::Unreachable), RoutePlan::default()));
@@ -321,7 +323,9 @@ impl RoutingInput<'_> {
             return Vec::new();
         };
         let (mesh, grant) = (&ours.mesh, peer.node().grant());
-        let trusted_site = grant.site.is_some()
+        let allowed = self.roster.in_clear();
+        let trusted_site = allowed.trusted_sites
+            && grant.site.is_some()
             && grant.site == ours.grant.site
             && grant.site.as_ref().is_some_and(|site| mesh.trusted_sites.contains(site));
         let down = peer.state() == PeerState::Down;
@@ -331,8 +335,9 @@ impl RoutingInput<'_> {
         let entry = |net: &IpNet| {
             let overlay = grant.overlay.prefixes().any(|own| own == *net);
             let trusted = trusted_site && !overlay && is_host(net);
-            let in_clear =
-                !overlay && mesh.bypass_when_down.iter().any(|range| range.contains(net));
+            let in_clear = allowed.bypass_when_down
+                && !overlay
+                && mesh.bypass_when_down.iter().any(|range| range.contains(net));
             let native = trusted || (in_clear && down);
             let route = if native {
                 RoutePlan::default()
@@ -408,7 +413,7 @@ impl RoutingInput<'_> {
     }
 
     fn guarded_by_mesh(&self) -> impl Iterator<Item = IpNet> {
-        self.roster.membership().into_iter().flat_map(|ours| ours.mesh.guarded())
+        self.roster.guarded_ranges()
     }
 
     /// Returns the local networks that stay as they are, see [`local_networks`].
@@ -446,7 +451,10 @@ impl RoutingInput<'_> {
 
 /// Guards one more network; `None` where it meets a hole.
 fn guard(plan: &mut Plan, input: &RoutingInput<'_>, net: IpNet) -> Option<()> {
-    if input.roster.own_prefixes().iter().any(|own| overlap(own, &net)) {
+    let is_unguarded = |hole: &IpNet| overlap(hole, &net);
+    if input.roster.own_prefixes().iter().any(is_unguarded)
+        || input.roster.refused_networks().any(|hole| is_unguarded(&hole))
+    {
         return None;
     }
     let guarded = &mut plan.firewall.guarded;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use towline_core::conflict::Conflict;
+use towline_core::local_limits::Covered;
 use towline_host::{ApplyError, Obstacle, Overlap, PastNetfilter};
 use towline_proto::code::Coded;
 use towline_proto::codes;
@@ -84,6 +85,17 @@ pub(super) enum Problem {
         network: IpNet,
         /// Address of the gateway.
         gateway: IpAddr,
+    },
+    /// A protected range of the mesh is not guarded on this machine.
+    #[error(
+        "the mesh's protected range {range} is not guarded on this machine: it covers {covered}: change \
+         the range (`towline-controller mesh set --protected`)"
+    )]
+    RangeRefused {
+        /// Range of the mesh's configuration.
+        range: IpNet,
+        /// What it covers.
+        covered: Covered,
     },
     /// A firewall of another program drops traffic of the mesh.
     #[error("{0}")]
@@ -181,6 +193,7 @@ codes! {
         Host(towline_host::Problem),
         NetworkCovered(Overlap),
         GatewayCovered => "gateway-covered",
+        RangeRefused { covered: Covered },
         Firewall(Obstacle),
         ConntrackFull => "conntrack-full",
         ReflectorSilent => "reflector-silent",
@@ -241,6 +254,15 @@ pub(super) enum Note {
         /// Port that the kernel chose.
         second: u16,
     },
+    /// The mesh lets traffic leave in clear, and this machine does not allow it.
+    #[error(
+        "the mesh's {setting} is not applied on this machine: add it to [trust] allow_in_clear if its \
+         traffic may leave in clear"
+    )]
+    InClearNotAllowed {
+        /// Name of the setting.
+        setting: &'static str,
+    },
     /// `wg show` shows nothing of this agent.
     #[error(transparent)]
     NotServed(#[from] NotServed),
@@ -252,6 +274,7 @@ codes! {
         PastNetfilter(PastNetfilter),
         Firewall(Obstacle),
         SecondPort => "second-port-used",
+        InClearNotAllowed => "in-clear-not-allowed",
         NotServed(NotServed),
     }
 }

@@ -221,6 +221,9 @@ fn plan(
     if let Some(membership) = membership {
         let controllers = join::controllers(&config.controller.addresses, membership);
         mesh.set_underlay(now, config.underlay(&controllers));
+        let host = state.host_addresses().unwrap_or_default();
+        let joined = state.connected_networks();
+        mesh.set_local_limits(now, config.local_limits(joined, host, &controllers));
         for change in state.map(membership)?.changes() {
             mesh.handle_map_change(now, change);
         }

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
+use towline_core::local_limits::{HostAddresses, InClear, LocalLimits};
 use towline_core::local_networks::LocalNetworks;
 use towline_core::mesh::{MapChange, Membership, Mesh, Output, PeerState, PeerStatus, Transmit};
 use towline_core::own_networks::OwnNetworks;

@@ -100,6 +100,86 @@ fn a_prefix_that_the_controller_would_refuse_is_refused_here_too() {
     );
 }
 
+/// Limits of a host with these addresses in its LAN, to which it was connected when it joined.
+fn limits() -> LocalLimits {
+    let host = HostAddresses {
+        gateways: ["192.168.1.1".parse().unwrap()].into(),
+        dns_servers: ["172.31.0.53".parse().unwrap()].into(),
+        uplinks: ["192.168.1.10".parse().unwrap()].into(),
+    };
+    LocalLimits {
+        host,
+        controllers: ["172.30.0.4".parse().unwrap()].into(),
+        local_networks: vec![net("192.168.1.0/24")],
+        ..LocalLimits::default()
+    }
+}
+
+#[test]
+fn what_this_host_needs_is_covered_by_no_prefix_of_another_node() {
+    let mut us = Us::new(5);
+    us.mesh.set_local_limits(us.now, limits());
+    let mut node =
+        peer(2).prefixes(&["172.30.0.0/16", "172.31.0.0/24", "192.168.0.0/16", "172.20.0.0/16"]);
+    us.upsert(node.clone());
+    us.drain();
+    assert_eq!(
+        us.conflicts(2),
+        [
+            "prefix 172.30.0.0/16 is refused here: it covers the controller 172.30.0.4",
+            "prefix 172.31.0.0/24 is refused here: it covers 172.31.0.53, a DNS server of this machine",
+            "prefix 192.168.0.0/16 is refused here: it covers 192.168.1.1, a gateway of this machine",
+        ]
+    );
+    assert!(!us.guards("192.168.7.7") && !us.guards("172.30.0.4") && us.guards("172.20.0.1"));
+
+    // A LAN around a local network leaves that as it is, and a node's own address may be named exactly.
+    node.record.lans = vec![net("192.168.0.0/16")];
+    node.record.prefixes = vec![net("192.168.0.0/16"), net("172.30.0.4/32")];
+    node.grant.allowed_prefixes.push(net("172.30.0.4/32"));
+    us.upsert(node.clone().generation(2));
+    us.drain();
+    assert_eq!(us.conflicts(2), [""; 0]);
+
+    // What the operator accepts is accepted, and what he refuses is refused in any case.
+    let (accepted, refused) = (vec![net("172.31.0.0/16")], vec![net("172.20.7.0/24")]);
+    us.mesh.set_local_limits(us.now, LocalLimits { accepted, refused, ..limits() });
+    us.upsert(node.prefixes(&["172.31.0.0/24", "172.20.7.9/32"]).generation(3));
+    us.drain();
+    let refused = "prefix 172.20.7.9/32 is refused here: it covers 172.20.7.0/24, which [trust] refused_networks names";
+    assert_eq!(us.conflicts(2), [refused]);
+}
+
+#[test]
+fn a_candidate_of_another_node_is_no_reason_to_refuse_a_prefix() {
+    let mut us = Us::new(5);
+    us.mesh.set_local_limits(us.now, limits());
+    us.upsert(peer(2).prefixes(&["172.20.0.0/16"]));
+    us.upsert(peer(3).candidates(&["172.20.0.9:51830"]));
+    let outputs = us.run(Duration::from_secs(3));
+    assert_eq!(us.conflicts(2), [""; 0]);
+    assert!(us.guards("172.20.0.9"));
+    let outer: SocketAddr = "172.20.0.9:51830".parse().unwrap();
+    let called = handshakes(&outputs).concat().iter().any(|path| path.remote == outer);
+    let pinged = transmits(&outputs).any(|t| t.path.is_some_and(|path| path.remote == outer));
+    assert!(called || pinged, "outer datagrams to it stay outside the tunnel");
+}
+
+#[test]
+fn a_protected_range_that_covers_the_gateway_is_not_guarded_here() {
+    let mut us = Us::new(5);
+    us.mesh.set_local_limits(us.now, LocalLimits { refused: vec![net("10.9.0.0/16")], ..limits() });
+    us.configure(|mesh| mesh.protected = vec![net("10.0.0.0/8"), net("128.0.0.0/1")]);
+    us.drain();
+    assert!(us.guards("10.1.0.1") && !us.guards("10.9.1.1") && us.guards("198.19.9.9"));
+    assert!(!us.guards("192.168.1.1") && !us.guards("203.0.113.9"));
+    let refused: Vec<_> = us.mesh.refused_ranges().map(|(range, _)| range).collect();
+    assert_eq!(refused, [net("128.0.0.0/1")]);
+    us.upsert(peer(2).prefixes(&["10.9.1.0/24"]));
+    us.drain();
+    assert!(!us.guards("10.9.1.1"), "it stays with this host");
+}
+
 #[test]
 fn a_withdrawn_prefix_stays_guarded_until_its_node_is_removed() {
     let mut us = Us::new(5);
