@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use towline_types::id::{NodeId, NodeName, WireguardKey};
+use towline_types::limits;
 use towline_types::node::{Grant, Node};
 use towline_types::ownership::{self, Refused};
 
@@ -132,6 +133,7 @@ impl Claims {
                 self.keys.insert(*key, Owner::Node(node.clone()));
             }
             let announced = node.record().prefixes.iter().copied();
+            let mut room = limits::GUARDED_PREFIXES;
             for prefix in grant.overlay.prefixes().chain(announced) {
                 let is_own_address = grant.overlay.prefixes().any(|own| own == prefix);
                 let is_lan = node.record().lans.contains(&prefix);
@@ -139,8 +141,11 @@ impl Claims {
                     .refuses(grant, &prefix, is_lan)
                     .filter(|_| !is_own_address)
                     .map(|covered| Conflict::Covers { prefix, covered });
-                match self.refused(membership, prefix, grant).or(covered) {
+                let is_alone = ownership::is_guarded_alone(prefix, &membership.mesh);
+                let full = (is_alone && room == 0).then_some(Conflict::TooMany { prefix });
+                match self.refused(membership, prefix, grant).or(covered).or(full) {
                     None => {
+                        room -= usize::from(is_alone);
                         self.held.insert(prefix, Owner::Node(node.clone()));
                         claim.prefixes.push(prefix);
                     }

@@ -5,6 +5,7 @@ use std::fmt;
 use ipnet::IpNet;
 use towline_types::codes;
 use towline_types::id::{NodeId, NodeName};
+use towline_types::limits;
 use towline_types::ownership::Unusable;
 
 use crate::local_limits::Covered;
@@ -38,6 +39,11 @@ pub enum Conflict {
         /// Holder of that prefix.
         holder: Holder,
     },
+    /// The node holds the largest number of prefixes already.
+    TooMany {
+        /// Claimed prefix.
+        prefix: IpNet,
+    },
     /// No node may hold the prefix.
     Unusable(Unusable),
     /// The prefix covers something that this host needs. It is refused here only.
@@ -55,6 +61,7 @@ codes! {
         Key => "key-conflict",
         Prefix => "prefix-conflict",
         Overlap => "prefix-overlap",
+        TooMany => "too-many-prefixes",
         Unusable(Unusable),
         Covers { covered: Covered },
     }
@@ -67,7 +74,7 @@ impl Conflict {
             Self::Name { .. } | Self::Key { .. } | Self::Prefix { .. } | Self::Overlap { .. } => {
                 true
             }
-            Self::Unusable(_) | Self::Covers { .. } => false,
+            Self::Unusable(_) | Self::Covers { .. } | Self::TooMany { .. } => false,
         }
     }
 
@@ -111,6 +118,11 @@ impl fmt::Display for Conflict {
             Self::Overlap { prefix, held, holder } => {
                 write!(f, "prefix {prefix} overlaps {held} of {holder}")
             }
+            Self::TooMany { prefix } => write!(
+                f,
+                "prefix {prefix} is refused: the node announces more than {} outside protected ranges",
+                limits::GUARDED_PREFIXES
+            ),
             Self::Unusable(reason) => reason.fmt(f),
             Self::Covers { prefix, covered } => {
                 write!(f, "prefix {prefix} is refused here: it covers {covered}")

@@ -97,3 +97,4 @@ pub mod static_peers;
 pub mod status;
 pub mod stun_client;
 mod timers;
+mod withdrawn;

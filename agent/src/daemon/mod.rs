@@ -495,6 +495,13 @@ impl Daemon {
             Request::Up(reply) => {
                 let _ = reply.send(Ok(true));
             }
+            Request::Guards(reply) => {
+                let _ = reply.send(Reporter(self).guards());
+            }
+            Request::ReleaseGuard { network, reply } => {
+                let is_released = self.mesh.release_withdrawn(Instant::now(), &network);
+                let _ = reply.send(control::released(network, is_released));
+            }
             Request::Confirm(reply) => {
                 let _ = reply.send(self.state.confirm().map_err(|error| error.to_string()));
             }

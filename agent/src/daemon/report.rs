@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ipnet::IpNet;
-use towline_core::mesh::{PathStatus, PeerState, PeerStatus};
+use towline_core::mesh::{GuardReason, GuardedNetwork, PathStatus, PeerState, PeerStatus};
 use towline_core::peer_history::{Changed, PeerChange};
 use towline_core::static_peers::StaticPeerStatus;
 use towline_dataplane::{Feature, ForeignSource};
@@ -170,6 +170,26 @@ impl Reporter<'_> {
             .filter(|gateway| host.is_guarded(gateway))
             .filter_map(problem)
             .collect()
+    }
+
+    /// Returns the answer to `towline guard list`.
+    pub(super) fn guards(&self) -> pb::GuardsResponse {
+        let network = |guarded: GuardedNetwork| {
+            let (reason, node) = match guarded.reason {
+                GuardReason::Overlay => ("overlay", String::new()),
+                GuardReason::Protected => ("protected", String::new()),
+                GuardReason::Announced(name) => ("announced", name.to_string()),
+                GuardReason::StaticPeer => ("static-peer", String::new()),
+                GuardReason::Withdrawn { name: Some(name), .. } => ("withdrawn", name.to_string()),
+                GuardReason::Withdrawn { name: None, owner } => {
+                    ("withdrawn", owner.map(|id| id.to_string()).unwrap_or_default())
+                }
+            };
+            let (network, reason) = (guarded.network.to_string(), reason.to_owned());
+            pb::GuardedNetwork { network, reason, node }
+        };
+        let networks = self.0.mesh.guarded_networks().into_iter().map(network).collect();
+        pb::GuardsResponse { networks }
     }
 
     /// Returns the answer to `towline peers`.

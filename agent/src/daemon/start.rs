@@ -76,6 +76,9 @@ impl Stored {
         mesh.set_static_peers(now, self.static_peers.clone());
         mesh.set_withdrawn(now, cached.withdrawn.iter().copied());
         mesh.set_withdrawn_lans(now, cached.withdrawn_lans.iter().copied());
+        for (node, networks) in &cached.withdrawn_by_node {
+            mesh.set_withdrawn_owner(now, *node, networks.iter().copied());
+        }
         for change in self.map.iter().flat_map(MapCache::changes) {
             mesh.handle_map_change(now, change);
         }

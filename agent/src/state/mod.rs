@@ -29,7 +29,7 @@ mod lock;
 mod tests;
 mod unsaved;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
 use std::net::IpAddr;
@@ -42,7 +42,7 @@ use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 use serde::{Deserialize, Serialize};
 use towline_core::local_limits::HostAddresses;
-use towline_proto::id::IdentityKey;
+use towline_proto::id::{IdentityKey, NodeId};
 use towline_proto::node::{Grant, MeshConfig};
 use towline_proto::token::ControllerAddress;
 use towline_proto::{pb, signed};
@@ -195,12 +195,16 @@ pub struct CachedPrefixes {
     pub pods: Vec<IpNet>,
     /// Node IPs of this node among the announced prefixes.
     pub node_ips: Vec<IpAddr>,
-    /// Prefixes that other nodes formerly announced and no node announces now.
+    /// Prefixes that other nodes announced last and no node announces now.
     pub withdrawn: Vec<IpNet>,
     /// Those of `withdrawn` that are networks of machines rather than of pods. Left out of the file when
     /// empty, because versions before 0.2.0 refuse the field.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub withdrawn_lans: Vec<IpNet>,
+    /// Those of `withdrawn` whose last node is known, by that node, the oldest first. Left out of the file
+    /// when empty, because versions before 0.2.0 refuse the field.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub withdrawn_by_node: BTreeMap<NodeId, Vec<IpNet>>,
 }
 
 /// Content of `host.json`.

@@ -13,6 +13,7 @@
 
 use ipnet::IpNet;
 use towline_types::id::{NodeId, NodeName};
+use towline_types::limits;
 use towline_types::node::{Node, Record};
 use towline_types::ownership::{self, Claim};
 
@@ -138,9 +139,17 @@ impl Registry {
             }
         }
         let mut withheld = Vec::new();
+        let mut room = limits::GUARDED_PREFIXES;
         for prefix in wanted {
-            if let Err(reason) = self.claim(node, prefix, sessions, now) {
-                withheld.push(Withheld { prefix, reason });
+            let is_alone = ownership::is_guarded_alone(prefix, &self.mesh.config);
+            let claimed = if is_alone && room == 0 {
+                Err(self.refuse_more(node, prefix))
+            } else {
+                self.claim(node, prefix, sessions, now)
+            };
+            match claimed {
+                Ok(()) => room -= usize::from(is_alone),
+                Err(reason) => withheld.push(Withheld { prefix, reason }),
             }
         }
         let list: Vec<IpNet> = withheld.iter().map(|withheld| withheld.prefix).collect();
@@ -151,6 +160,16 @@ impl Registry {
             self.touch(node);
         }
         withheld
+    }
+
+    /// Refuses a prefix of a node that holds as many as it may.
+    fn refuse_more(&mut self, node: NodeId, prefix: IpNet) -> WithheldReason {
+        if self.claims.holder(&prefix) == Some(node) {
+            self.claims.release(&prefix);
+        }
+        let reason = WithheldReason::TooMany { prefix, claimant: self.name_of(node) };
+        self.note_about(node, Some((node, prefix)), reason.clone().into());
+        reason
     }
 
     /// Makes the node the holder of the prefix.

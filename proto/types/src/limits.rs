@@ -17,6 +17,8 @@ pub const LABELS: usize = 32;
 pub const CANDIDATES: usize = 32;
 /// Prefixes in a record, in a grant, or protected in a mesh's configuration.
 pub const PREFIXES: usize = 256;
+/// Prefixes that are guarded for one node, outside the ranges that the mesh guards anyway.
+pub const GUARDED_PREFIXES: usize = 64;
 /// Pod ranges of a token or a grant.
 pub const POD_RANGES: usize = 8;
 /// Blocks that a node may announce of one pod range.

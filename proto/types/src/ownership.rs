@@ -3,6 +3,8 @@
 //!
 //! - A node always holds its own overlay addresses.
 //! - No node holds another part of an overlay range, or a range in which hosts are not unicast.
+//! - A node holds at most [`GUARDED_PREFIXES`](crate::limits::GUARDED_PREFIXES) prefixes outside the ranges
+//!   that the mesh guards, the first ones of its record.
 //! - Two nodes hold overlapping prefixes only if one prefix lies inside the other, and the grant of
 //!   the node with the nested prefix names exactly that prefix. The node chose a pinned block of a pod
 //!   range itself, so that it only counts as named inside of a network that contains the whole range.
@@ -102,6 +104,12 @@ pub fn usable(prefix: IpNet, mesh: &MeshConfig) -> Result<(), Unusable> {
         return Err(Unusable::Overlay { prefix, overlay });
     }
     Ok(())
+}
+
+/// Returns whether a prefix counts towards [`GUARDED_PREFIXES`](crate::limits::GUARDED_PREFIXES), of which a
+/// node holds no more: every node guards it by itself. Others lie in a range that is guarded anyway.
+pub fn is_guarded_alone(prefix: IpNet, mesh: &MeshConfig) -> bool {
+    !mesh.guarded().any(|range| range.contains(&prefix))
 }
 
 /// Returns whether a grant of `prefix` allows nothing: no part of it can be announced in this mesh.

@@ -16,7 +16,9 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use towline_core::local_limits::{HostAddresses, InClear, LocalLimits};
 use towline_core::local_networks::LocalNetworks;
-use towline_core::mesh::{MapChange, Membership, Mesh, Output, PeerState, PeerStatus, Transmit};
+use towline_core::mesh::{
+    GuardReason, MapChange, Membership, Mesh, Output, PeerState, PeerStatus, Transmit,
+};
 use towline_core::own_networks::OwnNetworks;
 use towline_core::path::{ChannelId, LocalAddress, Path};
 use towline_core::peer_history::{Changed, PathChange};
@@ -31,6 +33,7 @@ use towline_fixtures::node::{
 use towline_types::code::Coded as _;
 use towline_types::frame::Probe;
 use towline_types::id::WireguardKey;
+use towline_types::limits;
 use towline_types::mtu::Mtu;
 use towline_types::node::{Grant, MeshConfig};
 

@@ -181,7 +181,7 @@ fn a_protected_range_that_covers_the_gateway_is_not_guarded_here() {
 }
 
 #[test]
-fn a_withdrawn_prefix_stays_guarded_until_its_node_is_removed() {
+fn a_withdrawn_prefix_stays_guarded_until_its_node_is_removed_for_some_time() {
     let mut us = Us::new(5);
     us.upsert(peer(2).prefixes(&["172.20.0.0/16"]));
     us.drain();
@@ -193,8 +193,71 @@ fn a_withdrawn_prefix_stays_guarded_until_its_node_is_removed() {
     us.drain();
     assert!(us.plan().routes.contains_key(&(net("172.20.0.0/16"), RouteVia::Link)));
     us.mesh.handle_map_change(us.now, MapChange::Remove(tombstone(3)));
-    us.drain();
+    us.run(Duration::from_secs(599));
+    assert!(!us.plan().routes.contains_key(&(net("172.20.0.0/16"), RouteVia::Link)));
+    assert!(us.plan().firewall.guarded.contains(&net("172.20.0.0/16")));
+    us.run(Duration::from_secs(2));
     assert!(!us.plan().firewall.guarded.contains(&net("172.20.0.0/16")));
+}
+
+#[test]
+fn a_node_that_announces_other_networks_all_the_time_has_few_guarded() {
+    let fresh = |generation: u64| -> Vec<String> {
+        (0..200).map(|host| format!("172.16.{generation}.{host}/32")).collect()
+    };
+    let mut us = Us::new(5);
+    let own: Vec<String> = (0..200).map(|host| format!("10.7.0.{host}/32")).collect();
+    for generation in 1..=10 {
+        let fresh = [fresh(generation), own.clone()].concat();
+        let fresh: Vec<&str> = fresh.iter().map(String::as_str).collect();
+        us.upsert(peer(2).generation(generation).prefixes(&fresh));
+        us.drain();
+        assert!(us.mesh.withdrawn().len() <= limits::GUARDED_PREFIXES);
+        // The overlay, the protected range, and as many as a node may have.
+        assert!(us.plan().firewall.guarded.len() <= 4 + limits::GUARDED_PREFIXES);
+        let held = &us.table().peers[&key(2)].prefixes;
+        assert_eq!(held.len(), 2 + limits::GUARDED_PREFIXES + own.len(), "in a range: all");
+    }
+    us.upsert(peer(2).generation(11));
+    us.drain();
+    assert_eq!(us.mesh.withdrawn().len(), limits::GUARDED_PREFIXES);
+    assert!(us.guards("172.16.10.0") && !us.guards("172.16.9.0"), "the last ones");
+
+    // The next start knows as much, and releases it in time.
+    let mut next = Us::new(5);
+    next.mesh.set_withdrawn(next.now, us.mesh.withdrawn().iter().copied());
+    for (node, nets) in us.mesh.withdrawn_by_owner() {
+        next.mesh.set_withdrawn_owner(next.now, node, nets);
+    }
+    for us in [&mut us, &mut next] {
+        us.mesh.handle_map_change(us.now, MapChange::Remove(tombstone(2)));
+        us.run(Duration::from_secs(601));
+        assert!(us.mesh.withdrawn().is_empty() && !us.guards("172.16.10.0"));
+        assert!(us.guards("10.7.0.1"), "never inside a protected range");
+    }
+}
+
+#[test]
+fn an_operator_sees_what_is_guarded_and_releases_what_nobody_holds() {
+    let mut us = Us::new(5);
+    us.upsert(peer(2).prefixes(&["172.20.0.0/16", "172.21.0.0/16"]));
+    us.drain();
+    us.upsert(peer(2).generation(2).prefixes(&["172.21.0.0/16"]));
+    us.drain();
+    let guarded = us.mesh.guarded_networks();
+    let reason =
+        |text: &str| &guarded.iter().find(|guarded| guarded.network == net(text)).unwrap().reason;
+    assert_eq!(*reason("10.0.0.0/8"), GuardReason::Protected);
+    assert_eq!(*reason("198.19.0.0/16"), GuardReason::Overlay);
+    let name = us.peer(2).node.name().clone();
+    assert_eq!(*reason("172.21.0.0/16"), GuardReason::Announced(name.clone()));
+    let withdrawn = GuardReason::Withdrawn { owner: Some(id(2)), name: Some(name) };
+    assert_eq!(*reason("172.20.0.0/16"), withdrawn);
+
+    assert!(!us.mesh.release_withdrawn(us.now, &net("172.21.0.0/16")), "a node holds it");
+    assert!(us.mesh.release_withdrawn(us.now, &net("172.20.0.0/16")));
+    us.drain();
+    assert!(!us.guards("172.20.0.1") && us.guards("172.21.0.1"));
 }
 
 #[test]
