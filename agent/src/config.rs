@@ -170,8 +170,8 @@ pub struct TrustConfig {
     /// IPs of a trusted site. `bypass_when_down`: to announced prefixes while the tunnel to their node is
     /// down, which anyone who can block UDP on the way can cause.
     pub allow_in_clear: Vec<ClearSetting>,
-    /// Networks that are never guarded here, and of which no other node may announce a part. Without
-    /// effect in the mesh's overlay.
+    /// Networks that are never guarded here, of which no other node may announce a part, and which this
+    /// node does not announce. Without effect in the mesh's overlay.
     pub refused_networks: Vec<IpNet>,
     /// Networks that other nodes may announce although they contain a controller, or a gateway or DNS
     /// server that this machine had when it joined.
@@ -541,7 +541,11 @@ impl Config {
 
     /// Returns the filter for announced networks.
     pub fn prefix_filter(&self) -> Filter<'_> {
-        Filter { include: &self.node.include_prefixes, exclude: &self.node.exclude_prefixes }
+        Filter {
+            include: &self.node.include_prefixes,
+            exclude: &self.node.exclude_prefixes,
+            refused: &self.trust.refused_networks,
+        }
     }
 
     /// Returns the configured candidates.

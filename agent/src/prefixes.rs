@@ -39,6 +39,8 @@ pub struct Filter<'a> {
     pub include: &'a [IpNet],
     /// Networks that are never announced. They are cut out of larger networks.
     pub exclude: &'a [IpNet],
+    /// Networks that the operator refuses on this node ([trust]). They are cut out, too.
+    pub refused: &'a [IpNet],
 }
 
 /// Latest networks of every source.
@@ -144,7 +146,8 @@ impl Prefixes {
         };
         let kept: BTreeSet<IpNet> = covering(named.filter(included));
         let mut selection = Selection::default();
-        let wanted: Vec<IpNet> = without(kept, filter.exclude).into_iter().collect();
+        let kept = without(without(kept, filter.exclude), filter.refused);
+        let wanted: Vec<IpNet> = kept.into_iter().collect();
         let pinned = grant.pin(&wanted);
         let grant = pinned.as_ref().unwrap_or(grant);
         for prefix in wanted {
@@ -209,6 +212,7 @@ mod tests {
         let filter = Filter {
             include: &[net("10.244.0.0/16"), net("fd00:10::/48")],
             exclude: &[net("10.244.1.0/24")],
+            refused: &[],
         };
         let selection = prefixes.select(filter, &grant(&["10.244.0.0/16", "fd00:10::/64"]));
         assert_eq!(selection.announced, ["10.244.0.0/24", "fd00:10::/64"].map(net));
@@ -221,7 +225,7 @@ mod tests {
             (PrefixSource::Configuration, &["10.1.0.0/24", "10.244.3.0/25"]),
             (PrefixSource::Kubernetes, &["10.244.3.0/24", "10.245.0.0/23", "10.9.0.0/24"]),
         ]);
-        let filter = Filter { include: &[], exclude: &[net("10.245.1.0/24")] };
+        let filter = Filter { refused: &[net("10.245.1.0/24")], ..Filter::default() };
         let selection = prefixes.select(filter, &grant(&["10.1.0.0/24", "10.244.0.0/15"]));
         let pods = prefixes.pods(&selection);
         assert_eq!(pods, ["10.244.3.0/24", "10.245.0.0/24"].map(net));

@@ -4,6 +4,7 @@
 //!
 //! - A node that was removed never comes back, nor does its identity key under another id.
 //! - Of one node the newest record holds; an older one changes nothing.
+//! - The identity key of a node never changes. Its record, which that key signs, names its WireGuard keys.
 //! - Only a removal takes a node away.
 //! - What a node held last stays guarded until another node holds it, or until some time after its node
 //!   was removed.
@@ -305,7 +306,11 @@ impl Roster {
             None => self.nodes.len() < limits::NODES,
             // Of equal age is also what differs only by the prefixes that the controller withholds:
             // the one that came last holds.
-            Some(known) => age(known) <= age(node) && **known != *node,
+            Some(known) => {
+                known.grant().identity_key == node.grant().identity_key
+                    && age(known) <= age(node)
+                    && **known != *node
+            }
         }
     }
 

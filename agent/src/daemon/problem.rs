@@ -10,12 +10,13 @@ use towline_core::local_limits::Covered;
 use towline_host::{ApplyError, Obstacle, Overlap, PastNetfilter};
 use towline_proto::code::Coded;
 use towline_proto::codes;
-use towline_proto::id::NodeName;
+use towline_proto::id::{NodeId, NodeName};
 
 use super::wireguard_socket::NotServed;
 use crate::confirm::Confirmation;
 use crate::conntrack::Conntrack;
 use crate::kubernetes::NodeProblem;
+use crate::map_cache::IdentityAlert;
 use crate::prefixes::NotAnnounced;
 use crate::state::{NotStored, StateError};
 
@@ -63,6 +64,30 @@ pub(super) enum Problem {
     PrefixWithheld {
         /// Answer of the controller, which names the holder.
         reason: String,
+    },
+    /// A controller sent other keys for a known node.
+    #[error(
+        "the controller sent another identity key for node `{name}` ({node}), which was refused: a node \
+         gets other keys only by a new join: check the controller"
+    )]
+    IdentityChanged {
+        /// Name of the node.
+        name: NodeName,
+        /// Id of the node.
+        node: NodeId,
+    },
+    /// A name is that of another node now.
+    #[error(
+        "the name `{name}` moved from node {from} to node {to} within the last day: check that an operator \
+         replaced the machine"
+    )]
+    NameMoved {
+        /// The name.
+        name: NodeName,
+        /// Id of the node that had it.
+        from: NodeId,
+        /// Id of the node that has it.
+        to: NodeId,
     },
     /// A restart would lose files.
     #[error(transparent)]
@@ -188,6 +213,8 @@ codes! {
         Membership => "membership-unusable",
         RecordRefused => "record-refused",
         PrefixWithheld => "prefix-withheld",
+        IdentityChanged => "identity-changed",
+        NameMoved => "name-moved",
         NotStored(NotStored),
         NotApplied(NotApplied),
         Host(towline_host::Problem),
@@ -319,6 +346,15 @@ impl Problem {
     pub(super) fn of_conntrack(table: Conntrack) -> Option<Self> {
         let Conntrack { count, max } = table;
         table.is_full().then_some(Self::ConntrackFull { count, max })
+    }
+}
+
+impl From<IdentityAlert> for Problem {
+    fn from(alert: IdentityAlert) -> Self {
+        match alert {
+            IdentityAlert::KeyChanged { node, name } => Self::IdentityChanged { name, node },
+            IdentityAlert::NameMoved { name, from, to } => Self::NameMoved { name, from, to },
+        }
     }
 }
 

@@ -35,7 +35,7 @@ use towline_service::certificate;
 
 use crate::dial;
 use crate::join::{self, status_message};
-use crate::map_cache::MapCache;
+use crate::map_cache::{IdentityAlert, MapCache};
 use crate::not_connected::NotConnected;
 use crate::state::{Counters, Keys, Membership, StateDir, StateError};
 use crate::tls;
@@ -95,6 +95,8 @@ pub enum Event {
     },
     /// These parts of the map changed.
     Map(Vec<MapChange>),
+    /// The controller changed the identity of nodes, or tried to.
+    Identity(Vec<IdentityAlert>),
     /// The controller sent a message, so it is alive.
     Heard {
         /// Current revision of the map.
@@ -535,6 +537,10 @@ impl Discovery {
             // The next start needs it before it has the map, for the list of controllers.
             kept(self.state.store_membership(&self.membership));
             self.update_controllers().await?;
+        }
+        if !applied.alerts.is_empty() {
+            let event = Event::Identity(applied.alerts);
+            self.events.send(event).await.map_err(|_| Ended::Stop)?;
         }
         if let Some(grant) = applied.own_grant {
             match self.take_grant(grant).await {

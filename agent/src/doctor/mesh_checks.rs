@@ -118,6 +118,7 @@ fn severity(code: &str) -> CheckState {
         | "prefix-not-granted"
         | "pod-blocks-used"
         | "too-many-prefixes"
+        | "name-moved"
         | "gateway-covered"
         | "covers-controller"
         | "covers-gateway"

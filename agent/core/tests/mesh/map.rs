@@ -100,6 +100,23 @@ fn a_prefix_that_the_controller_would_refuse_is_refused_here_too() {
     );
 }
 
+#[test]
+fn no_controller_gives_a_node_another_identity() {
+    let mut us = Us::new(5);
+    us.upsert(peer(2));
+    us.drain();
+    // The identity key of somebody else, and with it another WireGuard key.
+    us.upsert(peer(2).identity(9).wireguard(9).generation(9).issued_at(1_000_000));
+    us.drain();
+    let keys: Vec<_> = us.table().peers.keys().copied().collect();
+    assert_eq!(keys, [key(2)]);
+    // The node itself may have another WireGuard key: its record names it.
+    us.upsert(peer(2).wireguard(9).generation(10));
+    us.drain();
+    let keys: Vec<_> = us.table().peers.keys().copied().collect();
+    assert_eq!(keys, [key(9)]);
+}
+
 /// Limits of a host with these addresses in its LAN, to which it was connected when it joined.
 fn limits() -> LocalLimits {
     let host = HostAddresses {
