@@ -39,7 +39,7 @@ pub struct Filter<'a> {
     pub include: &'a [IpNet],
     /// Networks that are never announced. They are cut out of larger networks.
     pub exclude: &'a [IpNet],
-    /// Networks that the operator refuses on this node ([trust]). They are cut out, too.
+    /// Networks that the operator refuses on this node (`[trust]`). They are cut out, too.
     pub refused: &'a [IpNet],
 }
 
