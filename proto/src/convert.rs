@@ -12,7 +12,7 @@ use ipnet::IpNet;
 use crate::id::{InvalidId, Label, NodeName, WireguardKey};
 use crate::limits;
 use crate::node::{
-    Candidate, CandidateKind, Grant, MeshConfig, OverlayAddresses, Record, Tombstone,
+    Candidate, CandidateKind, Grant, MeshConfig, OverlayAddresses, Record, SharedPrefix, Tombstone,
 };
 use crate::pb;
 use crate::pod_range::{InvalidPodRange, PodRange};
@@ -94,6 +94,23 @@ pub fn prefixes(list: &[pb::Prefix]) -> Result<Vec<IpNet>, Invalid> {
 pub fn pod_ranges(list: &[pb::PodRange]) -> Result<Vec<PodRange>, Invalid> {
     bounded("list of pod ranges", list.len(), limits::POD_RANGES)?;
     list.iter().map(PodRange::try_from).collect()
+}
+
+/// Parses a list of shared prefixes, each of which must be in `allowed`.
+pub fn shared_prefixes(
+    list: &[pb::SharedPrefix],
+    allowed: &[IpNet],
+) -> Result<Vec<SharedPrefix>, Invalid> {
+    let what = "shared prefix";
+    bounded("list of shared prefixes", list.len(), limits::PREFIXES)?;
+    let parse = |shared: &pb::SharedPrefix| {
+        let prefix = IpNet::try_from(shared.prefix.as_ref().ok_or(Invalid::Missing(what))?)?;
+        if !allowed.contains(&prefix) {
+            return Err(Invalid::Prefix(what));
+        }
+        Ok(SharedPrefix { prefix, group: shared.group.parse()? })
+    };
+    list.iter().map(parse).collect()
 }
 
 /// Parses the name of a site. An empty one means no site.
@@ -181,10 +198,18 @@ impl From<&PodRange> for pb::PodRange {
     }
 }
 
+impl From<&SharedPrefix> for pb::SharedPrefix {
+    fn from(shared: &SharedPrefix) -> Self {
+        Self { prefix: Some((&shared.prefix).into()), group: shared.group.to_string() }
+    }
+}
+
 impl TryFrom<pb::Grant> for Grant {
     type Error = Invalid;
 
     fn try_from(grant: pb::Grant) -> Result<Self, Invalid> {
+        let allowed_prefixes = prefixes(&grant.allowed_prefixes)?;
+        let shared = shared_prefixes(&grant.shared, &allowed_prefixes)?;
         Ok(Self {
             mesh_id: id(&grant.mesh_id)?,
             node_id: id(&grant.node_id)?,
@@ -192,8 +217,9 @@ impl TryFrom<pb::Grant> for Grant {
             identity_key: id(&grant.identity_key)?,
             wireguard_keys: wireguard_keys(&grant.wireguard_keys)?,
             overlay: overlay(&grant.overlay_addresses)?,
-            allowed_prefixes: prefixes(&grant.allowed_prefixes)?,
+            allowed_prefixes,
             pod_ranges: pod_ranges(&grant.pod_ranges)?,
+            shared,
             site: site(grant.site)?,
             labels: labels(grant.labels)?,
             issued_at: grant.issued_at,
@@ -213,6 +239,7 @@ impl From<&Grant> for pb::Grant {
             overlay_addresses: grant.overlay.iter().map(ip_bytes).collect(),
             allowed_prefixes: grant.allowed_prefixes.iter().map(Into::into).collect(),
             pod_ranges: grant.pod_ranges.iter().map(Into::into).collect(),
+            shared: grant.shared.iter().map(Into::into).collect(),
             site: grant.site.as_ref().map(Label::to_string).unwrap_or_default(),
             labels: grant.labels.iter().map(|(k, v)| (k.to_string(), v.clone())).collect(),
             issued_at: grant.issued_at,

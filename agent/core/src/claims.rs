@@ -1,5 +1,5 @@
-//! The holders of WireGuard keys and prefixes: each has one node only. A name that two nodes use is
-//! only reported.
+//! The holders of WireGuard keys and prefixes: each has one node only, except for prefixes that the grants
+//! of several nodes share. A name that two nodes use is only reported.
 //!
 //! The controller refuses a second claim. Should two claims reach us all the same (a restored
 //! backup, a stolen store), every node decides alike, from signed input alone: the node that was
@@ -41,7 +41,8 @@ pub(crate) struct Claims {
     by_node: BTreeMap<NodeId, (Arc<Node>, Claim)>,
     names: BTreeMap<NodeName, NodeId>,
     keys: BTreeMap<WireguardKey, Owner>,
-    held: PrefixMap<Owner>,
+    /// Holders of each prefix: several only where their grants share it.
+    held: PrefixMap<Vec<Owner>>,
     /// True if a claim was refused because of another one: then the change of one node may decide the
     /// claim of another.
     is_disputed: bool,
@@ -69,7 +70,7 @@ impl Claims {
         claims.names.insert(own.name.clone(), own.node_id);
         claims.keys.extend(own.wireguard_keys.iter().map(|key| (*key, Owner::Us)));
         for prefix in own.overlay.prefixes().chain(own_prefixes.iter().copied()) {
-            claims.held.insert(prefix, Owner::Us);
+            claims.hold(prefix, Owner::Us);
         }
         for node in by_age {
             claims.admit(membership, limits, node);
@@ -109,8 +110,18 @@ impl Claims {
             self.keys.remove(key);
         }
         for prefix in &claim.prefixes {
-            self.held.remove(prefix);
+            let mut holders = self.held.remove(prefix).unwrap_or_default();
+            holders.retain(|holder| holder.id() != Some(node.id()));
+            if !holders.is_empty() {
+                self.held.insert(*prefix, holders);
+            }
         }
+    }
+
+    fn hold(&mut self, prefix: IpNet, owner: Owner) {
+        let mut holders = self.held.remove(&prefix).unwrap_or_default();
+        holders.push(owner);
+        self.held.insert(prefix, holders);
     }
 
     /// Gives a node those of its claims that no other node holds and this host does not refuse.
@@ -146,7 +157,7 @@ impl Claims {
                 match self.refused(membership, prefix, grant).or(covered).or(full) {
                     None => {
                         room -= usize::from(is_alone);
-                        self.held.insert(prefix, Owner::Node(node.clone()));
+                        self.hold(prefix, Owner::Node(node.clone()));
                         claim.prefixes.push(prefix);
                     }
                     Some(why) => claim.conflicts.push(why),
@@ -173,7 +184,17 @@ impl Claims {
 
     /// Returns whether another node holds exactly this network.
     pub(crate) fn holds(&self, net: IpNet) -> bool {
-        matches!(self.held.get(&net), Some(Owner::Node(_)))
+        self.holders(&net).next().is_some()
+    }
+
+    /// Returns the other nodes that hold exactly this network: several only where their grants share it.
+    pub(crate) fn holders(&self, net: &IpNet) -> impl Iterator<Item = NodeId> {
+        self.held.get(net).into_iter().flatten().filter_map(Owner::id)
+    }
+
+    /// Returns whether we hold exactly this network, perhaps with others.
+    pub(crate) fn is_ours(&self, net: &IpNet) -> bool {
+        self.held.get(net).into_iter().flatten().any(|holder| holder.id().is_none())
     }
 
     /// Returns whether a node (or we) holds this network, one around it or a part of it.
@@ -196,6 +217,7 @@ impl Claims {
         let held = self
             .held
             .overlapping(prefix)
+            .flat_map(|(other, holders)| holders.iter().map(move |holder| (other, holder)))
             .map(|(other, holder)| ownership::Claim { grant: holder.grant(own), prefix: *other });
         let other = match ownership::check(claim, &membership.mesh, held) {
             Ok(()) => return None,
@@ -210,6 +232,14 @@ impl Claims {
 }
 
 impl Owner {
+    /// Returns the other node; `None` for us.
+    fn id(&self) -> Option<NodeId> {
+        match self {
+            Self::Us => None,
+            Self::Node(node) => Some(node.id()),
+        }
+    }
+
     fn grant<'a>(&'a self, own: &'a Grant) -> &'a Grant {
         match self {
             Self::Us => own,

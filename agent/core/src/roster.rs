@@ -335,7 +335,8 @@ impl Roster {
     fn resolve_nodes(&mut self, fx: &mut Effects, nodes: &BTreeSet<NodeId>) -> bool {
         for id in nodes {
             let held = self.claims.of(*id).cloned();
-            self.withdraw(fx, *id, &held.unwrap_or_default());
+            let held = held.unwrap_or_default();
+            self.withdraw(fx, *id, &held);
             let alone = match (self.nodes.get(id), &self.membership) {
                 (Some(node), Some(membership)) => {
                     self.claims.change(membership, &self.limits, node)
@@ -346,8 +347,10 @@ impl Roster {
             if !alone {
                 return false;
             }
-            for held in self.claims.of(*id).into_iter().flat_map(|claim| &claim.prefixes) {
-                self.withdrawn.remove(held);
+            let now = self.claims.of(*id).into_iter().flat_map(|claim| &claim.prefixes);
+            // Another node of a group may still hold what this one held.
+            for net in now.chain(held.prefixes.iter().filter(|net| self.claims.holds(**net))) {
+                self.withdrawn.remove(net);
             }
             self.bound_withdrawn(fx, *id);
         }

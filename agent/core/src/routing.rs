@@ -14,6 +14,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use towline_types::id::NodeId;
 use towline_types::mtu::Mtu;
+use towline_types::node::Grant;
 use towline_types::ownership::overlap;
 
 use crate::changes::{Change, Scope};
@@ -181,7 +182,10 @@ impl Routing {
         changed: &Scope,
     ) -> Option<Arc<Plan>> {
         let patched = match (&self.plan, changed) {
-            (Some(plan), Scope::Nodes(nodes)) => self.patch(plan.clone(), input, nodes),
+            (Some(plan), Scope::Nodes(nodes)) => {
+                let nodes = self.with_sharers(input, nodes);
+                self.patch(plan.clone(), input, &nodes)
+            }
             _ => None,
         };
         let plan = patched.unwrap_or_else(|| self.build(input));
@@ -252,6 +256,15 @@ impl Routing {
                 masquerade: settings.masquerade,
             },
         })
+    }
+
+    /// Adds the nodes that share a network with one of these: they may carry it from now on.
+    fn with_sharers(&self, input: &RoutingInput<'_>, nodes: &BTreeSet<NodeId>) -> BTreeSet<NodeId> {
+        let claims = input.roster.claims();
+        let before = nodes.iter().filter_map(|node| self.by_node.get(node)).flatten();
+        let now = nodes.iter().filter_map(|node| claims.of(*node));
+        let nets = before.map(|entry| &entry.net).chain(now.flat_map(|claim| &claim.prefixes));
+        nets.flat_map(|net| claims.holders(net)).chain(nodes.iter().copied()).collect()
     }
 
     /// Returns the plan with the changes of some nodes; `None`: it must be built again.
@@ -354,7 +367,26 @@ impl RoutingInput<'_> {
                 is_other_node_ip: !overlay && is_host(net),
             }
         };
-        claim.prefixes.iter().filter(|net| net.prefix_len() > 0).map(entry).collect()
+        let is_carried = |net: &&IpNet| net.prefix_len() > 0 && self.carries(grant, net);
+        claim.prefixes.iter().filter(is_carried).map(entry).collect()
+    }
+
+    /// Returns whether packets to a network that a node holds go to that node. Of several that share it, it
+    /// is one that is not down. Each node of the mesh chooses by its own id, so that all of them are used
+    /// alike. None of them carries it where we hold it too.
+    pub(crate) fn carries(&self, grant: &Grant, net: &IpNet) -> bool {
+        if grant.sharing(net).is_none() {
+            return true;
+        }
+        let claims = self.roster.claims();
+        if claims.is_ours(net) {
+            return false;
+        }
+        let is_down =
+            |id: NodeId| self.peers.get(id).is_none_or(|peer| peer.state() == PeerState::Down);
+        let own = self.roster.membership().map(|ours| ours.grant.node_id);
+        let rank = |id: &NodeId| (is_down(*id), weight(own, *id), *id);
+        claims.holders(net).min_by_key(rank) == Some(grant.node_id)
     }
 
     /// What a static peer gets is routed and guarded like what a node holds.
@@ -447,6 +479,15 @@ impl RoutingInput<'_> {
     fn ever_held(&self, net: IpNet) -> bool {
         self.roster.withdrawn().contains(&net) || self.roster.claims().holds(net)
     }
+}
+
+/// Returns a number that depends on both ids, for rendezvous hashing.
+fn weight(own: Option<NodeId>, holder: NodeId) -> u64 {
+    let own = own.map_or([0; 16], |own| own.0);
+    // FNV-1a. No attacker gains by choosing an id: the controller draws it.
+    own.iter().chain(&holder.0).fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+    })
 }
 
 /// Guards one more network; `None` where it meets a hole.

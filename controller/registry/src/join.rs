@@ -78,6 +78,7 @@ impl Registry {
             overlay,
             allowed_prefixes: terms.allowed_prefixes,
             pod_ranges: terms.pod_ranges,
+            shared: terms.shared,
             site: terms.site,
             labels: terms.labels,
             issued_at: now.unix,

@@ -22,7 +22,8 @@
 //!
 //! - No two nodes share a name, an identity key, a WireGuard key or an overlay address.
 //! - No two nodes hold the same or an overlapping prefix, unless the grant of the one that holds
-//!   the nested prefix names exactly that prefix. What a record claims beyond that is withheld.
+//!   the nested prefix names exactly that prefix, or their grants share the prefix in one group. What a
+//!   record claims beyond that is withheld.
 //! - A node announces at most as many blocks of a pod range as its token allows.
 //! - The identity key of a removed node can never join again; a tombstone is never deleted.
 //! - Revisions only grow, and each change of a node, a tombstone or the mesh has its own.
@@ -574,7 +575,7 @@ impl Registry {
         let id = tombstone.node_id;
         if let Some(member) = self.members.remove(id) {
             for prefix in self.claims.held_by(id) {
-                self.claims.release(&prefix);
+                self.claims.release(&prefix, id);
             }
             self.problems.remove(id);
             self.dirty.insert(Key::Node(id));

@@ -135,7 +135,7 @@ impl Registry {
         let (wanted, was_withheld) = (record.prefixes.clone(), member.withheld.clone());
         for prefix in self.claims.held_by(node) {
             if !wanted.contains(&prefix) {
-                self.claims.release(&prefix);
+                self.claims.release(&prefix, node);
             }
         }
         let mut withheld = Vec::new();
@@ -164,15 +164,13 @@ impl Registry {
 
     /// Refuses a prefix of a node that holds as many as it may.
     fn refuse_more(&mut self, node: NodeId, prefix: IpNet) -> WithheldReason {
-        if self.claims.holder(&prefix) == Some(node) {
-            self.claims.release(&prefix);
-        }
+        self.claims.release(&prefix, node);
         let reason = WithheldReason::TooMany { prefix, claimant: self.name_of(node) };
         self.note_about(node, Some((node, prefix)), reason.clone().into());
         reason
     }
 
-    /// Makes the node the holder of the prefix.
+    /// Makes the node a holder of the prefix: the only one, unless the grants of several share it.
     ///
     /// # Errors
     ///
@@ -184,11 +182,11 @@ impl Registry {
         sessions: &Sessions,
         now: Now,
     ) -> Result<(), WithheldReason> {
-        let is_held = self.claims.holder(&prefix) == Some(node);
+        let is_held = self.claims.holds(&prefix, node);
         if let Err(unusable) = ownership::usable(prefix, &self.mesh.config) {
             // An earlier version may have accepted it.
             if is_held {
-                self.claims.release(&prefix);
+                self.claims.release(&prefix, node);
             }
             let reason = WithheldReason::from(unusable);
             self.note_about(node, Some((node, prefix)), reason.clone().into());
@@ -228,7 +226,7 @@ impl Registry {
 
     /// Takes a prefix from a holder that is offline for longer than the lease.
     fn take_from(&mut self, holder: NodeId, held: IpNet, node: NodeId, prefix: IpNet) {
-        self.claims.release(&held);
+        self.claims.release(&held, holder);
         let mut withheld =
             self.members.get(holder).map_or_else(Vec::new, |member| member.withheld.clone());
         withheld.push(held);

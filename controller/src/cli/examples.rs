@@ -25,6 +25,8 @@ Examples:
   towline-controller token create --uses 10 --ttl 24h --site dc --pod-range 10.244.0.0/16
   # for a cluster with IPv4 and IPv6, whose nodes get two blocks of each
   towline-controller token create --pod-range 10.244.0.0/16 --pod-range fd00:10:244::/56 --blocks 2
+  # for both gateways of a LAN
+  towline-controller token create --uses 2 --prefix 192.168.50.0/24,shared=lan-b
   # for a machine that was installed again
   towline-controller token create --replace gpu-1 > gpu-1.token";
 

@@ -6,6 +6,7 @@ use ipnet::IpNet;
 use jiff::SignedDuration;
 use serde::Serialize;
 use std::collections::BTreeMap;
+use towline_proto::id::Label;
 use towline_proto::pod_range::PodRange;
 use towline_proto::{limits, pb};
 use towline_service::output::{self, Format};
@@ -51,9 +52,10 @@ pub(super) struct Create {
     /// Label of the nodes; may be repeated
     #[arg(long = "label", value_name = "KEY=VALUE")]
     labels: Vec<String>,
-    /// Network that the nodes may announce, whole or in part; may be repeated
-    #[arg(long = "prefix", value_name = "CIDR")]
-    prefixes: Vec<IpNet>,
+    /// Network that the nodes may announce, whole or in part; may be repeated. With a group, all nodes whose
+    /// tokens name the same group for it may announce it at the same time, such as two gateways of a LAN
+    #[arg(long = "prefix", value_name = "CIDR[,shared=GROUP]", value_parser = granted_prefix)]
+    prefixes: Vec<GrantedPrefix>,
     /// Pod network of the cluster; each node may announce a few blocks of it, those that it announces
     /// first; may be repeated, one for each family
     #[arg(long = "pod-range", value_name = "CIDR")]
@@ -131,7 +133,7 @@ impl Create {
                 .with_context(|| format!("`{label}` is not a label: use KEY=VALUE"))?;
             Ok((key.to_owned(), value.to_owned()))
         });
-        for prefix in &self.prefixes {
+        for GrantedPrefix { prefix, .. } in &self.prefixes {
             if prefix.trunc() != *prefix {
                 bail!("prefix {prefix} has host bits set: use {}", prefix.trunc());
             }
@@ -144,11 +146,44 @@ impl Create {
             name_pattern: self.name.unwrap_or_default(),
             site: self.site.unwrap_or_default(),
             labels: labels.collect::<anyhow::Result<_>>()?,
-            allowed_prefixes: self.prefixes.iter().map(Into::into).collect(),
+            allowed_prefixes: self
+                .prefixes
+                .iter()
+                .map(|granted| (&granted.prefix).into())
+                .collect(),
+            shared: self.prefixes.iter().filter_map(GrantedPrefix::shared).collect(),
             replace: self.replace.unwrap_or_default(),
             ephemeral: self.ephemeral,
         })
     }
+}
+
+/// Value of `--prefix`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct GrantedPrefix {
+    prefix: IpNet,
+    group: Option<Label>,
+}
+
+impl GrantedPrefix {
+    /// Returns the prefix with its group, if it has one.
+    fn shared(&self) -> Option<pb::SharedPrefix> {
+        let group = self.group.as_ref()?.to_string();
+        Some(pb::SharedPrefix { prefix: Some((&self.prefix).into()), group })
+    }
+}
+
+/// Parses the value of `--prefix`.
+fn granted_prefix(text: &str) -> Result<GrantedPrefix, String> {
+    let (prefix, group) = match text.split_once(',') {
+        None => (text, None),
+        Some((prefix, word)) => {
+            let group = word.strip_prefix("shared=").ok_or("use CIDR or CIDR,shared=GROUP")?;
+            (prefix, Some(group.parse::<Label>().map_err(|error| error.to_string())?))
+        }
+    };
+    let prefix = prefix.parse::<IpNet>().map_err(|error| error.to_string())?;
+    Ok(GrantedPrefix { prefix, group })
 }
 
 /// Combines the flags of each pod range.
@@ -208,6 +243,8 @@ struct View {
     prefixes: Vec<String>,
     /// Networks of which each node may announce a few blocks, each with their number and length.
     pod_ranges: Vec<String>,
+    /// Networks that all nodes of a group may announce at the same time, each as `CIDR,shared=GROUP`.
+    shared_prefixes: Vec<String>,
     /// Name of the node that the joining machine replaces; empty: none.
     replace: String,
     /// True if the nodes are removed once they are offline for longer than the lease.
@@ -233,12 +270,16 @@ impl From<pb::Token> for View {
         let prefix = |prefix: &pb::Prefix| IpNet::try_from(prefix).map(|net| net.to_string());
         let pod_range =
             |range: &pb::PodRange| PodRange::try_from(range).map(|range| range.to_string()).ok();
+        let shared = |shared: &pb::SharedPrefix| {
+            Some(format!("{},shared={}", prefix(shared.prefix.as_ref()?).ok()?, shared.group))
+        };
         Self {
             state,
             created_at: output::time(token.created_at),
             expires_at: output::time(token.expires_at),
             prefixes: token.allowed_prefixes.iter().filter_map(|p| prefix(p).ok()).collect(),
             pod_ranges: token.pod_ranges.iter().filter_map(pod_range).collect(),
+            shared_prefixes: token.shared.iter().filter_map(shared).collect(),
             labels: token.labels.into_iter().collect(),
             id: token.id,
             name: token.name_pattern,
@@ -300,6 +341,19 @@ mod tests {
     fn texts(ranges: &[&str], lengths: &[u32], blocks: &[u32]) -> anyhow::Result<Vec<String>> {
         let ranges: Vec<IpNet> = ranges.iter().map(|text| text.parse().unwrap()).collect();
         Ok(pod_ranges(&ranges, lengths, blocks)?.iter().map(ToString::to_string).collect())
+    }
+
+    #[test]
+    fn a_prefix_may_be_shared_in_a_group() {
+        let prefix: IpNet = "192.168.50.0/24".parse().unwrap();
+        let alone = granted_prefix("192.168.50.0/24");
+        assert_eq!(alone, Ok(GrantedPrefix { prefix, group: None }));
+        let shared = granted_prefix("192.168.50.0/24,shared=lan-b");
+        assert_eq!(shared, Ok(GrantedPrefix { prefix, group: "lan-b".parse().ok() }));
+        for wrong in ["192.168.50.0/24,", "192.168.50.0/24,lan-b", "lan", "192.168.50.0/24,shared="]
+        {
+            assert!(granted_prefix(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

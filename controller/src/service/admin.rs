@@ -257,13 +257,17 @@ fn terms(request: pb::CreateTokenRequest) -> Result<TokenTerms, Status> {
                 .map_err(|error: InvalidPattern| Status::invalid_argument(error.to_string()))?,
         ),
     };
+    let allowed_prefixes =
+        convert::prefixes(&request.allowed_prefixes).map_err(|error| error.status())?;
+    let shared = convert::shared_prefixes(&request.shared, &allowed_prefixes)
+        .map_err(|error| error.status())?;
     Ok(TokenTerms {
         uses,
         name,
         site: convert::site(request.site).map_err(|error| error.status())?,
         labels: convert::labels(request.labels).map_err(|error| error.status())?,
-        allowed_prefixes: convert::prefixes(&request.allowed_prefixes)
-            .map_err(|error| error.status())?,
+        allowed_prefixes,
+        shared,
         pod_ranges: pod_ranges(&request.pod_ranges)?,
         replace,
         ephemeral: request.ephemeral,

@@ -37,6 +37,8 @@ pub struct Grant {
     pub allowed_prefixes: Vec<IpNet>,
     /// Networks of which the node may announce a few blocks.
     pub pod_ranges: Vec<PodRange>,
+    /// Those of `allowed_prefixes` that other nodes of a group may announce at the same time.
+    pub shared: Vec<SharedPrefix>,
     /// Site of the node, if it has one. Nodes of one site share a LAN.
     pub site: Option<Label>,
     /// Labels from the join token, set by the operator.
@@ -52,6 +54,20 @@ impl Grant {
     pub fn allows(&self, prefix: &IpNet) -> bool {
         self.allowed_prefixes.iter().any(|allowed| allowed.contains(prefix))
     }
+
+    /// Returns the group of nodes that share exactly this prefix, if the node is in one.
+    pub fn sharing(&self, prefix: &IpNet) -> Option<&Label> {
+        self.shared.iter().find(|shared| shared.prefix == *prefix).map(|shared| &shared.group)
+    }
+}
+
+/// A prefix that all nodes of a group may announce at the same time, such as a LAN with two gateways.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SharedPrefix {
+    /// The prefix.
+    pub prefix: IpNet,
+    /// Name of the group. Nodes of one group have the same name for the same prefix.
+    pub group: Label,
 }
 
 /// Overlay addresses of a node.
@@ -350,6 +366,7 @@ mod tests {
             },
             allowed_prefixes: vec!["10.244.0.0/16".parse().unwrap()],
             pod_ranges: Vec::new(),
+            shared: Vec::new(),
             site: None,
             labels: BTreeMap::new(),
             issued_at: 0,

@@ -3,6 +3,7 @@
 //!
 //! - A node always holds its own overlay addresses.
 //! - No node holds another part of an overlay range, or a range in which hosts are not unicast.
+//! - Nodes whose grants share a prefix in one group may all hold it.
 //! - A node holds at most [`GUARDED_PREFIXES`](crate::limits::GUARDED_PREFIXES) prefixes outside the ranges
 //!   that the mesh guards, the first ones of its record.
 //! - Two nodes hold overlapping prefixes only if one prefix lies inside the other, and the grant of
@@ -133,10 +134,16 @@ impl Claim<'_> {
             return false;
         }
         match self.prefix.prefix_len().cmp(&other.prefix.prefix_len()) {
-            std::cmp::Ordering::Equal => true,
+            std::cmp::Ordering::Equal => !self.is_shared_with(other),
             std::cmp::Ordering::Greater => !self.is_named_inside(&other.prefix),
             std::cmp::Ordering::Less => !other.is_named_inside(&self.prefix),
         }
+    }
+
+    /// Returns whether both grants share the prefix in one group.
+    fn is_shared_with(&self, other: Claim<'_>) -> bool {
+        let group = self.grant.sharing(&self.prefix);
+        group.is_some() && group == other.grant.sharing(&other.prefix)
     }
 
     /// Returns whether the grant names exactly this prefix, so that it may lie inside of a wider one of
@@ -163,7 +170,7 @@ mod tests {
 
     use super::*;
     use crate::id::{IdentityKey, MeshId, NodeId, WireguardKey};
-    use crate::node::OverlayAddresses;
+    use crate::node::{OverlayAddresses, SharedPrefix};
 
     fn net(text: &str) -> IpNet {
         text.parse().unwrap()
@@ -196,6 +203,7 @@ mod tests {
             },
             allowed_prefixes: allowed.to_vec(),
             pod_ranges: Vec::new(),
+            shared: Vec::new(),
             site: None,
             labels: std::collections::BTreeMap::new(),
             issued_at: 0,
@@ -263,6 +271,24 @@ mod tests {
             assert_eq!(claim.conflicts_with(other), is_conflict, "{}", other.prefix);
             assert_eq!(other.conflicts_with(claim), is_conflict, "{}", other.prefix);
         }
+    }
+
+    #[test]
+    fn nodes_of_one_group_hold_the_same_prefix() {
+        let lan = net("192.168.50.0/24");
+        let of = |number: u8, group: &str| {
+            let shared = vec![SharedPrefix { prefix: lan, group: group.parse().unwrap() }];
+            Grant { shared, ..grant(number, &[lan]) }
+        };
+        let (a, b, other, alone) = (of(1, "b"), of(2, "b"), of(3, "c"), grant(4, &[lan]));
+        let claim = |grant| Claim { grant, prefix: lan };
+        assert!(!claim(&a).conflicts_with(claim(&b)) && !claim(&b).conflicts_with(claim(&a)));
+        for stranger in [&other, &alone] {
+            assert!(claim(&a).conflicts_with(claim(stranger)));
+            assert!(claim(stranger).conflicts_with(claim(&a)));
+        }
+        let part = Claim { grant: &b, prefix: net("192.168.50.0/25") };
+        assert!(claim(&a).conflicts_with(part), "only the whole prefix is shared");
     }
 
     proptest! {

@@ -193,6 +193,7 @@ mod tests {
             },
             allowed_prefixes: allowed.iter().map(|text| net(text)).collect(),
             pod_ranges,
+            shared: Vec::new(),
             site: None,
             labels: std::collections::BTreeMap::new(),
             issued_at: 0,

@@ -35,7 +35,7 @@ use towline_types::frame::Probe;
 use towline_types::id::WireguardKey;
 use towline_types::limits;
 use towline_types::mtu::Mtu;
-use towline_types::node::{Grant, MeshConfig};
+use towline_types::node::{Grant, MeshConfig, SharedPrefix};
 
 const PUBLIC: &str = "203.0.113.7:51830";
 const PRIVATE: &str = "192.168.1.7:51830";

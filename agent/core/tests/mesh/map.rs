@@ -255,6 +255,51 @@ fn a_node_that_announces_other_networks_all_the_time_has_few_guarded() {
 }
 
 #[test]
+fn two_gateways_share_a_lan_and_the_one_that_is_not_down_is_used() {
+    let lan = net("172.20.0.0/16");
+    let gateway = |number: u8, at: &str| {
+        let mut node = peer(number).candidates(&[at]).prefixes(&["172.20.0.0/16"]);
+        node.grant.allowed_prefixes.push(lan);
+        node.grant.shared = vec![SharedPrefix { prefix: lan, group: "lan".parse().unwrap() }];
+        node
+    };
+    let users = |us: &Us| -> Vec<u8> {
+        let has = |number: &u8| us.table().peers[&key(*number)].prefixes.contains(&lan);
+        [2, 3].into_iter().filter(has).collect()
+    };
+    let mut us = Us::new(5);
+    us.upsert(gateway(2, PUBLIC));
+    us.upsert(gateway(3, OTHER));
+    us.drain();
+    assert!(us.conflicts(2).is_empty() && us.conflicts(3).is_empty());
+    let [first] = users(&us)[..] else { panic!("one of them is used") };
+    let second = 5 - first;
+    assert_eq!(us.table().peers[&key(second)].shared_sources, [lan], "a valid source all the same");
+    // Only the second one answers.
+    us.run(Duration::from_millis(9_500));
+    let from = if second == 2 { PUBLIC } else { OTHER };
+    let from = from.parse::<SocketAddr>().unwrap().into();
+    us.mesh.handle_observation(us.now, key(second), Observation::Handshake { from });
+    us.run(Duration::from_millis(1_500));
+    assert_eq!(us.peer(first).state, PeerState::Down);
+    assert_ne!(us.peer(second).state, PeerState::Down);
+    assert_eq!(users(&us), [second]);
+    assert!(us.plan().routes.contains_key(&(lan, RouteVia::Link)));
+    // The first one is removed: the second one still holds it.
+    us.mesh.handle_map_change(us.now, MapChange::Remove(tombstone(first)));
+    us.drain();
+    assert!(us.table().peers[&key(second)].prefixes.contains(&lan));
+    assert!(us.guards("172.20.0.1") && us.mesh.withdrawn().is_empty());
+    // A gateway reaches its LAN by its own link.
+    let shared = gateway(2, PUBLIC).grant.shared;
+    us.mesh.set_grant(us.now, Grant { shared, ..us.mesh.grant().unwrap().clone() });
+    us.mesh.set_prefixes(us.now, vec![lan]);
+    us.drain();
+    assert!(us.conflicts(second).is_empty() && !us.guards("172.20.0.1"));
+    assert!(!us.plan().routes.contains_key(&(lan, RouteVia::Link)));
+}
+
+#[test]
 fn an_operator_sees_what_is_guarded_and_releases_what_nobody_holds() {
     let mut us = Us::new(5);
     us.upsert(peer(2).prefixes(&["172.20.0.0/16", "172.21.0.0/16"]));

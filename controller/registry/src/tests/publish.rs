@@ -184,3 +184,31 @@ fn a_chosen_block_is_no_part_of_another_nodes_wider_network() {
     assert!(world.announce(old, 2, "10.244.0.0/16").is_empty());
     assert_eq!(world.holder("10.244.3.0/24"), Some(worker));
 }
+
+#[test]
+fn two_gateways_of_one_group_hold_their_lan_together() {
+    let mut world = World::new();
+    let lan = net("192.168.50.0/24");
+    let gateway = |world: &mut World, name: &str, key: u16, group: Option<&str>| {
+        let shared = group.map(|group| SharedPrefix { prefix: lan, group: group.parse().unwrap() });
+        let shared = shared.into_iter().collect();
+        let token = world.token(TokenTerms { allowed_prefixes: vec![lan], shared, ..terms() });
+        let node = world.join(token, name, key).unwrap();
+        world.open(node);
+        world.announce(node, 1, "192.168.50.0/24")
+    };
+    assert!(gateway(&mut world, "a", 1, Some("lan-b")).is_empty());
+    assert!(gateway(&mut world, "b", 2, Some("lan-b")).is_empty());
+    assert_eq!(gateway(&mut world, "c", 3, Some("lan-c")).len(), 1);
+    assert_eq!(gateway(&mut world, "d", 4, None).len(), 1);
+    world.reload();
+    // It is free for others once both are gone.
+    for name in ["a", "b"] {
+        let node = world.registry.by_name(&name.parse().unwrap()).unwrap();
+        assert!(world.registry.claims.holds(&lan, node), "{name}");
+        world.remove(node);
+    }
+    let holder = world.registry.claims.holder(&lan).unwrap();
+    let name = &world.registry.member(holder).unwrap().grant.name;
+    assert!(["c", "d"].contains(&name.as_str()), "{name}");
+}
