@@ -485,7 +485,7 @@ impl RoutingInput<'_> {
 fn weight(own: Option<NodeId>, holder: NodeId) -> u64 {
     let own = own.map_or([0; 16], |own| own.0);
     // FNV-1a. No attacker gains by choosing an id: the controller draws it.
-    own.iter().chain(&holder.0).fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+    own.iter().chain(&holder.0).fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
     })
 }
