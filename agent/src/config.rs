@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
+use towline_core::local_limits::{HostAddresses, InClear, LocalLimits};
 use towline_core::local_networks::LocalNetworks;
 use towline_core::own_networks::is_special;
 use towline_core::plan::{RulePlan, UnderlayPlan};
@@ -49,6 +50,8 @@ pub struct Config {
     pub offloads: Offloads,
     /// Addresses of the controllers.
     pub controller: ControllerConfig,
+    /// Limits that neither a controller nor another node can override.
+    pub trust: TrustConfig,
     /// Settings for Kubernetes.
     pub kubernetes: KubernetesConfig,
     /// WireGuard peers outside of a mesh, each in a `[[peer]]` section.
@@ -157,6 +160,42 @@ pub struct ControllerConfig {
     /// `host:port` of each controller. Replaces the addresses from the join token.
     #[serde(with = "addresses")]
     pub addresses: Vec<ControllerAddress>,
+}
+
+/// Limits that neither a controller nor another node can override.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrustConfig {
+    /// Settings of the mesh that may let its traffic leave this node in clear. `trusted_sites`: to node
+    /// IPs of a trusted site. `bypass_when_down`: to announced prefixes while the tunnel to their node is
+    /// down, which anyone who can block UDP on the way can cause.
+    pub allow_in_clear: Vec<ClearSetting>,
+    /// Networks that are never guarded here, of which no other node may announce a part, and which this
+    /// node does not announce. Without effect in the mesh's overlay.
+    pub refused_networks: Vec<IpNet>,
+    /// Networks that other nodes may announce although they contain a controller, or a gateway or DNS
+    /// server that this machine had when it joined.
+    pub accepted_networks: Vec<IpNet>,
+}
+
+/// Setting of the mesh that lets its traffic travel in clear.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ClearSetting {
+    /// Trusted sites.
+    TrustedSites,
+    /// Prefixes that are reached in clear while their tunnel is down.
+    BypassWhenDown,
+}
+
+impl Default for TrustConfig {
+    fn default() -> Self {
+        Self {
+            allow_in_clear: vec![ClearSetting::TrustedSites],
+            refused_networks: Vec::new(),
+            accepted_networks: Vec::new(),
+        }
+    }
 }
 
 /// Settings for relaying between nodes of the mesh that have no direct path.
@@ -302,6 +341,7 @@ impl Default for Config {
             routing: RoutingConfig::default(),
             offloads: Offloads::default(),
             controller: ControllerConfig::default(),
+            trust: TrustConfig::default(),
             peers: Vec::new(),
             relay: RelayConfig::default(),
             metrics: MetricsConfig::default(),
@@ -469,6 +509,8 @@ impl Config {
             ("node.local_networks", &self.node.local_networks),
             ("node.include_prefixes", &self.node.include_prefixes),
             ("node.exclude_prefixes", &self.node.exclude_prefixes),
+            ("trust.refused_networks", &self.trust.refused_networks),
+            ("trust.accepted_networks", &self.trust.accepted_networks),
         ] {
             if networks.len() > limits::PREFIXES {
                 return Err((key, format!("use at most {} networks", limits::PREFIXES)));
@@ -499,7 +541,11 @@ impl Config {
 
     /// Returns the filter for announced networks.
     pub fn prefix_filter(&self) -> Filter<'_> {
-        Filter { include: &self.node.include_prefixes, exclude: &self.node.exclude_prefixes }
+        Filter {
+            include: &self.node.include_prefixes,
+            exclude: &self.node.exclude_prefixes,
+            refused: &self.trust.refused_networks,
+        }
     }
 
     /// Returns the configured candidates.
@@ -515,6 +561,32 @@ impl Config {
     /// joined.
     pub fn local_networks(&self, joined: Vec<IpNet>) -> LocalNetworks {
         LocalNetworks { configured: self.node.local_networks.clone(), joined }
+    }
+
+    /// Returns the limits of this machine, for this list of controllers. `joined` has the networks to which
+    /// the machine was connected when it joined, and `host` the addresses that it needed then. Controllers
+    /// with a host name are left out: who answers for the name could open the mesh with it.
+    pub fn local_limits(
+        &self,
+        joined: Vec<IpNet>,
+        host: HostAddresses,
+        controllers: &[ControllerAddress],
+    ) -> LocalLimits {
+        let TrustConfig { allow_in_clear, refused_networks, accepted_networks } = &self.trust;
+        let literal =
+            |controller: &ControllerAddress| controller.as_str().parse::<SocketAddr>().ok();
+        let controllers = controllers.iter().filter_map(literal);
+        LocalLimits {
+            host,
+            controllers: controllers.map(|address| address.ip()).collect(),
+            local_networks: joined.into_iter().chain(self.node.local_networks.clone()).collect(),
+            refused: refused_networks.clone(),
+            accepted: accepted_networks.clone(),
+            in_clear: InClear {
+                trusted_sites: allow_in_clear.contains(&ClearSetting::TrustedSites),
+                bypass_when_down: allow_in_clear.contains(&ClearSetting::BypassWhenDown),
+            },
+        }
     }
 
     /// Returns what must bypass the tunnel, for this list of controllers. Controllers with a host

@@ -16,6 +16,7 @@ pub mod doctor;
 pub mod down;
 pub mod events;
 pub mod guard;
+mod host_addresses;
 pub mod install;
 #[doc(hidden)]
 pub mod internals;

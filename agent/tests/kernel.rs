@@ -229,6 +229,7 @@ fn pair_with(offloads: Offloads, outer: [&str; 2], workers: usize) -> [Node; 2] 
             fragment: false,
             is_single: false,
             prefixes: nodes[you].inner.map(IpNet::from).to_vec(),
+            shared_sources: Vec::new(),
             keepalive: None,
             preshared_key: None,
             boot_epoch: 0,

@@ -12,9 +12,10 @@ use ipnet::IpNet;
 use crate::id::{InvalidId, Label, NodeName, WireguardKey};
 use crate::limits;
 use crate::node::{
-    Candidate, CandidateKind, Grant, MeshConfig, OverlayAddresses, Record, Tombstone,
+    Candidate, CandidateKind, Grant, MeshConfig, OverlayAddresses, Record, SharedPrefix, Tombstone,
 };
 use crate::pb;
+use crate::pod_range::{InvalidPodRange, PodRange};
 use crate::summary::{MeshSummary, PeerCounts, PeerSummary, Tunnel};
 use crate::token::ControllerAddress;
 
@@ -39,6 +40,9 @@ pub enum Invalid {
     /// A name, an id or a key has the wrong form.
     #[error(transparent)]
     Id(#[from] InvalidId),
+    /// A pod range has numbers that do not fit.
+    #[error(transparent)]
+    PodRange(#[from] InvalidPodRange),
 }
 
 /// Checks that `len`, in items or bytes, is at most `limit`.
@@ -85,6 +89,29 @@ impl From<&IpNet> for pb::Prefix {
 pub fn prefixes(list: &[pb::Prefix]) -> Result<Vec<IpNet>, Invalid> {
     bounded("list of prefixes", list.len(), limits::PREFIXES)?;
     list.iter().map(IpNet::try_from).collect()
+}
+
+/// Parses a list of at most [`limits::POD_RANGES`] pod ranges.
+pub fn pod_ranges(list: &[pb::PodRange]) -> Result<Vec<PodRange>, Invalid> {
+    bounded("list of pod ranges", list.len(), limits::POD_RANGES)?;
+    list.iter().map(PodRange::try_from).collect()
+}
+
+/// Parses a list of shared prefixes, each of which must be in `allowed`.
+pub fn shared_prefixes(
+    list: &[pb::SharedPrefix],
+    allowed: &[IpNet],
+) -> Result<Vec<SharedPrefix>, Invalid> {
+    let what = "shared prefix";
+    bounded("list of shared prefixes", list.len(), limits::PREFIXES)?;
+    let parse = |shared: &pb::SharedPrefix| {
+        let prefix = IpNet::try_from(shared.prefix.as_ref().ok_or(Invalid::Missing(what))?)?;
+        if !allowed.contains(&prefix) {
+            return Err(Invalid::Prefix(what));
+        }
+        Ok(SharedPrefix { prefix, group: shared.group.parse()? })
+    };
+    list.iter().map(parse).collect()
 }
 
 /// Parses the name of a site. An empty one means no site.
@@ -152,10 +179,38 @@ fn overlay<B: AsRef<[u8]>>(addresses: &[B]) -> Result<OverlayAddresses, Invalid>
     }
 }
 
+impl TryFrom<&pb::PodRange> for PodRange {
+    type Error = Invalid;
+
+    fn try_from(range: &pb::PodRange) -> Result<Self, Invalid> {
+        let net = IpNet::try_from(range.range.as_ref().ok_or(Invalid::Missing("range"))?)?;
+        Ok(Self::new(net, range.block_len, range.blocks, prefixes(&range.pinned)?)?)
+    }
+}
+
+impl From<&PodRange> for pb::PodRange {
+    fn from(range: &PodRange) -> Self {
+        Self {
+            range: Some((&range.range()).into()),
+            block_len: range.block_len().into(),
+            blocks: range.blocks(),
+            pinned: range.pinned().iter().map(Into::into).collect(),
+        }
+    }
+}
+
+impl From<&SharedPrefix> for pb::SharedPrefix {
+    fn from(shared: &SharedPrefix) -> Self {
+        Self { prefix: Some((&shared.prefix).into()), group: shared.group.to_string() }
+    }
+}
+
 impl TryFrom<pb::Grant> for Grant {
     type Error = Invalid;
 
     fn try_from(grant: pb::Grant) -> Result<Self, Invalid> {
+        let allowed_prefixes = prefixes(&grant.allowed_prefixes)?;
+        let shared = shared_prefixes(&grant.shared, &allowed_prefixes)?;
         Ok(Self {
             mesh_id: id(&grant.mesh_id)?,
             node_id: id(&grant.node_id)?,
@@ -163,7 +218,9 @@ impl TryFrom<pb::Grant> for Grant {
             identity_key: id(&grant.identity_key)?,
             wireguard_keys: wireguard_keys(&grant.wireguard_keys)?,
             overlay: overlay(&grant.overlay_addresses)?,
-            allowed_prefixes: prefixes(&grant.allowed_prefixes)?,
+            allowed_prefixes,
+            pod_ranges: pod_ranges(&grant.pod_ranges)?,
+            shared,
             site: site(grant.site)?,
             labels: labels(grant.labels)?,
             issued_at: grant.issued_at,
@@ -182,6 +239,8 @@ impl From<&Grant> for pb::Grant {
             wireguard_keys: grant.wireguard_keys.iter().map(|key| key.0.to_vec()).collect(),
             overlay_addresses: grant.overlay.iter().map(ip_bytes).collect(),
             allowed_prefixes: grant.allowed_prefixes.iter().map(Into::into).collect(),
+            pod_ranges: grant.pod_ranges.iter().map(Into::into).collect(),
+            shared: grant.shared.iter().map(Into::into).collect(),
             site: grant.site.as_ref().map(Label::to_string).unwrap_or_default(),
             labels: grant.labels.iter().map(|(k, v)| (k.to_string(), v.clone())).collect(),
             issued_at: grant.issued_at,

@@ -31,6 +31,7 @@ use crate::counters::Counters;
 use crate::derived::Derived;
 use crate::effects::Effects;
 use crate::home_relays::{ChannelPeer, HomeRelays};
+use crate::local_limits::{Covered, LocalLimits};
 use crate::local_networks::LocalNetworks;
 use crate::local_node::LocalNode;
 use crate::path::{LocalAddress, LocalPort, Path};
@@ -52,7 +53,9 @@ use crate::timers::Timer;
 pub use crate::config::{Config, MapChange, Membership};
 pub use crate::output::{Output, Transmit};
 pub use crate::peers::EAGER_PEERS;
-pub use crate::status::{PathStatus, PeerState, PeerStatus, ReflectorStatus, WakeReason};
+pub use crate::status::{
+    GuardReason, GuardedNetwork, PathStatus, PeerState, PeerStatus, ReflectorStatus, WakeReason,
+};
 pub use crate::stun_client::Mapping;
 
 /// Every peer of one node. See the crate's contract.
@@ -230,6 +233,7 @@ impl Mesh {
                 }
                 Timer::HomeRelays => self.relays.handle_timeout(&mut self.fx, &self.local),
                 Timer::SecondPort => self.change_port(),
+                Timer::GuardRelease => self.roster.handle_release(&mut self.fx),
                 Timer::OperatorPing(id) => self.probing.handle_operator_timeout(&mut self.fx, id),
             }
         }
@@ -294,6 +298,12 @@ impl Mesh {
     pub fn set_local_networks(&mut self, now: Instant, networks: LocalNetworks) {
         self.fx.advance(now);
         self.settings.set_local_networks(&mut self.fx, networks);
+    }
+
+    /// Takes the limits that this host sets: networks that cover what it needs are refused.
+    pub fn set_local_limits(&mut self, now: Instant, limits: LocalLimits) {
+        self.fx.advance(now);
+        self.roster.set_local_limits(&mut self.fx, limits);
     }
 
     /// Takes the networks to which the host is connected now. Only those of [`Self::set_local_networks`]
@@ -395,6 +405,18 @@ impl Mesh {
         self.fx.advance(now);
         self.roster.add_withdrawn_lans(&mut self.fx, lans);
     }
+
+    /// Adds to [`Self::withdrawn_by_owner`] what an earlier start of the agent knew. The networks are among
+    /// those of [`Self::set_withdrawn`].
+    pub fn set_withdrawn_owner(
+        &mut self,
+        now: Instant,
+        owner: NodeId,
+        nets: impl IntoIterator<Item = IpNet>,
+    ) {
+        self.fx.advance(now);
+        self.roster.add_withdrawn_owner(&mut self.fx, owner, nets);
+    }
 }
 
 /// # Commands of an operator
@@ -409,6 +431,13 @@ impl Mesh {
         }
         self.probing.begin_operator_ping(&mut self.fx, id, timeout);
         self.with_peer(peer, |peer, cx| peer.operator_ping(cx, id));
+    }
+
+    /// Stops guarding a network that nobody holds now. Returns false if it is none of [`Self::withdrawn`].
+    pub fn release_withdrawn(&mut self, now: Instant, net: &IpNet) -> bool {
+        self.fx.advance(now);
+        self.resolve();
+        self.roster.release_withdrawn(&mut self.fx, net)
     }
 }
 
@@ -447,6 +476,16 @@ impl Mesh {
         self.roster.mesh()
     }
 
+    /// Returns the protected ranges of the mesh that this host does not guard, each with what it covers.
+    pub fn refused_ranges(&self) -> impl Iterator<Item = (IpNet, Covered)> {
+        self.roster.refused_ranges()
+    }
+
+    /// Returns the ranges of the mesh that this host guards.
+    pub fn guarded_ranges(&self) -> impl Iterator<Item = IpNet> {
+        self.roster.guarded_ranges()
+    }
+
     /// Returns whether this node itself was removed from the mesh. Its peer table then has static peers
     /// only; guards and routes stay.
     pub fn is_removed(&self) -> bool {
@@ -458,7 +497,7 @@ impl Mesh {
         self.derived.table()
     }
 
-    /// Networks that nobody holds now but somebody held once: they stay guarded. To be given back
+    /// Networks that nobody holds now but a node held last: they stay guarded. To be given back
     /// by [`Self::set_withdrawn`] at the next start.
     pub fn withdrawn(&self) -> &BTreeSet<IpNet> {
         self.roster.withdrawn()
@@ -468,6 +507,39 @@ impl Mesh {
     /// [`Self::set_withdrawn_lans`] at the next start.
     pub fn withdrawn_lans(&self) -> &BTreeSet<IpNet> {
         self.roster.withdrawn_lans()
+    }
+
+    /// Returns those of [`Self::withdrawn`] whose last holder is known, by that node, the oldest first. Pass
+    /// them to [`Self::set_withdrawn_owner`] at the next start.
+    pub fn withdrawn_by_owner(&self) -> impl Iterator<Item = (NodeId, Vec<IpNet>)> {
+        self.roster.withdrawn_by_owner()
+    }
+
+    /// Returns the networks that this host guards, each with the reason, sorted by network.
+    pub fn guarded_networks(&self) -> Vec<GuardedNetwork> {
+        let network = |network, reason| GuardedNetwork { network, reason };
+        let overlays: Vec<IpNet> =
+            self.roster.mesh().into_iter().flat_map(MeshConfig::overlays).collect();
+        let of_mesh = |net: IpNet| {
+            let is_overlay = overlays.contains(&net);
+            network(net, if is_overlay { GuardReason::Overlay } else { GuardReason::Protected })
+        };
+        let mut all: Vec<GuardedNetwork> = self.roster.guarded_ranges().map(of_mesh).collect();
+        for (node, claim) in self.roster.claims().iter() {
+            let inside = |net: &&IpNet| !overlays.iter().any(|range| range.contains(*net));
+            let announced = claim.prefixes.iter().filter(inside);
+            let reason = || GuardReason::Announced(node.name().clone());
+            all.extend(announced.map(|net| network(*net, reason())));
+        }
+        let static_peers = self.static_peers.prefixes();
+        all.extend(static_peers.map(|net| network(*net, GuardReason::StaticPeer)));
+        for net in self.roster.withdrawn() {
+            let owner = self.roster.last_holder(net);
+            let name = owner.and_then(|owner| self.roster.name(owner)).cloned();
+            all.push(network(*net, GuardReason::Withdrawn { owner, name }));
+        }
+        all.sort_by_key(|guarded| guarded.network);
+        all
     }
 
     /// Every peer, by node id.

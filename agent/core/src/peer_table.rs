@@ -32,6 +32,9 @@ pub struct PeerEntry {
     pub endpoint: Option<Path>,
     /// Inner networks that are reached through it, and from which alone it may send.
     pub prefixes: Vec<IpNet>,
+    /// Inner networks from which it may send too, although they are reached through another peer that shares
+    /// them.
+    pub shared_sources: Vec<IpNet>,
     /// Interval of WireGuard keepalives, which keep a NAT's mapping open; `None`: none are sent.
     pub keepalive: Option<Duration>,
     /// Key that is mixed into the handshake, for static peers.

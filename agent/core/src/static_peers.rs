@@ -155,6 +155,7 @@ impl StaticPeers {
             let entry = PeerEntry {
                 endpoint: peer.endpoint,
                 prefixes: peer.prefixes.clone(),
+                shared_sources: Vec::new(),
                 keepalive: peer.config.keepalive,
                 preshared_key: peer.config.preshared_key.clone(),
                 mtu,

@@ -25,6 +25,8 @@ pub(crate) enum Timer {
     HomeRelays,
     /// The next look at whether the second port is to be used.
     SecondPort,
+    /// The release of what a removed node announced.
+    GuardRelease,
     /// The end of an operator's ping; the number is the caller's.
     OperatorPing(u64),
 }
@@ -39,6 +41,7 @@ impl Timer {
             Self::StunClient => "reflex",
             Self::HomeRelays => "homes",
             Self::SecondPort => "second-port",
+            Self::GuardRelease => "guard-release",
             Self::OperatorPing(_) => "operator-ping",
         }
     }

@@ -182,6 +182,7 @@ impl End {
             fragment: false,
             is_single: false,
             prefixes: vec![ipnet::IpNet::from(IpAddr::from(theirs))],
+            shared_sources: Vec::new(),
             keepalive: None,
             preshared_key: None,
             boot_epoch: 0,

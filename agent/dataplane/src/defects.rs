@@ -147,6 +147,7 @@ fn indices_tell_nothing() {
     let entry = PeerEntry {
         endpoint: None,
         prefixes: Vec::new(),
+        shared_sources: Vec::new(),
         keepalive: None,
         preshared_key: None,
         mtu: Mtu::DEFAULT,

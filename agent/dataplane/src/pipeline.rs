@@ -404,7 +404,7 @@ impl Pipeline {
                 _ => table.route(inner.source),
             };
             last = Some((inner.source, owner));
-            if owner != Some(slot) {
+            if owner != Some(slot) && !table.is_shared_source(slot, inner.source) {
                 self.drops.count(DropReason::WrongSource);
                 continue;
             }

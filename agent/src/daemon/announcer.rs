@@ -113,6 +113,7 @@ impl Announcer {
             node_ips: self.announced_node_ips(),
             withdrawn: mesh.withdrawn().iter().copied().collect(),
             withdrawn_lans: mesh.withdrawn_lans().iter().copied().collect(),
+            withdrawn_by_node: mesh.withdrawn_by_owner().collect(),
         };
         self.remembered.send_if_modified(|before| {
             let changed = *before != now;

@@ -398,6 +398,7 @@ impl Daemon {
                 let mut underlay = start::underlay(&self.config, self.controller.controllers());
                 underlay.controllers.extend(self.controller.resolved());
                 self.mesh.set_underlay(Instant::now(), underlay);
+                self.update_limits();
             }
         }
     }
@@ -436,6 +437,14 @@ impl Daemon {
     fn kubernetes_changed(&mut self) {
         let update = self.kubernetes.handle_change(self.mesh.grant());
         self.announcer.handle(&mut self.mesh, self.config.prefix_filter(), update);
+    }
+
+    /// Updates the limits of this machine after its configuration or the list of controllers changed.
+    fn update_limits(&mut self) {
+        let (joined, host) = (self.state.connected_networks(), self.state.host_addresses());
+        let controllers = self.controller.controllers();
+        let limits = self.config.local_limits(joined, host.unwrap_or_default(), controllers);
+        self.mesh.set_local_limits(Instant::now(), limits);
     }
 
     /// Updates what follows from `[node]` of the configuration.
@@ -494,6 +503,13 @@ impl Daemon {
             Request::Leave { force, reply } => self.leave(force, reply),
             Request::Up(reply) => {
                 let _ = reply.send(Ok(true));
+            }
+            Request::Guards(reply) => {
+                let _ = reply.send(Reporter(self).guards());
+            }
+            Request::ReleaseGuard { network, reply } => {
+                let is_released = self.mesh.release_withdrawn(Instant::now(), &network);
+                let _ = reply.send(control::released(network, is_released));
             }
             Request::Confirm(reply) => {
                 let _ = reply.send(self.state.confirm().map_err(|error| error.to_string()));
@@ -559,20 +575,23 @@ impl Daemon {
         kept.node = self.config.node.clone();
         kept.peers.clone_from(&self.config.peers);
         kept.controller.clone_from(&self.config.controller);
+        kept.trust.clone_from(&self.config.trust);
         kept.state_dir.clone_from(&self.config.state_dir);
         kept.socket.clone_from(&self.config.socket);
         if kept != self.config {
             tracing::warn!(
-                "only [node], [controller] and [[peer]] were reloaded: restart the agent to apply \
-                 the rest"
+                "only [node], [controller], [trust] and [[peer]] were reloaded: restart the agent to \
+                 apply the rest"
             );
         }
         self.config.node = fresh.node;
         self.config.peers = fresh.peers;
         self.config.controller = fresh.controller;
+        self.config.trust = fresh.trust;
         self.controller.set_configured(self.config.controller.addresses.clone());
         let now = Instant::now();
         configure(&mut self.mesh, now, &self.config, self.state.connected_networks());
+        self.update_limits();
         self.mesh.set_static_peers(now, static_peers);
         self.configuration_changed();
         tracing::info!("configuration reloaded");

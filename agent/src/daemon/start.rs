@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use rand::Rng as _;
 use tokio::sync::{mpsc, watch};
+use towline_core::local_limits::HostAddresses;
 use towline_core::mesh::{self, Mesh};
 use towline_core::plan::UnderlayPlan;
 use towline_core::static_peers::StaticPeer;
@@ -28,7 +29,7 @@ use crate::config::Config;
 use crate::discovery::{self, Announcement, Discovery};
 use crate::map_cache::MapCache;
 use crate::state::{CachedPrefixes, Counters, Keys, Membership, StateDir};
-use crate::{join, kubernetes, reserved_port, static_peers};
+use crate::{host_addresses, join, kubernetes, reserved_port, static_peers};
 
 /// State that a start reads from the state directory.
 pub(super) struct Stored {
@@ -40,6 +41,8 @@ pub(super) struct Stored {
     map: Option<MapCache>,
     /// Networks to which the machine was connected when it joined.
     connected: Vec<IpNet>,
+    /// Addresses that the machine needed when it joined.
+    host: HostAddresses,
 }
 
 impl Stored {
@@ -58,7 +61,8 @@ impl Stored {
             membership.update(map);
         }
         let connected = state.connected_networks();
-        Ok(Self { static_peers, membership, keys, counters, map, connected })
+        let host = host_addresses(state, membership.as_ref());
+        Ok(Self { static_peers, membership, keys, counters, map, connected, host })
     }
 
     /// Returns the mesh that the state describes.
@@ -67,9 +71,15 @@ impl Stored {
         let mut mesh = Mesh::new(core_config, rand::rng().random(), now);
         mesh.set_underlay(now, underlay(config, &self.controllers(config)));
         configure(&mut mesh, now, config, self.connected.clone());
+        let (connected, host) = (self.connected.clone(), self.host.clone());
+        let limits = config.local_limits(connected, host, &self.controllers(config));
+        mesh.set_local_limits(now, limits);
         mesh.set_static_peers(now, self.static_peers.clone());
         mesh.set_withdrawn(now, cached.withdrawn.iter().copied());
         mesh.set_withdrawn_lans(now, cached.withdrawn_lans.iter().copied());
+        for (node, networks) in &cached.withdrawn_by_node {
+            mesh.set_withdrawn_owner(now, *node, networks.iter().copied());
+        }
         for change in self.map.iter().flat_map(MapCache::changes) {
             mesh.handle_map_change(now, change);
         }
@@ -122,6 +132,20 @@ impl Stored {
             join::controllers(&config.controller.addresses, membership)
         })
     }
+}
+
+/// Returns the addresses that this machine needed when it joined. If an earlier version joined, these are
+/// its present ones from now on.
+fn host_addresses(state: &StateDir, membership: Option<&Membership>) -> HostAddresses {
+    let Some(membership) = membership else { return HostAddresses::default() };
+    if let Some(stored) = state.host_addresses() {
+        return stored;
+    }
+    let found = host_addresses::read(&membership.mesh);
+    if let Err(error) = state.store_host_addresses(found.clone()) {
+        tracing::warn!(%error, "addresses of this machine not stored");
+    }
+    found
 }
 
 impl Daemon {

@@ -36,7 +36,7 @@ use towline_service::certificate;
 
 use crate::dial;
 use crate::join::{self, status_message};
-use crate::map_cache::MapCache;
+use crate::map_cache::{IdentityAlert, MapCache};
 use crate::not_connected::NotConnected;
 use crate::state::{Counters, Keys, Membership, StateDir, StateError};
 use crate::tls;
@@ -96,6 +96,8 @@ pub enum Event {
     },
     /// These parts of the map changed.
     Map(Vec<MapChange>),
+    /// The controller changed the identity of nodes, or tried to.
+    Identity(Vec<IdentityAlert>),
     /// The controller sent a message, so it is alive.
     Heard {
         /// Current revision of the map.
@@ -402,7 +404,7 @@ impl Discovery {
         Ok(())
     }
 
-    /// Takes over a new grant, for example after an operator changed it.
+    /// Takes over a new grant, for example after the controller pinned a block of a pod range.
     async fn take_grant(&mut self, signed_grant: pb::Signed) -> Result<(), Ended> {
         if signed_grant == self.membership.signed_grant {
             return Ok(());
@@ -411,6 +413,12 @@ impl Discovery {
             .map_err(|error| NotConnected::InvalidStatement(error.to_string()))?;
         if grant.node_id != self.membership.grant.node_id {
             return Err(NotConnected::InvalidResponse("it sent another node's grant").into());
+        }
+        // No controller may give this node's id other keys.
+        if grant.identity_key != self.keys.identity.public()
+            || !grant.wireguard_keys.contains(&self.keys.wireguard.public())
+        {
+            return Err(NotConnected::InvalidResponse("it sent a grant for other keys").into());
         }
         self.membership.grant = grant.clone();
         self.membership.signed_grant = signed_grant;
@@ -534,6 +542,18 @@ impl Discovery {
             // The next start needs it before it has the map, for the list of controllers.
             kept(self.state.store_membership(&self.membership));
             self.update_controllers().await?;
+        }
+        if !applied.alerts.is_empty() {
+            let event = Event::Identity(applied.alerts);
+            self.events.send(event).await.map_err(|_| Ended::Stop)?;
+        }
+        if let Some(grant) = applied.own_grant {
+            match self.take_grant(grant).await {
+                Err(Ended::Because(reason)) => {
+                    tracing::warn!(%reason, "grant of this node in the map ignored");
+                }
+                taken => taken?,
+            }
         }
         if applied.changes.is_empty() {
             return Ok(());

@@ -234,7 +234,11 @@ impl Files {
             let metadata = std::fs::metadata(directory.join(name)).ok()?;
             Some((metadata.ino(), metadata.mtime(), metadata.mtime_nsec()))
         };
-        Self(["membership.json", "map.bin", "prefixes.json", "networks.json"].map(of).into())
+        Self(
+            ["membership.json", "map.bin", "prefixes.json", "networks.json", "host.json"]
+                .map(of)
+                .into(),
+        )
     }
 }
 

@@ -77,6 +77,8 @@ impl Registry {
             wireguard_keys: vec![join.wireguard_key],
             overlay,
             allowed_prefixes: terms.allowed_prefixes,
+            pod_ranges: terms.pod_ranges,
+            shared: terms.shared,
             site: terms.site,
             labels: terms.labels,
             issued_at: now.unix,

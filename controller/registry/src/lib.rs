@@ -22,7 +22,9 @@
 //!
 //! - No two nodes share a name, an identity key, a WireGuard key or an overlay address.
 //! - No two nodes hold the same or an overlapping prefix, unless the grant of the one that holds
-//!   the nested prefix names exactly that prefix. What a record claims beyond that is withheld.
+//!   the nested prefix names exactly that prefix, or their grants share the prefix in one group. What a
+//!   record claims beyond that is withheld.
+//! - A node announces at most as many blocks of a pod range as its token allows.
 //! - The identity key of a removed node can never join again; a tombstone is never deleted.
 //! - Revisions only grow, and each change of a node, a tombstone or the mesh has its own.
 //! - A node is removed by an operator, by itself, or by a machine that replaces it. An ephemeral
@@ -50,6 +52,7 @@ use ipnet::IpNet;
 use towline_types::id::{IdentityKey, NodeId, NodeName, TokenId};
 use towline_types::node::{MeshConfig, Node, Tombstone};
 use towline_types::ownership;
+use towline_types::pod_range::PodRange;
 
 use claims::Claims;
 pub use errors::{
@@ -369,9 +372,11 @@ impl Registry {
         if terms.replace.is_some() && terms.uses != 1 {
             return Err(CreateTokenError::ReplaceOnce);
         }
-        let useless = |prefix: &&IpNet| ownership::is_useless_grant(**prefix, &self.mesh.config);
-        if let Some(prefix) = terms.allowed_prefixes.iter().find(useless) {
-            return Err(CreateTokenError::Unusable(*prefix));
+        let ranges = terms.pod_ranges.iter().map(PodRange::range);
+        let mut granted = terms.allowed_prefixes.iter().copied().chain(ranges);
+        let useless = |prefix: &IpNet| ownership::is_useless_grant(*prefix, &self.mesh.config);
+        if let Some(prefix) = granted.find(useless) {
+            return Err(CreateTokenError::Unusable(prefix));
         }
         let token = Token {
             id,
@@ -570,7 +575,7 @@ impl Registry {
         let id = tombstone.node_id;
         if let Some(member) = self.members.remove(id) {
             for prefix in self.claims.held_by(id) {
-                self.claims.release(&prefix);
+                self.claims.release(&prefix, id);
             }
             self.problems.remove(id);
             self.dirty.insert(Key::Node(id));

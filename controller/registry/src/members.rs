@@ -100,6 +100,14 @@ impl Members {
         self.edit(id, |member| member.record = Some(record));
     }
 
+    /// Replaces the networks that a node may announce by those of `grant`. All else of its grant stays.
+    pub(super) fn set_allowed(&mut self, id: NodeId, grant: Grant) {
+        self.edit(id, |member| {
+            member.grant.allowed_prefixes = grant.allowed_prefixes;
+            member.grant.pod_ranges = grant.pod_ranges;
+        });
+    }
+
     /// Replaces the list of withheld prefixes of a node. Returns whether it changed.
     pub(super) fn set_withheld(&mut self, id: NodeId, list: Vec<IpNet>) -> bool {
         if list.is_empty() {

@@ -8,6 +8,8 @@ use ipnet::IpNet;
 use subtle::ConstantTimeEq;
 use towline_types::id::{Label, NodeName, TokenId};
 use towline_types::limits;
+use towline_types::node::SharedPrefix;
+use towline_types::pod_range::PodRange;
 
 use super::JoinError;
 
@@ -94,6 +96,10 @@ pub struct TokenTerms {
     pub labels: BTreeMap<Label, String>,
     /// Networks that the nodes may announce, whole or in part.
     pub allowed_prefixes: Vec<IpNet>,
+    /// Networks of which each node may announce a few blocks; no block is pinned.
+    pub pod_ranges: Vec<PodRange>,
+    /// Those of `allowed_prefixes` that other nodes of a group may announce at the same time.
+    pub shared: Vec<SharedPrefix>,
     /// Name of a node that the joining node replaces. Such a token has one use.
     pub replace: Option<NodeName>,
     /// True if the nodes are removed once they are offline for longer than the lease.
@@ -109,6 +115,8 @@ impl TokenTerms {
             site: None,
             labels: BTreeMap::new(),
             allowed_prefixes: Vec::new(),
+            pod_ranges: Vec::new(),
+            shared: Vec::new(),
             replace: None,
             ephemeral: false,
         }

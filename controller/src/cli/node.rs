@@ -6,6 +6,7 @@ use anyhow::Context;
 use clap::Subcommand;
 use serde::Serialize;
 use towline_proto::id::{IdentityKey, NodeId};
+use towline_proto::node::SharedPrefix;
 use towline_proto::{pb, signed};
 use towline_service::output::{self, Format};
 
@@ -94,6 +95,11 @@ struct View {
     prefixes: Vec<String>,
     /// Networks that the node may announce, whole or in part.
     allowed_prefixes: Vec<String>,
+    /// Networks of which the node may announce a few blocks, each with their number and length. The
+    /// blocks that it announced are among the allowed prefixes.
+    pod_ranges: Vec<String>,
+    /// Networks that all nodes of a group may announce at the same time, each as `CIDR,shared=GROUP`.
+    shared_prefixes: Vec<String>,
     /// Addresses and ports where the node might be reached, each with its kind.
     candidates: Vec<String>,
     /// Version of the node's agent; empty until it published a record.
@@ -133,6 +139,7 @@ impl View {
         let candidate = |candidate: &towline_proto::node::Candidate| {
             format!("{} ({})", candidate.address(), candidate.kind())
         };
+        let shared = |shared: &SharedPrefix| format!("{},shared={}", shared.prefix, shared.group);
         Ok(Self {
             name: grant.name.to_string(),
             id: grant.node_id,
@@ -141,6 +148,8 @@ impl View {
             overlay_addresses: grant.overlay.iter().map(|address| address.to_string()).collect(),
             prefixes: record.as_ref().map(|record| texts(&record.prefixes)).unwrap_or_default(),
             allowed_prefixes: texts(&grant.allowed_prefixes),
+            pod_ranges: grant.pod_ranges.iter().map(ToString::to_string).collect(),
+            shared_prefixes: grant.shared.iter().map(shared).collect(),
             candidates: record
                 .as_ref()
                 .map(|record| record.candidates.iter().map(candidate).collect())
@@ -213,6 +222,8 @@ fn sheet(node: &View) -> String {
         ("overlay", output::list(&node.overlay_addresses)),
         ("prefixes", output::list(&node.prefixes)),
         ("allowed", output::list(&node.allowed_prefixes)),
+        ("pod ranges", output::list(&node.pod_ranges)),
+        ("shared", output::list(&node.shared_prefixes)),
         ("candidates", output::list(&node.candidates)),
         ("labels", output::list(&labels)),
         ("ephemeral", node.ephemeral.to_string()),

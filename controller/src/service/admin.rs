@@ -9,6 +9,7 @@ use tonic::{Request, Response, Status};
 use towline_proto::convert::{self, Invalid};
 use towline_proto::id::{InvalidId, NodeName, TokenId};
 use towline_proto::pb::admin_server::Admin;
+use towline_proto::pod_range::PodRange;
 use towline_proto::token::{JoinToken, TokenSecret};
 use towline_proto::{limits, pb};
 use towline_service::events::EventId;
@@ -284,16 +285,28 @@ fn terms(request: pb::CreateTokenRequest) -> Result<TokenTerms, Status> {
                 .map_err(|error: InvalidPattern| Status::invalid_argument(error.to_string()))?,
         ),
     };
+    let allowed_prefixes =
+        convert::prefixes(&request.allowed_prefixes).map_err(|error| error.status())?;
+    let shared = convert::shared_prefixes(&request.shared, &allowed_prefixes)
+        .map_err(|error| error.status())?;
     Ok(TokenTerms {
         uses,
         name,
         site: convert::site(request.site).map_err(|error| error.status())?,
         labels: convert::labels(request.labels).map_err(|error| error.status())?,
-        allowed_prefixes: convert::prefixes(&request.allowed_prefixes)
-            .map_err(|error| error.status())?,
+        allowed_prefixes,
+        shared,
+        pod_ranges: pod_ranges(&request.pod_ranges)?,
         replace,
         ephemeral: request.ephemeral,
     })
+}
+
+/// Parses the pod ranges of a token. The controller alone pins blocks.
+fn pod_ranges(list: &[pb::PodRange]) -> Result<Vec<PodRange>, Status> {
+    let unpinned = |range: &pb::PodRange| pb::PodRange { pinned: Vec::new(), ..range.clone() };
+    let list: Vec<pb::PodRange> = list.iter().map(unpinned).collect();
+    convert::pod_ranges(&list).map_err(|error| error.status())
 }
 
 fn node_info(node: &NodeView, sessions: &Sessions, now: Now) -> pb::NodeInfo {

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::codes;
 use crate::id::{IdentityKey, Label, MeshId, NodeId, NodeName, WireguardKey};
+use crate::pod_range::PodRange;
 use crate::token::ControllerAddress;
 
 /// Identity of a node and the prefixes that it may announce. Signed by the CA.
@@ -31,8 +32,13 @@ pub struct Grant {
     pub wireguard_keys: Vec<WireguardKey>,
     /// Overlay addresses of the node.
     pub overlay: OverlayAddresses,
-    /// Networks that the node may announce, whole or in part.
+    /// Networks that the node may announce, whole or in part. The pinned blocks of `pod_ranges` are
+    /// among them.
     pub allowed_prefixes: Vec<IpNet>,
+    /// Networks of which the node may announce a few blocks.
+    pub pod_ranges: Vec<PodRange>,
+    /// Those of `allowed_prefixes` that other nodes of a group may announce at the same time.
+    pub shared: Vec<SharedPrefix>,
     /// Site of the node, if it has one. Nodes of one site share a LAN.
     pub site: Option<Label>,
     /// Labels from the join token, set by the operator.
@@ -48,6 +54,20 @@ impl Grant {
     pub fn allows(&self, prefix: &IpNet) -> bool {
         self.allowed_prefixes.iter().any(|allowed| allowed.contains(prefix))
     }
+
+    /// Returns the group of nodes that share exactly this prefix, if the node is in one.
+    pub fn sharing(&self, prefix: &IpNet) -> Option<&Label> {
+        self.shared.iter().find(|shared| shared.prefix == *prefix).map(|shared| &shared.group)
+    }
+}
+
+/// A prefix that all nodes of a group may announce at the same time, such as a LAN with two gateways.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SharedPrefix {
+    /// The prefix.
+    pub prefix: IpNet,
+    /// Name of the group. Nodes of one group have the same name for the same prefix.
+    pub group: Label,
 }
 
 /// Overlay addresses of a node.
@@ -184,6 +204,17 @@ pub enum NotGranted {
     /// The record has a prefix outside of the granted ones.
     #[error("prefix {0} is not granted: create the token with --prefix {0}, or a wider one")]
     Prefix(IpNet),
+    /// The record has a block of a pod range, and the grant has no block left for it.
+    #[error(
+        "prefix {prefix} is not granted: the node has all blocks that it may have of {range}: create \
+         the token with a larger --blocks"
+    )]
+    Block {
+        /// Prefix of the record.
+        prefix: IpNet,
+        /// Pod range in which it lies.
+        range: IpNet,
+    },
 }
 
 codes! {
@@ -192,6 +223,7 @@ codes! {
         NoKey => "record-without-key",
         Key => "key-not-granted",
         Prefix => "prefix-not-granted",
+        Block => "pod-blocks-used",
     }
 }
 
@@ -210,7 +242,10 @@ impl Node {
             return Err(NotGranted::Key(*key));
         }
         if let Some(prefix) = record.prefixes.iter().find(|p| !grant.allows(p)) {
-            return Err(NotGranted::Prefix(*prefix));
+            return Err(match grant.pod_range(prefix) {
+                Some(range) => NotGranted::Block { prefix: *prefix, range: range.range() },
+                None => NotGranted::Prefix(*prefix),
+            });
         }
         let wireguard_key = *record.wireguard_keys.first().ok_or(NotGranted::NoKey)?;
         Ok(Self { grant, record, wireguard_key })
@@ -330,6 +365,8 @@ mod tests {
                 v4: [198, 19, 0, 1].into(),
             },
             allowed_prefixes: vec!["10.244.0.0/16".parse().unwrap()],
+            pod_ranges: Vec::new(),
+            shared: Vec::new(),
             site: None,
             labels: BTreeMap::new(),
             issued_at: 0,

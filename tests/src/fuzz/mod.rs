@@ -91,6 +91,10 @@ pub fn signed(bytes: &[u8]) {
         Domain::Grant => {
             if let Ok(grant) = signed::grant(signed, &CA.public()) {
                 assert!(grant.allowed_prefixes.len() <= limits::PREFIXES);
+                for range in &grant.pod_ranges {
+                    assert!(range.pinned().len() <= range.blocks() as usize);
+                    assert!(range.pinned().iter().all(|block| range.range().contains(block)));
+                }
                 assert!(!grant.wireguard_keys.is_empty());
                 let again = CA.sign_bytes(domain, &pb::Grant::from(&grant).encode_to_vec());
                 assert_eq!(signed::grant(Some(&again), &CA.public()), Ok(grant));

@@ -135,6 +135,7 @@ impl Bench {
         let entry = PeerEntry {
             endpoint: Some(address(2).into()),
             prefixes: vec!["10.0.0.2/32".parse().expect("a prefix")],
+            shared_sources: Vec::new(),
             keepalive: None,
             preshared_key: None,
             mtu: Mtu::DEFAULT,

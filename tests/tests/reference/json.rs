@@ -44,6 +44,7 @@ const DOCUMENTS: &[Document] = &[
     one("towline ping", Source::Struct("agent/src/cli/ping.rs", "Report")),
     one("towline join", Source::Struct("agent/src/cli/join.rs", "Report")),
     one("towline join --install", Source::Struct("agent/src/cli/install.rs", "Report")),
+    list("towline guard list", Source::Schema("GuardedNetwork")),
     one("towline node-ip", Source::Struct("agent/src/cli/guard.rs", "NodeIp")),
     one("towline version", Source::Struct("proto/src/status.rs", "Version")),
     one(

@@ -14,8 +14,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
+use towline_core::local_limits::{HostAddresses, InClear, LocalLimits};
 use towline_core::local_networks::LocalNetworks;
-use towline_core::mesh::{MapChange, Membership, Mesh, Output, PeerState, PeerStatus, Transmit};
+use towline_core::mesh::{
+    GuardReason, MapChange, Membership, Mesh, Output, PeerState, PeerStatus, Transmit,
+};
 use towline_core::own_networks::OwnNetworks;
 use towline_core::path::{ChannelId, LocalAddress, Path};
 use towline_core::peer_history::{Changed, PathChange};
@@ -30,8 +33,9 @@ use towline_fixtures::node::{
 use towline_types::code::Coded as _;
 use towline_types::frame::Probe;
 use towline_types::id::WireguardKey;
+use towline_types::limits;
 use towline_types::mtu::Mtu;
-use towline_types::node::{Grant, MeshConfig};
+use towline_types::node::{Grant, MeshConfig, SharedPrefix};
 
 const PUBLIC: &str = "203.0.113.7:51830";
 const PRIVATE: &str = "192.168.1.7:51830";

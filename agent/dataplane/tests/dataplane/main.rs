@@ -81,6 +81,7 @@ impl End {
             fragment: false,
             is_single: false,
             prefixes: vec![ipnet::IpNet::from(std::net::IpAddr::from(self.inner))],
+            shared_sources: Vec::new(),
             keepalive: None,
             preshared_key: None,
             boot_epoch: 0,

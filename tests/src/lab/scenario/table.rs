@@ -118,7 +118,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "attack",
         aliases: &[],
-        help: "Attack a node as strangers, neighbours, local users, pods and members",
+        help: "Attack a node as strangers, neighbours, local users, pods, members and controllers",
         arguments: Selection::augment_args,
         run: |matches, flags| on_cases(&attack::entries(), attack::run, matches, flags),
     },

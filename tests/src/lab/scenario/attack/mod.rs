@@ -7,6 +7,7 @@
 //! | [`inward`] | inner packets of a member with a raw tunnel, to forbidden addresses |
 //! | [`sources`] | packets of a neighbour with a source of this node or of the mesh |
 //! | [`outward`] | traffic for the mesh that might leave in clear, with one guard or both |
+//! | [`records`] | records of a member with its own discovery client, and settings of a dishonest controller |
 //! | [`local`] | access of another user to the TUN link, the state and the sockets of the agent |
 //!
 //! Some cases are controls, which must succeed. Any outcome other than the expected one is a
@@ -17,6 +18,7 @@ mod inward;
 mod local;
 mod outward;
 mod oversized;
+mod records;
 mod sources;
 mod stage;
 
@@ -43,8 +45,11 @@ pub enum Attacker {
     LocalUser,
     /// A network namespace behind a veth pair. The host forwards its packets.
     Pod,
-    /// A member of the mesh that sends any inner packet, without the checks of an agent.
+    /// A member of the mesh that sends any inner packet and publishes any record, without the checks of an
+    /// agent.
     Member,
+    /// A controller whose configuration of the mesh is not in the nodes' interest.
+    Controller,
 }
 
 /// Outcome of an attempt.
@@ -144,10 +149,17 @@ struct Unavailable(String);
 
 /// Returns all cases, in the order in which they run.
 fn every_case() -> Vec<Case> {
-    [oversized::cases(), local::cases(), inward::cases(), sources::cases(), outward::cases()]
-        .into_iter()
-        .flatten()
-        .collect()
+    [
+        oversized::cases(),
+        local::cases(),
+        inward::cases(),
+        sources::cases(),
+        outward::cases(),
+        records::cases(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 /// Returns the cases as the command line selects them.
@@ -247,6 +259,7 @@ mod tests {
             Attacker::LocalUser,
             Attacker::Pod,
             Attacker::Member,
+            Attacker::Controller,
         ] {
             assert!(short.iter().any(|case| case.attacker == attacker), "{attacker:?}");
         }
