@@ -24,8 +24,7 @@ use towline_core::own_networks::OwnNetworks;
 use towline_core::peer_table::{PeerEntry, PeerTable};
 use towline_dataplane::{
     Config, DataPlane, Event, Fault, Feature, HostTunnels, OffReason, Offloads, OpenTunError,
-    OpenUdpError, Relay, open_tun, open_tun_queues, open_tun_with, open_udp, open_udp_group,
-    own_tun,
+    OpenUdpError, open_tun, open_tun_queues, open_tun_with, open_udp, open_udp_group, own_tun,
 };
 use towline_netlink::codec::Message;
 use towline_netlink::{AddressOptions, Connection, Protocol, Rtnetlink, VethPeer};
@@ -213,7 +212,6 @@ fn pair_with(offloads: Offloads, outer: [&str; 2], workers: usize) -> [Node; 2] 
             let (sender, events) = channel(1024);
             let config = Config {
                 private_key: StaticSecret::from([number as u8; 32]),
-                relay: Relay::default(),
                 link: None,
                 copy_dscp: false,
             };

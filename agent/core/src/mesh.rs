@@ -10,6 +10,7 @@
 //! | `StaticPeers` | the peers of the configuration |
 //! | `LocalNode` | our own candidates and uplinks |
 //! | `HomeRelays` | the relays of the mesh, and where we are registered |
+//! | `RelayServer` | the nodes and channels that we relay for |
 //! | `StunClient` | the reflectors, and our addresses as they see them |
 //! | `SecondPort` | whether a second UDP port is to be used |
 //! | `Probing` | pings that wait for their pongs, and what bounds them |
@@ -30,10 +31,11 @@ use towline_types::node::{Candidate, Grant, MeshConfig};
 use crate::counters::Counters;
 use crate::derived::Derived;
 use crate::effects::Effects;
+use crate::forwarding::ForwardingTable;
 use crate::home_relays::{ChannelPeer, HomeRelays};
 use crate::local_networks::LocalNetworks;
 use crate::local_node::LocalNode;
-use crate::path::{LocalAddress, LocalPort, Path};
+use crate::path::{ChannelId, LocalAddress, LocalPort, Path};
 use crate::peer::{NetworkConditions, Peer, PeerContext};
 use crate::peer_history::PeerChange;
 use crate::peer_table::{Observation, PeerTable};
@@ -42,6 +44,7 @@ use crate::plan::{TransitPlan, UnderlayPlan};
 use crate::prefixes::is_private;
 use crate::probing::{CallOrder, Probing};
 use crate::reason::PeerReason;
+use crate::relay_server::RelayServer;
 use crate::roster::{Roster, RosterEvent};
 use crate::routing::{HostSettings, RoutingInput};
 use crate::second_port::SecondPort;
@@ -49,10 +52,10 @@ use crate::static_peers::{StaticPeer, StaticPeerStatus, StaticPeers};
 use crate::stun_client::{Mapping, StunClient};
 use crate::timers::Timer;
 
-pub use crate::config::{Config, MapChange, Membership};
+pub use crate::config::{Config, MapChange, Membership, RelayLimits};
 pub use crate::output::{Output, Transmit};
 pub use crate::peers::EAGER_PEERS;
-pub use crate::status::{PathStatus, PeerState, PeerStatus, WakeReason};
+pub use crate::status::{PathStatus, PeerState, PeerStatus, RelayStatus, WakeReason};
 
 /// Every peer of one node. See the crate's contract.
 #[derive(Debug)]
@@ -62,6 +65,8 @@ pub struct Mesh {
     static_peers: StaticPeers,
     local: LocalNode,
     relays: HomeRelays,
+    /// `None` if this node does not relay.
+    relay_server: Option<RelayServer>,
     stun: StunClient,
     second_port: SecondPort,
     probing: Probing,
@@ -79,7 +84,8 @@ impl Mesh {
         let mut fx = Effects::new(seed, now);
         Self {
             local: LocalNode::new(membership.as_ref(), config.mtu),
-            relays: HomeRelays::new(own.filter(|_| !config.relay)),
+            relays: HomeRelays::new(own.filter(|_| config.relay.is_none())),
+            relay_server: config.relay.map(RelayServer::new),
             roster: Roster::new(membership),
             peers: Peers::default(),
             static_peers: StaticPeers::default(),
@@ -138,8 +144,6 @@ impl Mesh {
     /// Handles a message that was opened with the key of the pair of us and `peer`, so it is
     /// authentic. `from` is the path that it came over; `None`: a controller carried it, which holds
     /// for a [`Probe::CallMe`] alone.
-    ///
-    /// Requests to a relay are not for the core: a node that relays answers them first.
     pub fn handle_message(
         &mut self,
         now: Instant,
@@ -152,6 +156,9 @@ impl Mesh {
         if let Some(from) = from.filter(|_| node.is_some()) {
             self.answered(&from);
         }
+        // A relay serves nodes that reach it directly.
+        let is_served = node.is_some()
+            && from.is_some_and(|it| !it.is_relayed() && self.local.can_send_to(it.remote));
         match (message, from) {
             (Probe::CallMe { boot_epoch, number, candidates }, _) => {
                 let order = CallOrder { boot_epoch, number };
@@ -170,8 +177,26 @@ impl Mesh {
                 }
             }
             (Probe::Pong { transaction, observed }, Some(from)) => {
-                if let Some(id) = node {
+                let Some(id) = node else { return };
+                let server = self.relay_server.as_mut();
+                let is_proof =
+                    server.is_some_and(|it| it.handle_pong(&mut self.fx, peer, from, transaction));
+                if !is_proof {
                     self.handle_pong(id, from, transaction, observed);
+                }
+            }
+            (Probe::Register { transaction }, Some(from)) => {
+                match self.relay_server.as_mut().filter(|_| is_served) {
+                    Some(server) => server.handle_register(&mut self.fx, peer, from, transaction),
+                    None => self.fx.counters.relay_requests_refused += 1,
+                }
+            }
+            (Probe::Open { transaction, peer: other }, Some(from)) => {
+                match self.relay_server.as_mut().filter(|_| is_served) {
+                    Some(server) => {
+                        server.handle_open(&mut self.fx, (peer, from), other, transaction);
+                    }
+                    None => self.fx.counters.relay_requests_refused += 1,
                 }
             }
             (answer, Some(from)) => {
@@ -185,6 +210,19 @@ impl Mesh {
                     self.with_peer(id, |peer, cx| peer.handle_channel(cx, path));
                 }
             }
+        }
+    }
+
+    /// Handles the channels that carried something since the last call: the answer to
+    /// [`Output::ReportChannels`].
+    pub fn handle_channels_used(
+        &mut self,
+        now: Instant,
+        used: impl IntoIterator<Item = ChannelId>,
+    ) {
+        self.fx.advance(now);
+        if let Some(server) = &mut self.relay_server {
+            server.handle_used(&mut self.fx, used);
         }
     }
 
@@ -228,6 +266,11 @@ impl Mesh {
                     }
                 }
                 Timer::HomeRelays => self.relays.handle_timeout(&mut self.fx, &self.local),
+                Timer::RelayServer => {
+                    if let Some(server) = &mut self.relay_server {
+                        server.handle_timeout(&mut self.fx);
+                    }
+                }
                 Timer::SecondPort => self.change_port(),
                 Timer::OperatorPing(id) => self.probing.handle_operator_timeout(&mut self.fx, id),
             }
@@ -413,7 +456,8 @@ impl Mesh {
 
 /// # Outputs
 impl Mesh {
-    /// The next thing to do. A changed peer table comes before what speaks of its peers.
+    /// The next thing to do. A changed peer table comes before what speaks of its peers, and a changed
+    /// forwarding table before what tells of its channels.
     pub fn poll_output(&mut self) -> Option<Output> {
         self.resolve();
         let input = RoutingInput {
@@ -422,7 +466,20 @@ impl Mesh {
             peers: &self.peers,
             static_peers: &self.static_peers,
         };
-        self.derived.poll(&mut self.fx, &input).or_else(|| self.fx.next_output())
+        let derived = self.derived.poll(&mut self.fx, &input);
+        if let Some(server) = &mut self.relay_server {
+            if let Some(Output::PeerTable(table)) = &derived {
+                let is_node =
+                    |key: &WireguardKey| table.peers.get(key).is_some_and(|entry| !entry.is_static);
+                server.retain(is_node);
+            }
+            if derived.is_none()
+                && let Some(table) = server.poll_table()
+            {
+                return Some(table);
+            }
+        }
+        derived.or_else(|| self.fx.next_output())
     }
 
     /// When [`Self::handle_timeout`] wants to be called, and why.
@@ -455,6 +512,16 @@ impl Mesh {
     /// Returns the peer table that was handed out last; `None` before the first one.
     pub fn peer_table(&self) -> Option<&Arc<PeerTable>> {
         self.derived.table()
+    }
+
+    /// Returns the forwarding table of this node's relay; `None` if it does not relay.
+    pub fn forwarding_table(&self) -> Option<&ForwardingTable> {
+        self.relay_server.as_ref().map(RelayServer::table)
+    }
+
+    /// Returns the state of this node's relay; `None` if it does not relay.
+    pub fn relay(&self) -> Option<RelayStatus> {
+        self.relay_server.as_ref().map(RelayServer::status)
     }
 
     /// Networks that nobody holds now but somebody held once: they stay guarded. To be given back

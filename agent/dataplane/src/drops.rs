@@ -76,6 +76,8 @@ reasons! {
     ReflectorRefused = "reflector_refused",
     /// Datagram on a relay channel whose sender is neither of its two ends.
     RelayStranger = "relay_stranger",
+    /// Datagram on a relay channel whose receiver has not proven its address yet.
+    RelayUnproven = "relay_unproven",
     /// Datagram on a relay channel whose sender exceeds its rate.
     RelayLimited = "relay_limited",
     /// Initiation under load that was answered with a cookie.

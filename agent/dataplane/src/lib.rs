@@ -11,6 +11,7 @@
 //! - [`DataPlane::apply`] replaces the whole table at once: one packet uses one table from lookup
 //!   to send. Peers that stay in the table keep their sessions, even when their pre-shared key or
 //!   boot epoch changes.
+//! - [`DataPlane::apply_forwarding`] replaces the channels that this node relays, at once too.
 //! - Batches of packets cross the two I/O traits ([`TunIo`], [`UdpIo`]), never single packets. The
 //!   order within a flow is kept.
 //! - A fault is a state ([`DataPlane::faults`]) that cannot be lost. Every worker counts its loop
@@ -34,7 +35,7 @@
 //! | `tun`, `udp`, `memory` | the I/O traits and their implementations |
 //! | `steering` | which queue of the TUN receives a packet |
 //! | `switch` | which offloads of the kernel are in use |
-//! | `relay` | the forwarding table for relayed channels |
+//! | `forwarding` | lookup of relayed channels |
 //! | `events`, `drops`, `counters` | what is reported and counted |
 //! | `internals` | the packet path without its thread, for fuzzing |
 
@@ -47,12 +48,12 @@ mod counters;
 mod defects;
 pub mod drops;
 mod events;
+mod forwarding;
 pub mod headers;
 #[doc(hidden)]
 pub mod internals;
 pub mod memory;
 mod pipeline;
-pub mod relay;
 pub mod split;
 mod steering;
 pub mod switch;
@@ -78,7 +79,8 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::Sender;
 use tokio::sync::watch;
-use towline_core::path::Path;
+use towline_core::forwarding::ForwardingTable;
+use towline_core::path::{ChannelId, Path};
 use towline_core::peer_table::PeerTable;
 use towline_types::id::WireguardKey;
 use towline_wireguard::Secrets;
@@ -86,7 +88,6 @@ use x25519_dalek::StaticSecret;
 
 pub use drops::{DropReason, ForeignSource};
 pub use events::{Event, Fault};
-pub use relay::Relay;
 pub use switch::{Feature, OffReason};
 pub use tun::{
     HostTunnels, NoTun, OpenTunError, Tun, TunIo, open_tun, open_tun_queues, open_tun_with, own_tun,
@@ -95,6 +96,7 @@ pub use udp::{OpenUdpError, Ready, Udp, UdpIo, open_udp, open_udp_group, open_ud
 
 use drops::Drops;
 use events::{EventSink, FaultState};
+use forwarding::Forwarding;
 use pipeline::Pipeline;
 use switch::Switch;
 use table::Table;
@@ -104,9 +106,6 @@ use worker::{Command, Inbox, Worker, WorkerShared};
 pub struct Config {
     /// The node's WireGuard key.
     pub private_key: StaticSecret,
-    /// Forwarding table and limits for datagrams of other nodes. The daemon holds a clone and
-    /// changes the table through it.
-    pub relay: Relay,
     /// Index of the TUN link, from which no outer datagram may come. `None` if there is no link.
     pub link: Option<u32>,
     /// True if outer packets get the DSCP of the inner ones. Their ECN field follows RFC 6040 either
@@ -220,6 +219,8 @@ struct Running {
     secrets: Arc<Secrets>,
     /// Current peer table. Workers load it once per batch.
     table: Arc<ArcSwap<Table>>,
+    /// Channels that this node relays. Workers load the table once per run of relayed datagrams.
+    forwarding: Arc<ArcSwap<Forwarding>>,
     /// Lock that is held while the next table is built, so that updates are applied one after
     /// another.
     building: Mutex<()>,
@@ -293,6 +294,7 @@ impl DataPlane {
         let mut running = Running {
             secrets: Arc::new(Secrets::new(config.private_key)),
             table: Arc::new(ArcSwap::from_pointee(Table::default())),
+            forwarding: Arc::new(ArcSwap::from_pointee(Forwarding::default())),
             building: Mutex::new(()),
             building_drops: Drops::default(),
             inboxes: Vec::new(),
@@ -317,7 +319,7 @@ impl DataPlane {
                 running.table.clone(),
                 drops.clone(),
                 EventSink::new(events.clone(), drops.clone()),
-                config.relay.clone(),
+                running.forwarding.clone(),
                 config.link,
                 started,
             );
@@ -362,6 +364,23 @@ impl DataPlane {
             self.0.building_drops.add(DropReason::QueueExpired, lost as u64);
         }
         self.0.inboxes.iter().for_each(|inbox| inbox.wake());
+    }
+
+    /// Replaces the forwarding table. Until the first one, this node relays nothing.
+    pub fn apply_forwarding(&self, table: &ForwardingTable) {
+        let _building = self.0.building.lock();
+        let next = self.0.forwarding.load().next(table);
+        self.0.forwarding.store(Arc::new(next));
+    }
+
+    /// Returns the relayed channels on which something was forwarded since the last call.
+    pub fn take_used_channels(&self) -> Vec<ChannelId> {
+        self.0.forwarding.load().take_used()
+    }
+
+    /// Returns the number of bytes forwarded between other nodes since the start.
+    pub fn forwarded_bytes(&self) -> u64 {
+        self.0.forwarding.load().bytes()
     }
 
     /// Starts a handshake: sends one initiation, with the same bytes, on each path of `to`. It is

@@ -22,10 +22,10 @@ use super::arena::{
 use super::coalesce::{Coalesce, Coalescer};
 use super::drops::{DropReason, Drops};
 use super::events::{Event, EventSink};
+use super::forwarding::{Forward, Forwarding};
 use super::headers::{
     IpHeader, ecn, is_congested, mark_congestion, outer_traffic_class, traffic_class,
 };
-use super::relay::{Forward, Relay};
 use super::split::Split;
 use super::table::{Peer, Slot, Table};
 use super::tunnel::TunnelContext;
@@ -57,7 +57,7 @@ pub(super) struct Pipeline {
     proven_handshakes: SourceLimiter,
     probes: SourceLimiter,
     reflections: SourceLimiter,
-    relay: Relay,
+    forwarding: Arc<ArcSwap<Forwarding>>,
     /// GSO batches in the receive buffer that are forwarded to another node.
     forwards: Vec<GsoBatch>,
     /// Index of the TUN link, from which no outer datagram may come. `None` if there is no link.
@@ -93,7 +93,7 @@ impl Pipeline {
         table: Arc<ArcSwap<Table>>,
         drops: Arc<Drops>,
         events: EventSink,
-        relay: Relay,
+        forwarding: Arc<ArcSwap<Forwarding>>,
         link: Option<u32>,
         started: Instant,
     ) -> Self {
@@ -107,7 +107,7 @@ impl Pipeline {
             proven_handshakes: SourceLimiter::new(HANDSHAKES),
             probes: SourceLimiter::new(PROBES),
             reflections: SourceLimiter::new(REFLECTIONS),
-            relay,
+            forwarding,
             forwards: Vec::with_capacity(RECEIVE_SLOTS * super::arena::GSO_MAX_SEGMENTS),
             link,
             mtu: usize::MAX,
@@ -315,7 +315,7 @@ impl Pipeline {
         let run = datagrams.one_send().min(datagrams.count());
         let datagrams = datagrams.take(run);
         let (start, len, segments) = (datagrams.start(), datagrams.bytes().len(), run.get());
-        match self.relay.forward(now, from, channel, len) {
+        match self.forwarding.load().forward(now, from, channel, len) {
             Forward::To(to) => {
                 let segment_size = datagrams.segment_size();
                 // What the path to this relay marked reaches the receiver.

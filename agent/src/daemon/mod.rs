@@ -23,7 +23,6 @@
 //! | `FirewallSearch` | a search of other programs' firewalls, and the requests that wait for it |
 //! | `Prober` | keys of the pairs, and pings of the operator |
 //! | `Observer` | events, rates of traffic, and the problems that are known |
-//! | `RelayServer` | requests of other nodes to this node's relay |
 //! | `Leaving` | a `towline leave` that waits for a controller |
 //! | `WireguardSocket` | the socket of `wg show`, and its server |
 //! | `Reporter` | nothing: it reads all of them for status output |
@@ -38,7 +37,6 @@ mod metrics_server;
 mod observer;
 mod prober;
 mod problem;
-mod relay_server;
 mod report;
 mod signals;
 mod sleep;
@@ -90,7 +88,6 @@ use kubernetes_node::KubernetesNode;
 use leave::Leaving;
 use observer::Observer;
 use prober::Prober;
-use relay_server::RelayServer;
 use report::Reporter;
 use signals::{SignalMeaning, Signals};
 use sleep::SleepClock;
@@ -213,7 +210,6 @@ struct Daemon {
     kubernetes: KubernetesNode,
     firewalls: FirewallSearch,
     prober: Prober,
-    relay: RelayServer,
     observer: Observer,
     /// Set while `towline leave` waits for a controller.
     leaving: Option<Leaving>,
@@ -335,11 +331,13 @@ impl Daemon {
                 tracing::error!(%fault, "data plane failed: restarting it");
                 let event = Event::DataPlaneRestarted { fault: fault.to_string() };
                 self.observer.happened(&event);
-                let relay = self.relay.handle_for_data_plane();
-                self.tunnels.restart(&self.config, self.prober.own_key(), relay, self.purpose)?;
+                self.tunnels.restart(&self.config, self.prober.own_key(), self.purpose)?;
                 self.host.restore();
                 if self.mesh.second_port().is_some() {
                     self.open_second_port();
+                }
+                if let Some(table) = self.mesh.forwarding_table() {
+                    self.tunnels.data_plane().apply_forwarding(table);
                 }
                 if let Some(table) = self.mesh.peer_table().cloned() {
                     self.tunnels.apply(&table);
@@ -352,19 +350,11 @@ impl Daemon {
         Ok(())
     }
 
-    /// Handles a datagram that looks like a sealed message: requests to a relay are answered here,
-    /// every other message goes to the core. `from` is `None` if it came through a controller.
+    /// Handles a datagram that looks like a sealed message. `from` is `None` if it came through a
+    /// controller.
     fn message_received(&mut self, from: Option<NetworkPath>, datagram: &[u8]) {
         let Some((peer, message)) = self.prober.open(datagram) else { return };
-        let now = Instant::now();
-        match (message, from) {
-            (request @ (Probe::Register { .. } | Probe::Open { .. }), Some(from)) => {
-                for answer in self.relay.handle(now, peer, from, &request) {
-                    self.transmit(answer);
-                }
-            }
-            (message, from) => self.mesh.handle_message(now, peer, from, message),
-        }
+        self.mesh.handle_message(Instant::now(), peer, from, message);
     }
 
     fn controller_event(&mut self, event: discovery::Event) {
@@ -602,6 +592,13 @@ impl Daemon {
                 Output::SecondPort { open: false } => self.tunnels.data_plane().close_second_port(),
                 Output::Handshake { peer, to } => self.tunnels.data_plane().handshake(peer, to),
                 Output::PeerTable(table) => self.peer_table(&table),
+                Output::ForwardingTable(table) => {
+                    self.tunnels.data_plane().apply_forwarding(&table);
+                }
+                Output::ReportChannels => {
+                    let used = self.tunnels.data_plane().take_used_channels();
+                    self.mesh.handle_channels_used(Instant::now(), used);
+                }
                 Output::Plan(plan) => {
                     self.host.apply(plan);
                     self.announcer.remember(&self.mesh);
@@ -660,11 +657,10 @@ impl Daemon {
         self.mesh.set_second_port(Instant::now(), opened.ok());
     }
 
-    /// Applies a new peer table to the data plane, the keys of the pairs and the relay.
+    /// Applies a new peer table to the data plane and the keys of the pairs.
     fn peer_table(&mut self, table: &PeerTable) {
         self.prober.set_peers(table);
         self.tunnels.apply(table);
-        self.relay.set_peers(table);
     }
 
     fn static_state_changed(&mut self, peer: WireguardKey, from: PeerState, to: PeerState) {

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ipnet::IpNet;
-use towline_core::mesh::{PathStatus, PeerState, PeerStatus};
+use towline_core::mesh::{PathStatus, PeerState, PeerStatus, RelayStatus};
 use towline_core::peer_history::{Changed, PeerChange};
 use towline_core::static_peers::StaticPeerStatus;
 use towline_dataplane::{Feature, ForeignSource};
@@ -81,11 +81,20 @@ impl Reporter<'_> {
             applied_reason: text(blocked),
             applied_reason_code: code(blocked),
             drops: drops.map(|(name, count)| pb::Counter { name: name.into(), count }).collect(),
-            relay: config.relay.enabled.then(|| daemon.relay.status()),
+            relay: mesh.relay().map(|relay| self.relay(relay)),
             features: snapshot.features.into_iter().map(feature).collect(),
             state: MachineState::Running.code().into(),
             confirm_within_ms: confirm_within_ms(daemon.confirmation()),
             ..identity(mesh.grant(), config)
+        }
+    }
+
+    fn relay(&self, relay: RelayStatus) -> pb::RelayStatus {
+        let count = |number| u32::try_from(number).unwrap_or(u32::MAX);
+        pb::RelayStatus {
+            nodes: count(relay.nodes),
+            channels: count(relay.channels),
+            bytes: self.0.tunnels.data_plane().forwarded_bytes(),
         }
     }
 

@@ -20,7 +20,6 @@ use super::host_controller::HostController;
 use super::kubernetes_node::KubernetesNode;
 use super::observer::Observer;
 use super::prober::Prober;
-use super::relay_server::RelayServer;
 use super::tunnels::Tunnels;
 use super::{Daemon, Purpose, report};
 use crate::config::Config;
@@ -140,9 +139,7 @@ impl Daemon {
             tracing::debug!(%error, "UDP port not reserved");
         }
         let prober = Prober::new(stored.keys.wireguard.clone());
-        let relay = RelayServer::new(config.relay(), now);
-        let handle = relay.handle_for_data_plane();
-        let tunnels = Tunnels::start(&config, prober.own_key(), handle, purpose)?;
+        let tunnels = Tunnels::start(&config, prober.own_key(), purpose)?;
         let cached = state.prefixes()?;
         let observer = Observer::new(now, stored.counters.boot_epoch);
 
@@ -180,7 +177,6 @@ impl Daemon {
             kubernetes,
             firewalls: FirewallSearch::new(now),
             prober,
-            relay,
             observer,
             leaving: None,
             wireguard_socket: None,
@@ -229,7 +225,7 @@ pub(crate) fn core_config(
         table: config.routing.table,
         rules: config.rules(),
         firewall_table: config.routing.nftables_table.clone(),
-        relay: config.relay.enabled,
+        relay: config.relay_limits(),
         boot_epoch,
     }
 }

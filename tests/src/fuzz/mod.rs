@@ -35,11 +35,13 @@ pub use aead::aead;
 pub use files::{files, request, stored, uapi};
 pub use kernel::{netlink, nftables};
 pub use pipeline::pipeline;
+pub use relay::relay;
 
 mod aead;
 mod files;
 mod kernel;
 mod pipeline;
+mod relay;
 
 /// A function of bytes, with inputs to start from.
 pub struct Target {
@@ -62,6 +64,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "coalesce", run: coalesce, seeds: coalesce_seeds },
     Target { name: "pipeline", run: pipeline, seeds: pipeline::seeds },
     Target { name: "mesh", run: mesh, seeds: mesh_seeds },
+    Target { name: "relay", run: relay, seeds: relay::seeds },
     Target { name: "helper", run: helper, seeds: helper_seeds },
     Target { name: "aead", run: aead, seeds: aead::seeds },
     Target { name: "stun", run: stun, seeds: stun_seeds },
@@ -380,6 +383,8 @@ fn check(output: &Output, sent: &mut u32) {
         Output::Advertise(candidates) => assert!(candidates.len() <= limits::CANDIDATES),
         Output::Stun { to, .. } => outer(to),
         Output::Plan(_)
+        | Output::ForwardingTable(_)
+        | Output::ReportChannels
         | Output::SecondPort { .. }
         | Output::StateChanged { .. }
         | Output::PathChanged { .. }

@@ -6,10 +6,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use ipnet::IpNet;
-use towline_core::mesh::{Config, MapChange, Membership, Mesh, Output, PeerState, Transmit};
+use towline_core::mesh::{
+    Config, MapChange, Membership, Mesh, Output, PeerState, RelayLimits, Transmit,
+};
 use towline_core::path::{LocalAddress, LocalPort, Path};
 use towline_core::peer_table::PeerTable;
 use towline_core::plan::Plan;
+use towline_dataplane::internals::{Forward, Forwarding};
 use towline_fixtures::{agent, node};
 use towline_proto::frame::Probe;
 use towline_proto::id::{IdentityKey, NodeId, WireguardKey};
@@ -19,11 +22,13 @@ use towline_proto::node::{
 
 use super::net::RealmId;
 use super::payload::Payload;
-use super::relay::RelayService;
 use super::tunnel::Tunnels;
 
 /// UDP port of every agent.
 pub const PORT: u16 = 51830;
+/// Limits of every relay.
+const RELAY: RelayLimits =
+    RelayLimits { nodes: 1_024, channels_per_node: 1_024, bits_per_second: 1_000_000_000 };
 /// Second UDP port of an agent before the first is opened; each gets the next number.
 const SECOND_PORTS: u16 = 40_000;
 
@@ -57,8 +62,6 @@ pub struct Host {
     pub prefixes: Vec<IpNet>,
     /// True if the node relays and answers STUN for others.
     pub relay: bool,
-    /// State of the node's relay. It is lost when the agent stops.
-    pub service: RelayService,
     /// Offset of the wall clock from the true time, in seconds.
     pub clock_offset: i64,
     /// True while the host has a connection to the controller.
@@ -89,6 +92,8 @@ pub struct Agent {
     pub mesh: Mesh,
     /// The agent's data plane.
     pub tunnels: Tunnels,
+    /// The relayed channels of the agent's data plane.
+    pub forwarding: Forwarding,
     /// The last peer table of the core.
     pub table: Option<Arc<PeerTable>>,
     /// The last plan of the core.
@@ -114,7 +119,6 @@ impl Host {
             configured: Vec::new(),
             prefixes: Vec::new(),
             relay: false,
-            service: RelayService::default(),
             clock_offset: 0,
             controller_reachable: true,
             watching: false,
@@ -148,7 +152,7 @@ impl Host {
         seed[16..24].copy_from_slice(&self.boot_epoch.to_le_bytes());
         let membership = Membership { grant: self.grant.clone(), mesh: self.mesh_config.clone() };
         let config = Config {
-            relay: self.relay,
+            relay: self.relay.then_some(RELAY),
             boot_epoch: self.boot_epoch,
             ..agent::config(Some(membership))
         };
@@ -159,7 +163,6 @@ impl Host {
     pub fn start(&mut self, now: Instant) {
         self.boot_epoch += 1;
         self.watching = false;
-        self.service = RelayService::default();
         let mut mesh = self.core(now);
         for tombstone in self.tombstones.values() {
             mesh.handle_map_change(now, MapChange::Remove(tombstone.clone()));
@@ -172,6 +175,7 @@ impl Host {
         self.agent = Some(Agent {
             mesh,
             tunnels: Tunnels::new(u64::from(self.number) << 12 | self.boot_epoch),
+            forwarding: Forwarding::default(),
             table: None,
             plan: None,
             candidates: Vec::new(),
@@ -216,49 +220,46 @@ impl Host {
         }
     }
 
-    /// Handles a datagram that arrived.
+    /// Handles a datagram that arrived. Returns what the data plane itself sends because of it.
     pub fn receive(
         &mut self,
         now: Instant,
         at: SocketAddr,
         from: SocketAddr,
         payload: Payload,
-    ) -> Vec<(SocketAddr, Payload)> {
+    ) -> Vec<(Path, Payload)> {
         let me = self.key();
         let Some(agent) = &mut self.agent else { return Vec::new() };
-        let (channel, payload) = match payload {
-            Payload::Channel(channel, payload) => {
-                let forwarded = self.service.forward(now, from, channel);
-                if let Some(to) = forwarded {
-                    return vec![(to, Payload::Channel(channel, payload))];
-                }
-                (Some(channel), *payload)
-            }
-            payload => (None, payload),
-        };
         let port = match at.port() {
             PORT => LocalPort::Configured,
             port if agent.mesh.second_port() == Some(port) => LocalPort::Second,
             _ => return Vec::new(),
         };
         let local = uplinks(&self.addresses).into_iter().find(|end| end.address == at.ip());
-        let from = Path { local, remote: from, channel, port };
+        let from = Path { local, remote: from, channel: None, port };
+        let (channel, payload) = match payload {
+            Payload::Channel(channel, payload) => {
+                let bytes = payload.size().into();
+                match agent.forwarding.forward(now, &from, channel.0, bytes) {
+                    Forward::To(to) => return vec![(to, Payload::Channel(channel, payload))],
+                    Forward::Refused(_) => return Vec::new(),
+                    Forward::Unknown => (Some(channel), *payload),
+                }
+            }
+            payload => (None, payload),
+        };
+        let from = Path { channel, ..from };
         match payload {
             Payload::Probe { from: peer, to, message, size: _ } => {
                 if to != me || !agent.knows(&peer) {
                     return Vec::new();
                 }
-                if let Probe::Register { .. } | Probe::Open { .. } = message {
-                    if !self.relay {
-                        return Vec::new();
-                    }
-                    return self.service.answer(now, me, peer, from.remote, &message);
-                }
                 agent.mesh.handle_message(now, peer, Some(from), message);
             }
             Payload::WireGuard(message) => agent.tunnels.receive(now, me, from, message),
             Payload::StunRequest(transaction) => {
-                return vec![(from.remote, Payload::StunAnswer(transaction, from.remote))];
+                let to = Path { port, ..Path::direct(from.remote) };
+                return vec![(to, Payload::StunAnswer(transaction, from.remote))];
             }
             Payload::StunAnswer(transaction, mapped) => {
                 agent.mesh.handle_stun(now, from.remote, transaction, mapped);
@@ -354,6 +355,13 @@ impl Host {
                         );
                         agent.tunnels.apply(&table);
                         agent.table = Some(table);
+                    }
+                    Output::ForwardingTable(table) => {
+                        agent.forwarding = agent.forwarding.next(&table);
+                    }
+                    Output::ReportChannels => {
+                        let used = agent.forwarding.take_used();
+                        agent.mesh.handle_channels_used(now, used);
                     }
                     Output::Plan(plan) => {
                         assert_ne!(

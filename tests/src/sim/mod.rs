@@ -9,7 +9,6 @@ pub mod host;
 pub mod nat;
 pub mod net;
 pub mod payload;
-pub mod relay;
 pub mod tunnel;
 
 use std::collections::BTreeMap;
@@ -21,7 +20,7 @@ use ipnet::IpNet;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use towline_core::mesh::{MapChange, PeerState};
-use towline_core::path::{LocalPort, Path};
+use towline_core::path::Path;
 use towline_fixtures::node::tombstone_of;
 use towline_proto::frame::Probe;
 use towline_proto::id::{NodeId, WireguardKey};
@@ -227,12 +226,8 @@ impl Sim {
         (self.elapsed(), format!("{event:?}")).hash(&mut self.trace);
         match event {
             Event::Arrive { host, at, from, payload } => {
-                let port = match at.port() {
-                    host::PORT => LocalPort::Configured,
-                    _ => LocalPort::Second,
-                };
                 for (to, payload) in self.hosts[host].receive(self.now, at, from, payload) {
-                    self.send(host, Path { port, ..Path::direct(to) }, payload);
+                    self.send(host, to, payload);
                 }
                 self.settle(host);
             }

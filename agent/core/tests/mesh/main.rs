@@ -7,6 +7,7 @@ mod help;
 mod map;
 mod peer;
 mod plan;
+mod relay_server;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -15,7 +16,9 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use towline_core::local_networks::LocalNetworks;
-use towline_core::mesh::{MapChange, Membership, Mesh, Output, PeerState, PeerStatus, Transmit};
+use towline_core::mesh::{
+    Config, MapChange, Membership, Mesh, Output, PeerState, PeerStatus, RelayLimits, Transmit,
+};
 use towline_core::own_networks::OwnNetworks;
 use towline_core::path::{ChannelId, LocalAddress, Path};
 use towline_core::peer_history::{Changed, PathChange};
@@ -51,10 +54,15 @@ struct Us {
 
 impl Us {
     fn new(number: u8) -> Self {
+        Self::relaying(number, None)
+    }
+
+    fn relaying(number: u8, relay: Option<RelayLimits>) -> Self {
         #[allow(clippy::disallowed_methods)] // some instant to count from
         let now = Instant::now();
         let mesh = MeshConfig { protected: vec![net("10.0.0.0/8")], ..mesh_config() };
         let config = agent::config(Some(Membership { grant: grant(number), mesh }));
+        let config = Config { relay, ..config };
         let mesh = Mesh::new(config, [7; 32], now);
         let (table, results) = (Arc::default(), BTreeMap::new());
         Self { mesh, now, table, plan: None, results, outputs: 0, silent: None, payload: u16::MAX }
@@ -136,6 +144,8 @@ impl Us {
                 }
                 Output::Transmit(_)
                 | Output::Handshake { .. }
+                | Output::ForwardingTable(_)
+                | Output::ReportChannels
                 | Output::Stun { .. }
                 | Output::Advertise(_)
                 | Output::SecondPort { .. }

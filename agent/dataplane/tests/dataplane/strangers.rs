@@ -58,14 +58,9 @@ fn forged_probes_from_one_source_are_limited_and_a_peers_own_come_through() {
 #[test]
 fn a_stranger_that_floods_a_relays_channel_reaches_nobody_and_keeps_nobody_out() {
     let network = Network::new();
-    let limits = Limits { nodes: 8, channels: 8, bytes_per_second: 1 << 20 };
-    let relay = Relay::new(limits);
-    let b = End::relaying(&network, 2, relay.clone());
+    let b = End::new(&network, 2);
     let ends = [1, 3].map(|n| SocketAddr::from(([192, 0, 2, n], 51830)));
-    let now = std::time::Instant::now();
-    let keys = [1, 3].map(|n| WireguardKey([n; 32]));
-    relay.register(now, keys[1], ends[1].into()).unwrap();
-    relay.open(now, (keys[0], ends[0].into()), keys[1], 77).unwrap();
+    b.relay(77, ends, 1 << 23);
     let on_channel = |channel| [&relayed_header(channel)[..], &[4, 0, 0, 0], &[7; 60]].concat();
     let stranger = SocketAddr::from(([203, 0, 113, 1], 1));
     for number in 0..1_000 {
@@ -92,16 +87,11 @@ fn a_stranger_that_floods_a_relays_channel_reaches_nobody_and_keeps_nobody_out()
 #[test]
 fn oversized_datagrams_are_dropped_and_counted_and_hang_nothing() {
     let network = Network::new();
-    let limits = Limits { nodes: 8, channels: 8, bytes_per_second: 1 << 30 };
-    let relay = Relay::new(limits);
-    let (mut a, b) = (End::new(&network, 1), End::relaying(&network, 2, relay.clone()));
+    let (mut a, b) = (End::new(&network, 1), End::new(&network, 2));
     a.apply([(b.key(), b.entry())]);
     b.apply([(a.key(), a.entry())]);
-    let now = Instant::now();
     let ends = [3, 4].map(|n| SocketAddr::from(([192, 0, 2, n], 51830)));
-    let keys = [3, 4].map(|n| WireguardKey([n; 32]));
-    relay.register(now, keys[1], ends[1].into()).unwrap();
-    relay.open(now, (keys[0], ends[0].into()), keys[1], 77).unwrap();
+    b.relay(77, ends, 1 << 33);
     let stranger = SocketAddr::from(([203, 0, 113, 1], 1));
     let heads: [&[u8]; 6] = [
         &relayed_header(77),
