@@ -167,6 +167,7 @@ impl TryFrom<pb::Grant> for Grant {
             labels: labels(grant.labels)?,
             issued_at: grant.issued_at,
             ephemeral: grant.ephemeral,
+            relay: grant.relay.into(),
         })
     }
 }
@@ -185,6 +186,7 @@ impl From<&Grant> for pb::Grant {
             labels: grant.labels.iter().map(|(k, v)| (k.to_string(), v.clone())).collect(),
             issued_at: grant.issued_at,
             ephemeral: grant.ephemeral,
+            relay: grant.relay.decision(),
         }
     }
 }

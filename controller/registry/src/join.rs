@@ -81,6 +81,7 @@ impl Registry {
             labels: terms.labels,
             issued_at: now.unix,
             ephemeral: terms.ephemeral,
+            relay: terms.relay,
         };
         self.members.insert(Member {
             grant,

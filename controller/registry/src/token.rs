@@ -8,6 +8,7 @@ use ipnet::IpNet;
 use subtle::ConstantTimeEq;
 use towline_types::id::{Label, NodeName, TokenId};
 use towline_types::limits;
+use towline_types::node::RelayRole;
 
 use super::JoinError;
 
@@ -98,6 +99,8 @@ pub struct TokenTerms {
     pub replace: Option<NodeName>,
     /// True if the nodes are removed once they are offline for longer than the lease.
     pub ephemeral: bool,
+    /// Whether the nodes may relay for others.
+    pub relay: RelayRole,
 }
 
 impl TokenTerms {
@@ -111,6 +114,7 @@ impl TokenTerms {
             allowed_prefixes: Vec::new(),
             replace: None,
             ephemeral: false,
+            relay: RelayRole::Denied,
         }
     }
 }

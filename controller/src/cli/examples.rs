@@ -24,7 +24,9 @@ Examples:
   # for ten machines of a site, within a day, with pods of a cluster
   towline-controller token create --uses 10 --ttl 24h --site dc --prefix 10.244.0.0/16
   # for a machine that was installed again
-  towline-controller token create --replace gpu-1 > gpu-1.token";
+  towline-controller token create --replace gpu-1 > gpu-1.token
+  # for a public machine that relays for others
+  towline-controller token create --name relay-1 --relay > relay-1.token";
 
 pub(super) const TOKEN_LIST: &str = "\
 Examples:
@@ -47,6 +49,12 @@ pub(super) const NODE_SHOW: &str = "\
 Examples:
   towline-controller node show gpu-1
   towline-controller node show gpu-1 -o yaml";
+
+pub(super) const NODE_SET: &str = "\
+Examples:
+  # it has [relay] enabled, and others can reach it
+  towline-controller node set gateway-1 --relay
+  towline-controller node set gateway-1 --no-relay";
 
 pub(super) const NODE_REMOVE: &str = "\
 Examples:
