@@ -29,8 +29,8 @@ pub struct Config {
     pub rules: RulePlan,
     /// Name of our nftables table.
     pub firewall_table: String,
-    /// Limits of this node's relay. Set if it relays for others: then it registers with no relay
-    /// itself.
+    /// Limits of this node's relay. Set if it relays for others, unless its grant denies it: then it
+    /// registers with no relay itself.
     pub relay: Option<RelayLimits>,
     /// Number that grows with every start of the agent, as in our record.
     pub boot_epoch: u64,

@@ -5,7 +5,8 @@
 //! also while the controller is away, and load spreads by itself. A home that does not answer is
 //! passed over, and asked now and then whether it is back.
 //!
-//! A relay is a node whose record says that it relays. Requests and answers are sealed for the pair
+//! A relay is a node whose record says that it relays and whose grant does not deny it: its own word
+//! is not enough. Requests and answers are sealed for the pair
 //! of node and relay, so a relay serves nodes of its mesh alone:
 //!
 //! - [`Probe::Register`] says that we can be reached at the address that it comes from. It is
@@ -25,7 +26,7 @@ use rand::Rng;
 use towline_types::backoff::{Backoff, Jitter};
 use towline_types::frame::Probe;
 use towline_types::id::{NodeId, NodeName, WireguardKey};
-use towline_types::node::{CandidateKind, Node};
+use towline_types::node::{CandidateKind, Node, RelayRole};
 
 use crate::effects::Effects;
 use crate::local_node::LocalNode;
@@ -53,6 +54,7 @@ struct Relay {
     name: NodeName,
     key: WireguardKey,
     addresses: Vec<SocketAddr>,
+    role: RelayRole,
 }
 
 #[derive(Debug, Default)]
@@ -106,10 +108,11 @@ impl HomeRelays {
         id: NodeId,
         node: Option<&Node>,
     ) -> bool {
-        let relay = node.filter(|node| node.record().relay).map(|node| Relay {
+        let relay = node.filter(|node| node.is_relay()).map(|node| Relay {
             name: node.name().clone(),
             key: node.wireguard_key(),
             addresses: addresses(node),
+            role: node.grant().relay,
         });
         let changed = match relay.filter(|relay| !relay.addresses.is_empty()) {
             Some(relay) => self.relays.insert(id, relay.clone()) != Some(relay),
@@ -121,6 +124,16 @@ impl HomeRelays {
         changed
     }
 
+    /// Takes our own id, or `None` if we register nowhere from now on.
+    pub(crate) fn set_own(&mut self, fx: &mut Effects, own: Option<NodeId>) {
+        self.own = own;
+        if own.is_none() {
+            self.homes.clear();
+            self.schedule(fx);
+        }
+        self.follow(fx, false);
+    }
+
     /// Registers again, since our addresses changed.
     pub(crate) fn handle_local_change(&mut self, fx: &mut Effects) {
         self.follow(fx, true);
@@ -129,6 +142,12 @@ impl HomeRelays {
     /// Returns the addresses of all relays, which reflect too.
     pub(crate) fn addresses(&self) -> impl Iterator<Item = SocketAddr> {
         self.relays.values().flat_map(|relay| relay.addresses.iter().copied())
+    }
+
+    /// Returns the names of the relays that relay although nobody decided that they may.
+    pub(crate) fn undecided(&self) -> impl Iterator<Item = &NodeName> {
+        let undecided = self.relays.values().filter(|relay| relay.role == RelayRole::Undecided);
+        undecided.map(|relay| &relay.name)
     }
 
     /// Returns whether the mesh has no relay.
@@ -325,7 +344,10 @@ pub(crate) fn addresses(node: &Node) -> Vec<SocketAddr> {
 fn ways(via: Option<Path>, relay: &Relay, local: &LocalNode) -> Vec<Path> {
     match via {
         Some(via) => vec![via],
-        None => relay.addresses.iter().flat_map(|to| local.paths_to(*to)).collect(),
+        None => {
+            let addresses = relay.addresses.iter().filter(|to| local.can_send_to(**to));
+            addresses.flat_map(|to| local.paths_to(*to)).collect()
+        }
     }
 }
 

@@ -25,8 +25,8 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use towline_types::frame::Probe;
-use towline_types::id::{NodeId, WireguardKey};
-use towline_types::node::{Candidate, Grant, MeshConfig};
+use towline_types::id::{NodeId, NodeName, WireguardKey};
+use towline_types::node::{Candidate, Grant, MeshConfig, RelayRole};
 
 use crate::counters::Counters;
 use crate::derived::Derived;
@@ -65,7 +65,9 @@ pub struct Mesh {
     static_peers: StaticPeers,
     local: LocalNode,
     relays: HomeRelays,
-    /// `None` if this node does not relay.
+    /// Limits of our relay; `None` if the configuration makes us none.
+    relay_limits: Option<RelayLimits>,
+    /// `None` if the configuration or our grant does not let this node relay.
     relay_server: Option<RelayServer>,
     stun: StunClient,
     second_port: SecondPort,
@@ -81,11 +83,14 @@ impl Mesh {
     pub fn new(mut config: Config, seed: [u8; 32], now: Instant) -> Self {
         let membership = config.membership.take();
         let own = membership.as_ref().map(|own| own.grant.node_id);
+        let grant = membership.as_ref().map(|own| &own.grant);
+        let limits = config.relay.filter(|_| can_relay(grant));
         let mut fx = Effects::new(seed, now);
         Self {
             local: LocalNode::new(membership.as_ref(), config.mtu),
-            relays: HomeRelays::new(own.filter(|_| config.relay.is_none())),
-            relay_server: config.relay.map(RelayServer::new),
+            relays: HomeRelays::new(own.filter(|_| limits.is_none())),
+            relay_limits: config.relay,
+            relay_server: limits.map(RelayServer::new),
             roster: Roster::new(membership),
             peers: Peers::default(),
             static_peers: StaticPeers::default(),
@@ -288,6 +293,7 @@ impl Mesh {
             && let Some(membership) = self.roster.membership()
         {
             self.local.set_grant(&membership.grant);
+            self.follow_role();
         }
     }
 
@@ -524,6 +530,19 @@ impl Mesh {
         self.relay_server.as_ref().map(RelayServer::status)
     }
 
+    /// Returns the relays, this node among them, that are used although no operator decided that they
+    /// may relay: the next version does not use them.
+    pub fn undecided_relays(&self) -> impl Iterator<Item = &NodeName> {
+        let grant = self.grant().filter(|_| self.relay_server.is_some());
+        let own = grant.filter(|grant| grant.relay == RelayRole::Undecided);
+        own.map(|grant| &grant.name).into_iter().chain(self.relays.undecided())
+    }
+
+    /// Returns whether the configuration makes this node a relay, but its grant denies it.
+    pub fn is_relay_denied(&self) -> bool {
+        self.relay_limits.is_some() && self.grant().is_some() && self.relay_server.is_none()
+    }
+
     /// Networks that nobody holds now but somebody held once: they stay guarded. To be given back
     /// by [`Self::set_withdrawn`] at the next start.
     pub fn withdrawn(&self) -> &BTreeSet<IpNet> {
@@ -653,6 +672,23 @@ impl Mesh {
         self.probing.handle_operator_pong(&mut self.fx, &sent, from);
     }
 
+    /// Begins or ceases to relay, as our grant says.
+    fn follow_role(&mut self) {
+        let limits = self.relay_limits.filter(|_| can_relay(self.grant()));
+        match (limits, self.relay_server.is_some()) {
+            (Some(limits), false) => self.relay_server = Some(RelayServer::new(limits)),
+            (None, true) => {
+                self.relay_server = None;
+                self.fx.timers.cancel(Timer::RelayServer);
+                self.fx.output(Output::ForwardingTable(Arc::default()));
+            }
+            (None, false) | (Some(_), true) => return,
+        }
+        let own = self.grant().map(|grant| grant.node_id);
+        let own = own.filter(|_| self.relay_server.is_none());
+        self.relays.set_own(&mut self.fx, own);
+    }
+
     /// Handles a change of our addresses or uplinks: what others see of us changed, and perhaps every path.
     fn local_changed(&mut self) {
         self.advertise();
@@ -752,4 +788,9 @@ impl Mesh {
         };
         (&mut self.peers, context)
     }
+}
+
+/// Returns whether a node with this grant may relay for others; `None`: it is in no mesh.
+fn can_relay(grant: Option<&Grant>) -> bool {
+    grant.is_some_and(|grant| grant.relay != RelayRole::Denied)
 }

@@ -372,6 +372,7 @@ impl Daemon {
             None => {}
             Some(Received::Signal(datagram)) => self.message_received(None, &datagram),
             Some(Received::Grant) => {
+                self.announcer.set_relay(self.mesh.relay().is_some());
                 self.kubernetes_changed();
                 self.announcer.select(&mut self.mesh, self.config.prefix_filter());
             }

@@ -51,6 +51,8 @@ impl Reporter<'_> {
         let socket = daemon.wireguard_socket.as_ref();
         notes.extend(socket.and_then(|socket| socket.problem()).map(Note::from));
         notes.extend(mesh.second_port().map(|second| Note::SecondPort { configured, second }));
+        let relays = mesh.undecided_relays().cloned();
+        notes.extend(relays.map(|relay| Note::RelayNotGranted { relay }));
         let own_drops = [("probes_refused", daemon.prober.refused())];
         let drops = snapshot.drops.into_iter().chain(mesh.counters().named()).chain(own_drops);
         let feature = |feature: Feature| pb::Feature {
@@ -114,6 +116,8 @@ impl Reporter<'_> {
         problems.extend(self.foreign_source());
         problems.extend(daemon.announcer.problems().iter().cloned().map(Problem::from));
         problems.extend(daemon.kubernetes.problems(mesh.grant()));
+        let denied = mesh.grant().filter(|_| mesh.is_relay_denied());
+        problems.extend(denied.map(|grant| Problem::RelayDenied { node: grant.name.clone() }));
         for status in mesh.peers() {
             let peer = status.node.name();
             problems.extend(

@@ -17,7 +17,8 @@ use towline_fixtures::{agent, node};
 use towline_proto::frame::Probe;
 use towline_proto::id::{IdentityKey, NodeId, WireguardKey};
 use towline_proto::node::{
-    Candidate, CandidateKind, Grant, MeshConfig, Node, OverlayAddresses, Record, Tombstone,
+    Candidate, CandidateKind, Grant, MeshConfig, Node, OverlayAddresses, Record, RelayRole,
+    Tombstone,
 };
 
 use super::net::RealmId;
@@ -493,6 +494,7 @@ fn grant(number: u16) -> Grant {
         },
         allowed_prefixes: vec![node::net("10.244.0.0/16")],
         issued_at: i64::from(number),
+        relay: RelayRole::Granted,
         ..node::grant(0)
     }
 }

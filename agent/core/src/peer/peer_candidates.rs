@@ -216,7 +216,7 @@ impl Peer {
             }));
         }
         let needs_relay = far || turn > 0;
-        if needs_relay && !self.node.record().relay && relayed.is_none() {
+        if needs_relay && !self.node.is_relay() && relayed.is_none() {
             cx.relays.open(cx.fx, cx.local, (self.id(), self.key()), turn / 2);
         }
     }

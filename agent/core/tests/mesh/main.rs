@@ -34,7 +34,7 @@ use towline_types::code::Coded as _;
 use towline_types::frame::Probe;
 use towline_types::id::WireguardKey;
 use towline_types::mtu::Mtu;
-use towline_types::node::{Grant, MeshConfig};
+use towline_types::node::{Grant, MeshConfig, RelayRole};
 
 const PUBLIC: &str = "203.0.113.7:51830";
 const PRIVATE: &str = "192.168.1.7:51830";
@@ -61,7 +61,8 @@ impl Us {
         #[allow(clippy::disallowed_methods)] // some instant to count from
         let now = Instant::now();
         let mesh = MeshConfig { protected: vec![net("10.0.0.0/8")], ..mesh_config() };
-        let config = agent::config(Some(Membership { grant: grant(number), mesh }));
+        let grant = Grant { relay: RelayRole::of(relay.is_some()), ..grant(number) };
+        let config = agent::config(Some(Membership { grant, mesh }));
         let config = Config { relay, ..config };
         let mesh = Mesh::new(config, [7; 32], now);
         let (table, results) = (Arc::default(), BTreeMap::new());

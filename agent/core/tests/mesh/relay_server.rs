@@ -164,6 +164,28 @@ fn what_one_node_has_too_much_of_is_refused_to_it_alone() {
 }
 
 #[test]
+fn a_node_ceases_to_relay_when_its_grant_denies_it_and_registers_with_others() {
+    let (mut us, _) = opened();
+    us.upsert(peer(9).relay().candidates(&[OTHER]).generation(2));
+    us.run(Duration::from_secs(1));
+    let grant = us.mesh.grant().unwrap().clone();
+    us.mesh.set_grant(us.now, Grant { relay: RelayRole::Denied, ..grant.clone() });
+    let outputs = us.run(Duration::from_secs(1));
+    let empty = Output::ForwardingTable(Arc::default());
+    assert!(outputs.contains(&empty), "the data plane forwards nothing more");
+    assert_eq!(registration(&outputs).map(|(relay, ..)| relay), Some(key(9)));
+    assert!(us.mesh.relay().is_none() && us.mesh.is_relay_denied());
+    us.message(4, at(4), Probe::Register { transaction: 1 });
+    assert!(sent(&us.drain(), at(4)).is_empty());
+
+    us.mesh.set_grant(us.now, Grant { relay: RelayRole::Undecided, ..grant });
+    assert_eq!(registration(&us.run(Duration::from_secs(60))), None);
+    register(&mut us, 4, at(4));
+    let own = us.mesh.grant().unwrap().name.clone();
+    assert_eq!(us.mesh.undecided_relays().collect::<Vec<_>>(), [&own]);
+}
+
+#[test]
 fn a_channel_ends_when_neither_end_uses_it_and_with_its_nodes() {
     let (mut us, channel) = opened();
     let (_, other) = open(&mut us, 3, at(3), 2);

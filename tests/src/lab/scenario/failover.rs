@@ -150,7 +150,9 @@ impl World {
         let mut nodes = Vec::new();
         for (number, (name, host, more)) in relays.chain(built).enumerate() {
             let mut node = Node::new(&lab, &Arc::clone(&host), &name, &setting.binaries, more)?;
-            node.join(&controller.operator().token(&format!("site-{number}"))?)?;
+            let site = format!("site-{number}");
+            let token = controller.operator().token_with(&["--site", &site, "--relay"])?;
+            node.join(&token)?;
             node.restart()?;
             nodes.push(node);
         }

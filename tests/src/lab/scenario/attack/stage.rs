@@ -511,7 +511,8 @@ impl Mesh {
                 Permissions::from_mode(0o755),
             )?;
             let flags = granted.iter().flat_map(|prefix| ["--prefix", prefix]);
-            let flags: Vec<&str> = ["--site", "lab"].into_iter().chain(flags).collect();
+            let role = more.contains("[relay]").then_some("--relay");
+            let flags: Vec<&str> = ["--site", "lab"].into_iter().chain(flags).chain(role).collect();
             node.join(&controller.operator().token_with(&flags)?)?;
             anyhow::Ok(node)
         };
