@@ -171,7 +171,8 @@ pub struct RelayConfig {
     pub nodes: usize,
     /// Maximum number of channels that one node has at the same time.
     pub channels_per_node: usize,
-    /// Maximum rate at which one node may send, in megabits per second.
+    /// Maximum rate at which one node may send through this relay, on all of its channels together, in
+    /// megabits per second. What it sends beyond that is dropped (`relay_limited`).
     pub megabits_per_node: u64,
 }
 
@@ -181,7 +182,7 @@ impl Default for RelayConfig {
             enabled: false,
             nodes: limits::NODES,
             channels_per_node: 1_024,
-            megabits_per_node: 10_000,
+            megabits_per_node: 1_000,
         }
     }
 }
