@@ -7,16 +7,18 @@
 //! | [`inward`] | inner packets of a member with a raw tunnel, to forbidden addresses |
 //! | [`sources`] | packets of a neighbour with a source of this node or of the mesh |
 //! | [`outward`] | traffic for the mesh that might leave in clear, with one guard or both |
+//! | [`relay`] | an evil relay between two nodes |
 //! | [`local`] | access of another user to the TUN link, the state and the sockets of the agent |
 //!
 //! Some cases are controls, which must succeed. Any outcome other than the expected one is a
 //! breach, also for a control. Cases run in the order of the list. Each leaves the hosts as it
-//! found them.
+//! found them, except those of [`relay`], which come last.
 
 mod inward;
 mod local;
 mod outward;
 mod oversized;
+mod relay;
 mod sources;
 mod stage;
 
@@ -45,6 +47,8 @@ pub enum Attacker {
     Pod,
     /// A member of the mesh that sends any inner packet, without the checks of an agent.
     Member,
+    /// A relay of the mesh that carries the traffic of two nodes.
+    Relay,
 }
 
 /// Outcome of an attempt.
@@ -144,10 +148,17 @@ struct Unavailable(String);
 
 /// Returns all cases, in the order in which they run.
 fn every_case() -> Vec<Case> {
-    [oversized::cases(), local::cases(), inward::cases(), sources::cases(), outward::cases()]
-        .into_iter()
-        .flatten()
-        .collect()
+    [
+        oversized::cases(),
+        local::cases(),
+        inward::cases(),
+        sources::cases(),
+        outward::cases(),
+        relay::cases(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 /// Returns the cases as the command line selects them.
@@ -247,6 +258,7 @@ mod tests {
             Attacker::LocalUser,
             Attacker::Pod,
             Attacker::Member,
+            Attacker::Relay,
         ] {
             assert!(short.iter().any(|case| case.attacker == attacker), "{attacker:?}");
         }
