@@ -21,6 +21,7 @@ use towline_proto::node::{
     Tombstone,
 };
 
+use super::evil_relay::EvilRelay;
 use super::net::RealmId;
 use super::payload::Payload;
 use super::tunnel::Tunnels;
@@ -63,6 +64,8 @@ pub struct Host {
     pub prefixes: Vec<IpNet>,
     /// True if the node relays and answers STUN for others.
     pub relay: bool,
+    /// Set if the relay is evil.
+    pub evil: Option<EvilRelay>,
     /// Offset of the wall clock from the true time, in seconds.
     pub clock_offset: i64,
     /// True while the host has a connection to the controller.
@@ -120,6 +123,7 @@ impl Host {
             configured: Vec::new(),
             prefixes: Vec::new(),
             relay: false,
+            evil: None,
             clock_offset: 0,
             controller_reachable: true,
             watching: false,

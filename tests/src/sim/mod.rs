@@ -5,6 +5,7 @@
 //! model of the data plane ([`tunnel`]). The seed decides everything: the same seed and the same
 //! calls give the same [`Sim::trace`].
 
+pub mod evil_relay;
 pub mod host;
 pub mod nat;
 pub mod net;
@@ -307,6 +308,17 @@ impl Sim {
     fn send(&mut self, host: HostId, to: Path, payload: Payload) {
         let second = self.elapsed().as_secs();
         *self.hosts[host].sent.entry(second).or_default() += 1;
+        match &mut self.hosts[host].evil {
+            None => self.transmit(host, Duration::ZERO, to, payload),
+            Some(evil) => {
+                for (delay, to, payload) in evil.treat(to, payload) {
+                    self.transmit(host, delay, to, payload);
+                }
+            }
+        }
+    }
+
+    fn transmit(&mut self, host: HostId, delay: Duration, to: Path, payload: Payload) {
         let Some((realm, from)) = self.hosts[host].source(&to) else { return };
         if payload.size() > self.net.payload {
             return;
@@ -315,7 +327,7 @@ impl Sim {
         if let Some(arrival) = arrival {
             let Arrival { host, at, from, .. } = arrival;
             let event = Event::Arrive { host, at, from, payload };
-            self.schedule(self.now + arrival.after, event);
+            self.schedule(self.now + delay + arrival.after, event);
         }
     }
 
