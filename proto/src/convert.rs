@@ -341,6 +341,30 @@ impl From<&MeshConfig> for pb::MeshConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::node::RelayRole;
+
+    #[test]
+    fn a_grant_of_an_earlier_version_does_not_decide_who_relays() {
+        let grant = |relay| pb::Grant {
+            mesh_id: vec![1; 16],
+            node_id: vec![1; 16],
+            name: "a".into(),
+            identity_key: vec![1; 32],
+            wireguard_keys: vec![vec![1; 32]],
+            overlay_addresses: vec![vec![1; 16], vec![1; 4]],
+            relay,
+            ..pb::Grant::default()
+        };
+        for (decision, role) in [
+            (None, RelayRole::Undecided),
+            (Some(false), RelayRole::Denied),
+            (Some(true), RelayRole::Granted),
+        ] {
+            let parsed = Grant::try_from(grant(decision)).unwrap();
+            assert_eq!(parsed.relay, role);
+            assert_eq!(pb::Grant::from(&parsed).relay, decision);
+        }
+    }
 
     #[test]
     fn a_record_with_ten_thousand_candidates_is_refused_and_one_with_all_that_there_may_be_is_not()

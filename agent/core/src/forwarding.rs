@@ -41,7 +41,8 @@ pub struct ForwardingTable {
 impl ForwardingTable {
     /// Creates a table without channels. `budget` counts bits.
     pub fn new(budget: Rate) -> Self {
-        Self { budget, parts: vec![Arc::default(); PARTS] }
+        let empty: Arc<ForwardingPart> = Arc::default();
+        Self { budget, parts: vec![empty; PARTS] }
     }
 
     /// Returns the number of the part that has a channel.
