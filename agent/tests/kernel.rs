@@ -29,6 +29,7 @@ use towline_dataplane::{
 };
 use towline_netlink::codec::Message;
 use towline_netlink::{AddressOptions, Connection, Protocol, Rtnetlink, VethPeer};
+use towline_proto::frame::ProbeVersion;
 use towline_proto::mtu::Mtu;
 use x25519_dalek::StaticSecret;
 
@@ -233,6 +234,7 @@ fn pair_with(offloads: Offloads, outer: [&str; 2], workers: usize) -> [Node; 2] 
             preshared_key: None,
             boot_epoch: 0,
             is_static: false,
+            probe_version: ProbeVersion::OWN,
         };
         let peers = BTreeMap::from([(nodes[you].plane.public_key(), entry)]);
         let own = OwnNetworks::new(nodes[me].inner, [], []);

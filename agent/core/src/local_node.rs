@@ -210,6 +210,7 @@ impl LocalNode {
     /// Returns whether we may send outer datagrams there.
     pub(crate) fn can_send_to(&self, to: SocketAddr) -> bool {
         Candidate::new(CandidateKind::Local, to).is_some()
+            && !is_host_local(to.ip())
             && !self.is_inside(to.ip())
             && !self.is_own(to)
     }
@@ -306,6 +307,15 @@ impl LocalNode {
     /// Returns whether this host is known to have an address of the family of `remote`.
     pub(crate) fn has_family(&self, remote: SocketAddr) -> bool {
         self.candidates[..self.own].iter().any(|c| c.address().is_ipv4() == remote.is_ipv4())
+    }
+}
+
+/// Returns whether an address means another host, or none, on each host or link: loopback or
+/// link-local. Services that trust their link listen there, such as a cloud's metadata service.
+fn is_host_local(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(v4) => v4.is_loopback() || v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_loopback() || v6.is_unicast_link_local(),
     }
 }
 

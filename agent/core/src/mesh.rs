@@ -108,6 +108,7 @@ impl Mesh {
             }
             Some(RosterEvent::Removed(id)) => {
                 self.peers.handle_removal(&mut self.fx, id);
+                self.probing.unanswered.forget(id);
                 let changed = self.relays.handle_node(&mut self.fx, id, None);
                 let relays = changed.then_some(&self.relays);
                 self.stun.handle_node(&mut self.fx, &self.local, id, None, relays);
@@ -136,7 +137,8 @@ impl Mesh {
     }
 
     /// Handles a message that was opened with the key of the pair of us and `peer`, so it is
-    /// authentic. `from` is the path that it came over; `None`: a controller carried it, which holds
+    /// authentic; [`ProbeSession`](crate::probe_session::ProbeSession) decided to deliver it. A ping
+    /// and a challenge are answered already. `from` is the path that it came over; `None`: a controller carried it, which holds
     /// for a [`Probe::CallMe`] alone.
     ///
     /// Requests to a relay are not for the core: a node that relays answers them first.
@@ -164,9 +166,15 @@ impl Mesh {
             }
             // Every other message is about the path that it came over.
             (_, None) => {}
-            (Probe::Ping { transaction }, Some(from)) => {
+            // The data plane answered a ping, and took a proof.
+            (Probe::Ping { .. } | Probe::Proof { .. }, Some(from)) => {
                 if let Some(id) = node {
-                    self.with_peer(id, |peer, cx| peer.handle_ping(cx, from, transaction));
+                    self.with_peer(id, |peer, cx| peer.handle_ping(cx, from));
+                }
+            }
+            (Probe::Challenge { .. }, Some(from)) => {
+                if let Some(id) = node {
+                    self.handle_challenge(id, peer, from);
                 }
             }
             (Probe::Pong { transaction, observed }, Some(from)) => {
@@ -571,6 +579,14 @@ impl Mesh {
 
 /// # Between the parts
 impl Mesh {
+    /// Sends again what a peer answered by a challenge. The data plane has sent the proof.
+    fn handle_challenge(&mut self, node: NodeId, key: WireguardKey, from: Path) {
+        for (to, transaction) in self.probing.pings.repeat(self.fx.now, node, &from) {
+            self.fx.transmit(key, to, Probe::Ping { transaction });
+        }
+        self.relays.handle_challenge(&mut self.fx, node, from);
+    }
+
     fn handle_pong(&mut self, node: NodeId, from: Path, transaction: u64, observed: SocketAddr) {
         let Some(mut sent) = self.probing.pings.answered(node, from, transaction) else { return };
         if sent.to.local.is_none() {

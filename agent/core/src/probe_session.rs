@@ -355,6 +355,11 @@ mod tests {
 
     type Secret = TokenSecret<BuildHasherDefault<DefaultHasher>>;
 
+    #[allow(clippy::disallowed_methods)] // some instant to count from
+    fn start() -> Instant {
+        Instant::now()
+    }
+
     const PING: Probe = Probe::Ping { transaction: 7 };
 
     /// One end of a pair: what it received, and what it sends.
@@ -407,7 +412,7 @@ mod tests {
 
     #[test]
     fn a_first_probe_is_challenged_and_the_proof_opens_the_epoch() {
-        let now = Instant::now();
+        let now = start();
         let (mut a, mut b) = (End::new(2, 5, now), End::new(1, 9, now));
         introduce(&mut b, &mut a, now, at(1));
         let stamp = a.stamp();
@@ -419,7 +424,7 @@ mod tests {
 
     #[test]
     fn a_recorded_probe_is_refused_from_anywhere_and_a_recorded_proof_too() {
-        let now = Instant::now();
+        let now = start();
         let (mut a, mut b) = (End::new(2, 5, now), End::new(1, 9, now));
         let (stamp, proof) = introduce(&mut b, &mut a, now, at(1));
         let recorded = a.stamp();
@@ -434,7 +439,7 @@ mod tests {
 
     #[test]
     fn an_end_that_went_back_is_heard_after_a_challenge_and_its_former_epoch_is_over() {
-        let now = Instant::now();
+        let now = start();
         let (mut a, mut b) = (End::new(2, 5, now), End::new(1, 9, now));
         introduce(&mut b, &mut a, now, at(1));
         let recorded = a.stamp();
@@ -450,7 +455,7 @@ mod tests {
 
     #[test]
     fn both_may_restart_at_once() {
-        let now = Instant::now();
+        let now = start();
         let (mut a, mut b) = (End::new(2, 1, now), End::new(1, 1, now));
         let to_b = challenge(b.receive(now, at(1), a.stamp(), &PING));
         let to_a = challenge(a.receive(now, at(2), b.stamp(), &PING));
@@ -465,7 +470,7 @@ mod tests {
 
     #[test]
     fn a_request_is_taken_from_validated_paths_only() {
-        let now = Instant::now();
+        let now = start();
         let (mut a, mut b) = (End::new(2, 5, now), End::new(1, 9, now));
         introduce(&mut b, &mut a, now, at(1));
         let register = Probe::Register { transaction: 3 };
@@ -481,7 +486,7 @@ mod tests {
 
     #[test]
     fn a_token_ends_with_its_time_and_with_the_next_proof() {
-        let now = Instant::now();
+        let now = start();
         let (mut a, mut b) = (End::new(2, 5, now), End::new(1, 9, now));
         let first = challenge(b.receive(now, at(1), a.stamp(), &PING));
         let late = now + Duration::from_secs(2 * PERIOD);
@@ -496,7 +501,7 @@ mod tests {
 
     #[test]
     fn replays_do_not_use_up_what_the_path_in_use_gets() {
-        let now = Instant::now();
+        let now = start();
         let (mut a, mut b) = (End::new(2, 5, now), End::new(1, 9, now));
         introduce(&mut b, &mut a, now, at(1));
         let recorded = a.stamp();
@@ -514,7 +519,7 @@ mod tests {
 
     #[test]
     fn a_signal_is_refused_only_if_it_was_seen() {
-        let now = Instant::now();
+        let now = start();
         let (mut a, mut b) = (End::new(2, 5, now), End::new(1, 9, now));
         assert!(b.session.receive_signal(a.stamp()), "nothing is known yet");
         introduce(&mut b, &mut a, now, at(1));
@@ -528,19 +533,19 @@ mod tests {
         /// The window accepts exactly what a set of all counters would, above its lower end.
         #[test]
         fn the_window_is_a_set_of_the_latest_counters(
-            start in prop_oneof![Just(0u64), any::<u64>()],
+            base in prop_oneof![Just(0u64), any::<u64>()],
             steps in prop::collection::vec(prop_oneof![
                 4 => -600i64..600,
                 1 => -3i64..3,
                 1 => -100_000i64..100_000,
             ], 1..300),
         ) {
-            let mut window = ReplayWindow::above(start);
-            let (mut top, mut seen, mut counter) = (start, BTreeSet::new(), start);
+            let mut window = ReplayWindow::above(base);
+            let (mut top, mut seen, mut counter) = (base, BTreeSet::new(), base);
             for step in steps {
                 counter = counter.saturating_add_signed(step);
                 let in_window = counter > top || top - counter < WINDOW;
-                let expected = counter > start && in_window && !seen.contains(&counter);
+                let expected = counter > base && in_window && !seen.contains(&counter);
                 prop_assert_eq!(window.mark(counter), expected, "{} of {}", counter, top);
                 seen.insert(counter);
                 top = top.max(counter);
@@ -552,7 +557,7 @@ mod tests {
         fn nothing_is_delivered_twice(
             order in prop::collection::vec((any::<prop::sample::Index>(), 0u8..4), 1..400),
         ) {
-            let now = Instant::now();
+            let now = start();
             let (mut a, mut b) = (End::new(2, 5, now), End::new(1, 9, now));
             let mut recorded = vec![introduce(&mut b, &mut a, now, at(0))];
             recorded.extend((0..40).map(|_| (a.stamp(), PING)));

@@ -30,6 +30,7 @@ use towline_dataplane::switch::Switch;
 use towline_dataplane::udp::TooBig;
 use towline_dataplane::vnet::VnetHeader;
 use towline_dataplane::{Config, DataPlane, Event, Ready, Relay, TunIo, UdpIo};
+use towline_types::frame::ProbeVersion;
 use towline_types::mtu::Mtu;
 use x25519_dalek::StaticSecret;
 
@@ -186,6 +187,7 @@ impl End {
             preshared_key: None,
             boot_epoch: 0,
             is_static: false,
+            probe_version: ProbeVersion::OWN,
         };
         let peers = BTreeMap::from([(peer.plane.public_key(), entry)]);
         let own = OwnNetworks::new([IpAddr::from(own)], [], []);

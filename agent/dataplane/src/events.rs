@@ -135,12 +135,17 @@ impl EventSink {
                     kept.push((peer, what));
                 }
                 Entry::Occupied(place) => {
-                    if let Observation::Active { sent: was_sent, received: was_received } = what
-                        && let Some((_, Observation::Active { sent, received })) =
+                    if let Observation::Active {
+                        sent: was_sent,
+                        received: was_received,
+                        by_endpoint: was_by_endpoint,
+                    } = what
+                        && let Some((_, Observation::Active { sent, received, by_endpoint })) =
                             kept.get_mut(*place.get())
                     {
                         *sent |= was_sent;
                         *received |= was_received;
+                        *by_endpoint |= was_by_endpoint;
                     }
                 }
             }
@@ -195,7 +200,8 @@ mod tests {
         for round in 0..20 {
             for peer in 0..PEERS {
                 sink.observe(key(peer), Observation::Handshake { from: from(round) });
-                sink.observe(key(peer), Observation::Active { sent: round == 0, received: false });
+                let (sent, received, by_endpoint) = (round == 0, false, false);
+                sink.observe(key(peer), Observation::Active { sent, received, by_endpoint });
                 sink.observe(key(peer), Observation::Roamed { from: from(1_000 + round) });
                 if peer % 2 == 0 {
                     sink.observe(key(peer), Observation::SessionExpired);

@@ -586,6 +586,7 @@ impl Pipeline {
             events: &mut self.events,
             drops: &self.drops,
             counters: &peer.counters,
+            is_static: peer.entry.is_static,
         }
     }
 }

@@ -25,7 +25,7 @@ use towline_dataplane::relay::Limits;
 use towline_dataplane::switch::Switch;
 use towline_dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_UDP_L4, VnetHeader};
 use towline_dataplane::{Config, DataPlane, Event, Fault, Relay, StuckWorkers, TunIo, checksum};
-use towline_types::frame::relayed_header;
+use towline_types::frame::{Probe, ProbeVersion, relayed_header};
 use towline_types::id::{PresharedKey, WireguardKey};
 use towline_types::mtu::Mtu;
 use towline_types::stun;
@@ -85,6 +85,7 @@ impl End {
             preshared_key: None,
             boot_epoch: 0,
             is_static: false,
+            probe_version: ProbeVersion::OWN,
         }
     }
 
