@@ -3,7 +3,7 @@
 //! | report | transport | when the receiver is slow |
 //! |---|---|---|
 //! | observations of a peer | the channel | they wait here; the last per peer and kind is kept |
-//! | probes and STUN messages | the channel | they are dropped and counted |
+//! | messages of probes, and STUN messages | the channel | they are dropped and counted |
 //! | a fault | a state ([`FaultState`]) | it stays until it is read |
 //!
 //! The channel is bounded. A worker never blocks on it.
@@ -18,6 +18,7 @@ use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::watch;
 use towline_core::path::Path;
 use towline_core::peer_table::Observation;
+use towline_types::frame::Probe;
 use towline_types::id::WireguardKey;
 
 use super::drops::{DropReason, Drops};
@@ -32,12 +33,15 @@ pub enum Event {
         /// The observation.
         what: Observation,
     },
-    /// A datagram that looks like a probe (see `towline_types::frame`). Not authenticated.
+    /// An authentic, fresh message of a peer (see `towline_types::frame`). Pings and challenges are
+    /// answered already.
     Probe {
+        /// Public key of the peer.
+        peer: WireguardKey,
         /// Path that the datagram came by.
         from: Path,
-        /// The whole datagram.
-        datagram: Box<[u8]>,
+        /// The message.
+        message: Probe,
     },
     /// A datagram that looks like STUN. Not authenticated.
     Stun {

@@ -16,6 +16,7 @@ use super::coalesce::Coalesce;
 use super::drops::{DropReason, Drops};
 use super::events::{Event, EventSink};
 use super::pipeline::Pipeline;
+use super::probes::Probes;
 use super::relay::Relay;
 use super::table::Table;
 use super::udp::UdpIo;
@@ -28,6 +29,7 @@ const EVENTS: usize = 4096;
 #[derive(Debug)]
 pub struct PacketPath {
     secrets: Arc<Secrets>,
+    probes: Probes,
     table: Arc<ArcSwap<Table>>,
     drops: Arc<Drops>,
     events: Receiver<Event>,
@@ -37,14 +39,23 @@ pub struct PacketPath {
 impl PacketPath {
     /// Creates a packet path without peers.
     pub fn new(private_key: StaticSecret, relay: Relay, link: Option<u32>, now: Instant) -> Self {
+        let probes = Probes::new(private_key.clone(), 1);
         let secrets = Arc::new(Secrets::new(private_key));
         let table = Arc::new(ArcSwap::from_pointee(Table::default()));
         let drops = Arc::new(Drops::default());
         let (sender, events) = channel(EVENTS);
         let sink = EventSink::new(sender, drops.clone());
-        let pipeline =
-            Pipeline::new(secrets.clone(), table.clone(), drops.clone(), sink, relay, link, now);
-        Self { secrets, table, drops, events, pipeline }
+        let pipeline = Pipeline::new(
+            secrets.clone(),
+            probes.clone(),
+            table.clone(),
+            drops.clone(),
+            sink,
+            relay,
+            link,
+            now,
+        );
+        Self { secrets, probes, table, drops, events, pipeline }
     }
 
     /// Returns the node's own public key.
@@ -54,6 +65,7 @@ impl PacketPath {
 
     /// Replaces the peer table.
     pub fn apply(&self, table: &PeerTable) {
+        self.probes.apply(table);
         self.table.store(Arc::new(self.table.load().next(table, &self.secrets)));
     }
 

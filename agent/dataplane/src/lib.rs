@@ -18,7 +18,8 @@
 //! - Every dropped packet is counted under one [`DropReason`]. A datagram from outside never causes
 //!   a panic or a log line of this crate (the WireGuard engine's boringtun logs some).
 //! - Each datagram is classified by its first bytes (`towline_types::frame`): WireGuard messages
-//!   are handled here, probes and STUN messages are passed on as [`Event`]s.
+//!   are handled here. Probes are opened and, if they are pings, challenges or replays, answered
+//!   here; their messages and STUN messages are passed on as [`Event`]s.
 //!
 //! # Files
 //!
@@ -34,6 +35,7 @@
 //! | `tun`, `udp`, `memory` | the I/O traits and their implementations |
 //! | `steering` | which queue of the TUN receives a packet |
 //! | `switch` | which offloads of the kernel are in use |
+//! | `probes` | keys of the pairs; which probes are delivered and which answered |
 //! | `relay` | the forwarding table for relayed channels |
 //! | `events`, `drops`, `counters` | what is reported and counted |
 //! | `internals` | the packet path without its thread, for fuzzing |
@@ -52,6 +54,7 @@ pub mod headers;
 pub mod internals;
 pub mod memory;
 mod pipeline;
+mod probes;
 pub mod relay;
 pub mod split;
 mod steering;
@@ -86,6 +89,7 @@ use x25519_dalek::StaticSecret;
 
 pub use drops::{DropReason, ForeignSource};
 pub use events::{Event, Fault};
+pub use probes::Probes;
 pub use relay::Relay;
 pub use switch::{Feature, OffReason};
 pub use tun::{
@@ -104,6 +108,9 @@ use worker::{Command, Inbox, Worker, WorkerShared};
 pub struct Config {
     /// The node's WireGuard key.
     pub private_key: StaticSecret,
+    /// Keys and sessions of probes, which outlive this data plane. The daemon holds a clone and seals
+    /// with it.
+    pub probes: Probes,
     /// Forwarding table and limits for datagrams of other nodes. The daemon holds a clone and
     /// changes the table through it.
     pub relay: Relay,
@@ -218,6 +225,8 @@ pub struct DataPlane(Arc<Running>);
 struct Running {
     /// Keys of the node, shared by all tunnels.
     secrets: Arc<Secrets>,
+    /// Keys and sessions of probes.
+    probes: Probes,
     /// Current peer table. Workers load it once per batch.
     table: Arc<ArcSwap<Table>>,
     /// Lock that is held while the next table is built, so that updates are applied one after
@@ -292,6 +301,7 @@ impl DataPlane {
         let (alive, ended) = mpsc::channel();
         let mut running = Running {
             secrets: Arc::new(Secrets::new(config.private_key)),
+            probes: config.probes.clone(),
             table: Arc::new(ArcSwap::from_pointee(Table::default())),
             building: Mutex::new(()),
             building_drops: Drops::default(),
@@ -314,6 +324,7 @@ impl DataPlane {
             }
             let mut pipeline = Pipeline::new(
                 running.secrets.clone(),
+                config.probes.clone(),
                 running.table.clone(),
                 drops.clone(),
                 EventSink::new(events.clone(), drops.clone()),
@@ -355,6 +366,7 @@ impl DataPlane {
     /// Replaces the peer table. Peers that stay in it keep their sessions.
     pub fn apply(&self, table: &PeerTable) {
         let _building = self.0.building.lock();
+        self.0.probes.apply(table);
         let before = self.0.table.load_full();
         self.0.table.store(Arc::new(before.next(table, &self.0.secrets)));
         for peer in before.peers.iter().filter(|peer| !table.peers.contains_key(&peer.key)) {

@@ -321,8 +321,8 @@ impl Daemon {
             Report::Event(dataplane::Event::Peer { peer, what }) => {
                 self.mesh.handle_observation(now, peer, what);
             }
-            Report::Event(dataplane::Event::Probe { from, datagram }) => {
-                self.message_received(Some(from), &datagram);
+            Report::Event(dataplane::Event::Probe { peer, from, message }) => {
+                self.message_received(peer, from, message);
             }
             Report::Event(dataplane::Event::Stun { from, datagram }) => {
                 if let Some(stun::Message::Success { transaction, mapped }) =
@@ -336,7 +336,9 @@ impl Daemon {
                 let event = Event::DataPlaneRestarted { fault: fault.to_string() };
                 self.observer.happened(&event);
                 let relay = self.relay.handle_for_data_plane();
-                self.tunnels.restart(&self.config, self.prober.own_key(), relay, self.purpose)?;
+                let probes = self.prober.handle_for_data_plane();
+                let key = self.prober.own_key();
+                self.tunnels.restart(&self.config, key, probes, relay, self.purpose)?;
                 self.host.restore();
                 if self.mesh.second_port().is_some() {
                     self.open_second_port();
@@ -352,19 +354,24 @@ impl Daemon {
         Ok(())
     }
 
-    /// Handles a datagram that looks like a sealed message: requests to a relay are answered here,
-    /// every other message goes to the core. `from` is `None` if it came through a controller.
-    fn message_received(&mut self, from: Option<NetworkPath>, datagram: &[u8]) {
-        let Some((peer, message)) = self.prober.open(datagram) else { return };
+    /// Handles a message that the data plane opened: requests to a relay are answered here, every
+    /// other message goes to the core.
+    fn message_received(&mut self, peer: WireguardKey, from: NetworkPath, message: Probe) {
         let now = Instant::now();
-        match (message, from) {
-            (request @ (Probe::Register { .. } | Probe::Open { .. }), Some(from)) => {
+        match message {
+            request @ (Probe::Register { .. } | Probe::Open { .. }) => {
                 for answer in self.relay.handle(now, peer, from, &request) {
                     self.transmit(answer);
                 }
             }
-            (message, from) => self.mesh.handle_message(now, peer, from, message),
+            message => self.mesh.handle_message(now, peer, Some(from), message),
         }
+    }
+
+    /// Handles a message that a controller carried. Only a call does not depend on its path.
+    fn signal_received(&mut self, datagram: &[u8]) {
+        let Some((peer, message)) = self.prober.open_signal(datagram) else { return };
+        self.mesh.handle_message(Instant::now(), peer, None, message);
     }
 
     fn controller_event(&mut self, event: discovery::Event) {
@@ -380,7 +387,7 @@ impl Daemon {
         }
         match self.controller.handle(Instant::now(), &mut self.mesh, event) {
             None => {}
-            Some(Received::Signal(datagram)) => self.message_received(None, &datagram),
+            Some(Received::Signal(datagram)) => self.signal_received(&datagram),
             Some(Received::Grant) => {
                 self.kubernetes_changed();
                 self.announcer.select(&mut self.mesh, self.config.prefix_filter());
@@ -660,9 +667,8 @@ impl Daemon {
         self.mesh.set_second_port(Instant::now(), opened.ok());
     }
 
-    /// Applies a new peer table to the data plane, the keys of the pairs and the relay.
+    /// Applies a new peer table to the data plane, which derives the keys of the pairs, and the relay.
     fn peer_table(&mut self, table: &PeerTable) {
-        self.prober.set_peers(table);
         self.tunnels.apply(table);
         self.relay.set_peers(table);
     }

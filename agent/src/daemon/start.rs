@@ -139,10 +139,11 @@ impl Daemon {
         if let Err(error) = reserved_port::reserve(config.wireguard.port) {
             tracing::debug!(%error, "UDP port not reserved");
         }
-        let prober = Prober::new(stored.keys.wireguard.clone());
+        let prober = Prober::new(stored.keys.wireguard.clone(), stored.counters.boot_epoch);
         let relay = RelayServer::new(config.relay(), now);
         let handle = relay.handle_for_data_plane();
-        let tunnels = Tunnels::start(&config, prober.own_key(), handle, purpose)?;
+        let probes = prober.handle_for_data_plane();
+        let tunnels = Tunnels::start(&config, prober.own_key(), probes, handle, purpose)?;
         let cached = state.prefixes()?;
         let observer = Observer::new(now, stored.counters.boot_epoch);
 

@@ -3,7 +3,7 @@
 use anyhow::Context as _;
 use tokio::sync::{mpsc, watch};
 use towline_core::peer_table::PeerTable;
-use towline_dataplane::{self as dataplane, DataPlane, HostTunnels, Relay};
+use towline_dataplane::{self as dataplane, DataPlane, HostTunnels, Probes, Relay};
 
 use super::Purpose;
 use crate::config::Config;
@@ -35,11 +35,13 @@ impl Tunnels {
     pub(super) fn start(
         config: &Config,
         key: &Wireguard,
+        probes: Probes,
         relay: Relay,
         purpose: Purpose,
     ) -> anyhow::Result<Self> {
         let host_tunnels = HostTunnels::default();
-        let (data_plane, events) = start_data_plane(config, key, relay, &host_tunnels, purpose)?;
+        let (data_plane, events) =
+            start_data_plane(config, key, probes, relay, &host_tunnels, purpose)?;
         let faults = data_plane.faults();
         Ok(Self { data_plane, events, faults, host_tunnels })
     }
@@ -64,6 +66,7 @@ impl Tunnels {
         &mut self,
         config: &Config,
         key: &Wireguard,
+        probes: Probes,
         relay: Relay,
         purpose: Purpose,
     ) -> anyhow::Result<()> {
@@ -71,7 +74,7 @@ impl Tunnels {
         // them.
         self.data_plane.stop()?;
         (self.data_plane, self.events) =
-            start_data_plane(config, key, relay, &self.host_tunnels, purpose)?;
+            start_data_plane(config, key, probes, relay, &self.host_tunnels, purpose)?;
         self.faults = self.data_plane.faults();
         Ok(())
     }
@@ -95,6 +98,7 @@ impl Tunnels {
 fn start_data_plane(
     config: &Config,
     key: &Wireguard,
+    probes: Probes,
     relay: Relay,
     host_tunnels: &HostTunnels,
     purpose: Purpose,
@@ -103,6 +107,7 @@ fn start_data_plane(
     let (events, receiver) = mpsc::channel(1024);
     let settings = dataplane::Config {
         private_key: key.secret().clone(),
+        probes,
         relay,
         link: None,
         copy_dscp: config.wireguard.copy_dscp,
