@@ -35,11 +35,13 @@ pub use aead::aead;
 pub use files::{files, request, stored, uapi};
 pub use kernel::{netlink, nftables};
 pub use pipeline::pipeline;
+pub use probe_session::probe_session;
 
 mod aead;
 mod files;
 mod kernel;
 mod pipeline;
+mod probe_session;
 
 /// A function of bytes, with inputs to start from.
 pub struct Target {
@@ -57,6 +59,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "map", run: map, seeds: map_seeds },
     Target { name: "token", run: token, seeds: token_seeds },
     Target { name: "probe", run: probe, seeds: probe_seeds },
+    Target { name: "probe_session", run: probe_session, seeds: probe_session::seeds },
     Target { name: "datagram", run: datagram, seeds: datagram_seeds },
     Target { name: "inner", run: inner, seeds: inner_seeds },
     Target { name: "coalesce", run: coalesce, seeds: coalesce_seeds },
@@ -320,7 +323,12 @@ pub fn mesh(bytes: &[u8]) {
             5 => {
                 let transaction = input.byte().unwrap_or(0).into();
                 let from = Some(input.address().into());
-                mesh.handle_message(now, input.key(), from, Probe::Ping { transaction });
+                let message = match transaction % 4 {
+                    0 => Probe::Challenge { token: transaction },
+                    1 => Probe::Proof { token: transaction },
+                    _ => Probe::Ping { transaction },
+                };
+                mesh.handle_message(now, input.key(), from, message);
             }
             6 => {
                 if let Some((peer, to, transaction)) = pings.pop() {
