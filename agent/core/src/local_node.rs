@@ -210,9 +210,14 @@ impl LocalNode {
     /// Returns whether we may send outer datagrams there.
     pub(crate) fn can_send_to(&self, to: SocketAddr) -> bool {
         Candidate::new(CandidateKind::Local, to).is_some()
-            && !is_host_local(to.ip())
             && !self.is_inside(to.ip())
             && !self.is_own(to)
+    }
+
+    /// Returns whether we may send outer datagrams for a node of the mesh there. What others name as their
+    /// address must not make us send to this host or to services of its links.
+    pub(crate) fn can_send_to_node(&self, to: SocketAddr) -> bool {
+        self.can_send_to(to) && !is_host_local(to.ip())
     }
 
     /// Returns whether it is an address of this host (not one of a NAT before it, behind which there

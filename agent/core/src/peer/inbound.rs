@@ -36,7 +36,7 @@ const CHANNELS: Rate = Rate::per_second(32, 32);
 impl Peer {
     /// Handles a ping, which the data plane answered, or a proof: checks the path that it came over.
     pub(crate) fn handle_ping(&mut self, cx: &mut PeerContext<'_>, from: Path) {
-        if !cx.local.can_send_to(from.remote) {
+        if !cx.local.can_send_to_node(from.remote) {
             return;
         }
         // A node that replays pings from elsewhere does not use up the budget of the path in use.
@@ -126,7 +126,7 @@ impl Peer {
     /// Follows the peer to another address, once that is validated: anybody on the way can change the
     /// source of a datagram.
     pub(super) fn roamed(&mut self, cx: &mut PeerContext<'_>, from: Path) {
-        if !cx.local.can_send_to(from.remote) {
+        if !cx.local.can_send_to_node(from.remote) {
             return;
         }
         self.sources.add(cx.fx.now, from.remote, source_credit::DATA);
@@ -186,7 +186,7 @@ impl Peer {
         self.signalled.retain(|_, until| cx.fx.now < *until);
         for candidate in candidates {
             let room = self.signalled.len() < limits::CANDIDATES;
-            if room && cx.local.can_send_to(candidate.address()) {
+            if room && cx.local.can_send_to_node(candidate.address()) {
                 self.signalled.insert(candidate.address(), cx.fx.now + SIGNALLED_FOR);
             } else {
                 cx.fx.counters.candidates_refused += 1;
@@ -198,7 +198,7 @@ impl Peer {
                 // we send something to.
                 cx.fx.timers.set_no_later(Timer::Probe(self.id()), cx.fx.now);
                 for to in candidates.iter().flat_map(|to| cx.local.paths_to(to.address())) {
-                    if to != path && cx.local.can_send_to(to.remote) {
+                    if to != path && cx.local.can_send_to_node(to.remote) {
                         self.ping(cx, to, Purpose::Check);
                     }
                 }

@@ -495,7 +495,7 @@ impl Peer {
     fn handshake(&mut self, cx: &mut PeerContext<'_>, from: Path) {
         self.has_session = true;
         self.last_handshake = Some(cx.fx.now);
-        if !cx.local.can_send_to(from.remote) {
+        if !cx.local.can_send_to_node(from.remote) {
             return;
         }
         let from = cx.local.canonical(from);

@@ -159,13 +159,13 @@ impl Peer {
         };
         let published = self.node.record().candidates.iter();
         let mut usable: Vec<_> =
-            published.filter(|c| local.can_send_to(c.address())).map(rank).collect();
+            published.filter(|c| local.can_send_to_node(c.address())).map(rank).collect();
         let signalled = self.signalled.iter().filter(|(_, until)| now < **until);
         usable.extend(signalled.map(|(address, _)| (3, 0, *address)));
         usable.sort_by_key(|(tier, kind, _)| (*tier, *kind));
         let mut addresses: Vec<SocketAddr> = Vec::with_capacity(usable.len());
         for (_, _, address) in usable {
-            if !addresses.contains(&address) && local.can_send_to(address) {
+            if !addresses.contains(&address) && local.can_send_to_node(address) {
                 addresses.push(address);
             }
         }
@@ -198,7 +198,7 @@ impl Peer {
         let candidates = self.candidates(cx.fx.now, cx.local);
         let direct = candidates.iter().flat_map(|to| cx.local.paths_to(*to));
         for to in self.paths.recent(cx.fx.now).into_iter().chain(direct) {
-            if !targets.contains(&to) && cx.local.can_send_to(to.remote) {
+            if !targets.contains(&to) && cx.local.can_send_to_node(to.remote) {
                 targets.push(to);
             }
         }
