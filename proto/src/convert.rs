@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 
+use crate::frame::ProbeVersion;
 use crate::id::{InvalidId, Label, NodeName, WireguardKey};
 use crate::limits;
 use crate::node::{
@@ -247,6 +248,7 @@ impl TryFrom<pb::Record> for Record {
             version: record.version.chars().filter(|c| !c.is_control()).collect(),
             relay: record.relay,
             lans: prefixes(&record.lans)?,
+            probe_version: ProbeVersion::of_record(record.probe_version),
         })
     }
 }
@@ -263,6 +265,7 @@ impl From<&Record> for pb::Record {
             version: record.version.clone(),
             relay: record.relay,
             lans: record.lans.iter().map(Into::into).collect(),
+            probe_version: record.probe_version.record_number(),
         }
     }
 }

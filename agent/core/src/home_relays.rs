@@ -45,6 +45,10 @@ const RETRY: Backoff =
     Backoff::new(Duration::from_millis(250), Duration::from_secs(30), Jitter::Tenth);
 /// Unanswered registrations after which the next relay in the order is taken too.
 const MISSED: u32 = 3;
+/// Time within which a channel request is sent again after a challenge.
+const REPEAT_WITHIN: Duration = Duration::from_secs(2);
+/// Largest number of channel requests that are sent again after one challenge.
+const REPEATED_OPENS: usize = 4;
 /// Number of channel requests that are remembered; the oldest is forgotten first.
 const OPENS: usize = 1_024;
 
@@ -73,7 +77,15 @@ struct Home {
 struct Open {
     relay: NodeId,
     peer: NodeId,
+    /// Key of the peer.
+    key: WireguardKey,
     transaction: u64,
+    /// Path that the request was sent over.
+    to: Path,
+    /// Time of the request.
+    at: Instant,
+    /// True once the request was sent again after a challenge.
+    is_repeated: bool,
 }
 
 /// The peer at the other end of a channel that a relay opened.
@@ -222,6 +234,11 @@ impl HomeRelays {
         from: Path,
         answer: &Probe,
     ) -> Option<(ChannelPeer, Path)> {
+        // What comes from another address than the relay's record names may have been redirected.
+        let is_at_home = |id: &NodeId| {
+            self.relays.get(id).is_some_and(|relay| relay.addresses.contains(&from.remote))
+        };
+        let relay = relay.filter(is_at_home);
         let (expected, peer) = match (relay, answer) {
             (Some(relay), Probe::Registered { transaction, lifetime }) => {
                 (self.registered(fx, relay, from, *transaction, *lifetime), None)
@@ -240,6 +257,25 @@ impl HomeRelays {
         };
         fx.counters.relay_answers_refused += u64::from(!expected);
         peer.map(|(peer, channel)| (peer, from.on_channel(ChannelId(channel))))
+    }
+
+    /// Handles a challenge of a relay: what it did not answer on this path is sent once more, after the
+    /// proof.
+    pub(crate) fn handle_challenge(&mut self, fx: &mut Effects, id: NodeId, from: Path) {
+        let Some(key) = self.relays.get(&id).map(|relay| relay.key) else { return };
+        if let Some(transaction) = self.homes.get(&id).and_then(|home| home.asked) {
+            fx.transmit(key, from, Probe::Register { transaction });
+        }
+        let now = fx.now;
+        let waiting = self.opens.iter_mut().rev().filter(|open| {
+            let is_recent = now < open.at + REPEAT_WITHIN;
+            open.relay == id && !open.is_repeated && is_recent && open.to.is(&from)
+        });
+        for open in waiting.take(REPEATED_OPENS) {
+            open.is_repeated = true;
+            let (transaction, peer) = (open.transaction, open.key);
+            fx.transmit(key, open.to, Probe::Open { transaction, peer });
+        }
     }
 
     /// Handles a registration that a relay confirms. Returns whether we had asked for it.
@@ -291,10 +327,6 @@ impl HomeRelays {
             let Some(relay) = self.relays.get(&id) else { continue };
             let via = self.homes.get(&id).and_then(|home| home.via);
             let transaction = fx.rng.random();
-            if self.opens.len() == OPENS {
-                self.opens.pop_front();
-            }
-            self.opens.push_back(Open { relay: id, peer, transaction });
             let mut ways = ways(via, relay, local);
             ways.sort_by_key(|way| !local.has_family(way.remote));
             let usable = ways.iter().filter(|way| local.has_family(way.remote)).count();
@@ -303,6 +335,11 @@ impl HomeRelays {
                 continue;
             }
             let to = ways[turn as usize % turns];
+            if self.opens.len() == OPENS {
+                self.opens.pop_front();
+            }
+            let (at, is_repeated) = (fx.now, false);
+            self.opens.push_back(Open { relay: id, peer, key, transaction, to, at, is_repeated });
             fx.transmit(relay.key, to, Probe::Open { transaction, peer: key });
         }
     }

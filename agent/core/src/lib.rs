@@ -87,6 +87,7 @@ mod peers;
 mod pings;
 pub mod plan;
 pub mod prefixes;
+pub mod probe_session;
 mod probing;
 pub mod reason;
 mod relay_server;

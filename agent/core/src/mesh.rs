@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use towline_types::frame::Probe;
+use towline_types::frame::{Probe, ProbeVersion};
 use towline_types::id::{NodeId, NodeName, WireguardKey};
 use towline_types::node::{Candidate, Grant, MeshConfig, RelayRole};
 
@@ -44,7 +44,7 @@ use crate::plan::{TransitPlan, UnderlayPlan};
 use crate::prefixes::is_private;
 use crate::probing::{CallOrder, Probing};
 use crate::reason::PeerReason;
-use crate::relay_server::RelayServer;
+use crate::relay_server::{RelayServer, Source};
 use crate::roster::{Roster, RosterEvent};
 use crate::routing::{HostSettings, RoutingInput};
 use crate::second_port::SecondPort;
@@ -119,6 +119,7 @@ impl Mesh {
             }
             Some(RosterEvent::Removed(id)) => {
                 self.peers.handle_removal(&mut self.fx, id);
+                self.probing.unanswered.forget(id);
                 let changed = self.relays.handle_node(&mut self.fx, id, None);
                 let relays = changed.then_some(&self.relays);
                 self.stun.handle_node(&mut self.fx, &self.local, id, None, relays);
@@ -147,7 +148,8 @@ impl Mesh {
     }
 
     /// Handles a message that was opened with the key of the pair of us and `peer`, so it is
-    /// authentic. `from` is the path that it came over; `None`: a controller carried it, which holds
+    /// authentic; [`ProbeSession`](crate::probe_session::ProbeSession) decided to deliver it. A ping
+    /// and a challenge are answered already. `from` is the path that it came over; `None`: a controller carried it, which holds
     /// for a [`Probe::CallMe`] alone.
     pub fn handle_message(
         &mut self,
@@ -164,6 +166,8 @@ impl Mesh {
         // A relay serves nodes that reach it directly.
         let is_served = node.is_some()
             && from.is_some_and(|it| !it.is_relayed() && self.local.can_send_to(it.remote));
+        let record = node.and_then(|id| self.peers.get(id)).map(|peer| peer.node().record());
+        let is_proven = record.is_some_and(|record| record.probe_version == ProbeVersion::V2);
         match (message, from) {
             (Probe::CallMe { boot_epoch, number, candidates }, _) => {
                 let order = CallOrder { boot_epoch, number };
@@ -176,9 +180,15 @@ impl Mesh {
             }
             // Every other message is about the path that it came over.
             (_, None) => {}
-            (Probe::Ping { transaction }, Some(from)) => {
+            // The data plane answered a ping, and took a proof.
+            (Probe::Ping { .. } | Probe::Proof { .. }, Some(from)) => {
                 if let Some(id) = node {
-                    self.with_peer(id, |peer, cx| peer.handle_ping(cx, from, transaction));
+                    self.with_peer(id, |peer, cx| peer.handle_ping(cx, from));
+                }
+            }
+            (Probe::Challenge { .. }, Some(from)) => {
+                if let Some(id) = node {
+                    self.handle_challenge(id, peer, from);
                 }
             }
             (Probe::Pong { transaction, observed }, Some(from)) => {
@@ -192,14 +202,18 @@ impl Mesh {
             }
             (Probe::Register { transaction }, Some(from)) => {
                 match self.relay_server.as_mut().filter(|_| is_served) {
-                    Some(server) => server.handle_register(&mut self.fx, peer, from, transaction),
+                    Some(server) => {
+                        let source = Source { path: from, is_proven };
+                        server.handle_register(&mut self.fx, peer, source, transaction);
+                    }
                     None => self.fx.counters.relay_requests_refused += 1,
                 }
             }
             (Probe::Open { transaction, peer: other }, Some(from)) => {
                 match self.relay_server.as_mut().filter(|_| is_served) {
                     Some(server) => {
-                        server.handle_open(&mut self.fx, (peer, from), other, transaction);
+                        let source = Source { path: from, is_proven };
+                        server.handle_open(&mut self.fx, (peer, source), other, transaction);
                     }
                     None => self.fx.counters.relay_requests_refused += 1,
                 }
@@ -657,6 +671,14 @@ impl Mesh {
 
 /// # Between the parts
 impl Mesh {
+    /// Sends again what a peer answered by a challenge. The data plane has sent the proof.
+    fn handle_challenge(&mut self, node: NodeId, key: WireguardKey, from: Path) {
+        for (to, transaction) in self.probing.pings.repeat(self.fx.now, node, &from) {
+            self.fx.transmit(key, to, Probe::Ping { transaction });
+        }
+        self.relays.handle_challenge(&mut self.fx, node, from);
+    }
+
     fn handle_pong(&mut self, node: NodeId, from: Path, transaction: u64, observed: SocketAddr) {
         let Some(mut sent) = self.probing.pings.answered(node, from, transaction) else { return };
         if sent.to.local.is_none() {

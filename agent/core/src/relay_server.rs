@@ -10,10 +10,11 @@
 //!         ◄── Registered                 A ◄═══ channel ═════► B
 //! ```
 //!
-//! **An address is proven before anything goes there.** A request may be a recording that somebody
-//! sends from elsewhere, or name an address that is not the sender's. So the source of a request
-//! gets a ping, and becomes the address of the node, or the end of a channel, once the node answered
-//! from there. Until then nothing is forwarded to it, what was proven before stays in use, and it
+//! **An address is proven before anything goes there.** A request of a node with probes of version 2
+//! is delivered only if the node proved its source ([`crate::probe_session`]). That of an earlier
+//! version may be a recording that somebody sends from elsewhere, or name an address that is not the
+//! sender's. So its source gets a ping, and becomes the address of the node, or the end of a channel,
+//! once the node answered from there. Until then nothing is forwarded to it, what was proven before stays in use, and it
 //! gets at most three datagrams for one of its own. Every version of the agent answers pings.
 //!
 //! **Everything is bounded for each node**: requests, challenges, channels, and the bits that the
@@ -108,6 +109,15 @@ struct Channel {
     announced: [Option<Instant>; 2],
 }
 
+/// Source of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Source {
+    /// Path that the request came over.
+    pub(crate) path: Path,
+    /// True if the node proved that it receives there.
+    pub(crate) is_proven: bool,
+}
+
 /// Reason why a request is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Refusal {
@@ -133,29 +143,30 @@ impl RelayServer {
         }
     }
 
-    /// Handles the request of `node` to be reached at `from`.
+    /// Handles the request of `node` to be reached where `source` says.
     pub(crate) fn handle_register(
         &mut self,
         fx: &mut Effects,
         node: WireguardKey,
-        from: Path,
+        source: Source,
         transaction: u64,
     ) {
-        match self.register(fx, node, from, transaction) {
+        match self.register(fx, node, source, transaction) {
             Ok(()) => {}
-            Err(reason) => refuse(fx, node, from, transaction, reason),
+            Err(reason) => refuse(fx, node, source.path, transaction, reason),
         }
     }
 
-    /// Handles the request of `node`, which came over `from`, for a channel to `other`.
+    /// Handles the request of `node`, which came from `source`, for a channel to `other`.
     pub(crate) fn handle_open(
         &mut self,
         fx: &mut Effects,
-        (node, from): (WireguardKey, Path),
+        (node, source): (WireguardKey, Source),
         other: WireguardKey,
         transaction: u64,
     ) {
-        match self.open(fx, (node, from), other) {
+        let from = source.path;
+        match self.open(fx, (node, source), other) {
             Ok((channel, announce_at)) => {
                 let channel = channel.0;
                 fx.transmit(node, from, Probe::Opened { transaction, channel });
@@ -181,14 +192,7 @@ impl RelayServer {
             |challenge: &Challenge| challenge.transaction == transaction && challenge.path == from;
         let Some(at) = registration.challenges.iter().position(answers) else { return false };
         let Some(challenge) = registration.challenges.remove(at) else { return false };
-        registration.heard = fx.now;
-        let mut before = None;
-        if challenge.registration.is_some() || registration.path.is_none() {
-            before = registration.path.replace(from);
-        }
-        for id in registration.channels.clone() {
-            self.prove(id, node, from, before);
-        }
+        self.accept(fx.now, node, from, challenge.registration.is_some());
         if let Some(transaction) = challenge.registration {
             registered(fx, node, from, transaction);
         }
@@ -247,11 +251,15 @@ impl RelayServer {
         &mut self,
         fx: &mut Effects,
         node: WireguardKey,
-        from: Path,
+        source: Source,
         transaction: u64,
     ) -> Result<(), Refusal> {
+        let from = source.path;
         let registration = self.admit(fx, node)?;
-        if registration.path == Some(from) {
+        if source.is_proven && registration.path != Some(from) {
+            self.accept(fx.now, node, from, true);
+            registered(fx, node, from, transaction);
+        } else if registration.path == Some(from) {
             registration.heard = fx.now;
             registered(fx, node, from, transaction);
         } else {
@@ -265,11 +273,15 @@ impl RelayServer {
     fn open(
         &mut self,
         fx: &mut Effects,
-        (node, from): (WireguardKey, Path),
+        (node, source): (WireguardKey, Source),
         other: WireguardKey,
     ) -> Result<(ChannelId, Option<Path>), Refusal> {
+        let from = source.path;
         let registration = self.admit(fx, node)?;
-        let is_proven = registration.path == Some(from);
+        if source.is_proven {
+            registration.path.get_or_insert(from);
+        }
+        let is_proven = source.is_proven || registration.path == Some(from);
         let has_room = |registration: &Registration, limits: &RelayLimits| {
             registration.channels.len() < limits.channels_per_node
         };
@@ -379,6 +391,20 @@ impl RelayServer {
         }
         channel.wanted[here] = None;
         self.set_ends(id, ends);
+    }
+
+    /// Handles that `node` proved `path`: it is reached there from now on if it `registers`, or is
+    /// registered nowhere.
+    fn accept(&mut self, now: Instant, node: WireguardKey, path: Path, registers: bool) {
+        let Some(registration) = self.nodes.get_mut(&node) else { return };
+        registration.heard = now;
+        let mut before = None;
+        if registers || registration.path.is_none() {
+            before = registration.path.replace(path);
+        }
+        for id in registration.channels.clone() {
+            self.prove(id, node, path, before);
+        }
     }
 
     /// Handles that `node` proved `path`. Its end of a channel moves there if it asked for that, or

@@ -17,6 +17,7 @@ use super::coalesce::Coalesce;
 use super::drops::{DropReason, Drops};
 use super::events::{Event, EventSink};
 use super::pipeline::Pipeline;
+use super::probes::Probes;
 use super::table::Table;
 use super::udp::UdpIo;
 use towline_wireguard::Secrets;
@@ -30,6 +31,7 @@ const EVENTS: usize = 4096;
 #[derive(Debug)]
 pub struct PacketPath {
     secrets: Arc<Secrets>,
+    probes: Probes,
     table: Arc<ArcSwap<Table>>,
     forwarding: Arc<ArcSwap<Forwarding>>,
     drops: Arc<Drops>,
@@ -40,6 +42,7 @@ pub struct PacketPath {
 impl PacketPath {
     /// Creates a packet path without peers.
     pub fn new(private_key: StaticSecret, link: Option<u32>, now: Instant) -> Self {
+        let probes = Probes::new(private_key.clone(), 1);
         let secrets = Arc::new(Secrets::new(private_key));
         let table = Arc::new(ArcSwap::from_pointee(Table::default()));
         let forwarding = Arc::new(ArcSwap::from_pointee(Forwarding::default()));
@@ -48,6 +51,7 @@ impl PacketPath {
         let sink = EventSink::new(sender, drops.clone());
         let pipeline = Pipeline::new(
             secrets.clone(),
+            probes.clone(),
             table.clone(),
             drops.clone(),
             sink,
@@ -55,7 +59,7 @@ impl PacketPath {
             link,
             now,
         );
-        Self { secrets, table, forwarding, drops, events, pipeline }
+        Self { secrets, probes, table, forwarding, drops, events, pipeline }
     }
 
     /// Returns the node's own public key.
@@ -65,6 +69,7 @@ impl PacketPath {
 
     /// Replaces the peer table.
     pub fn apply(&self, table: &PeerTable) {
+        self.probes.apply(table);
         self.table.store(Arc::new(self.table.load().next(table, &self.secrets)));
     }
 

@@ -19,7 +19,8 @@
 //! - Every dropped packet is counted under one [`DropReason`]. A datagram from outside never causes
 //!   a panic or a log line of this crate (the WireGuard engine's boringtun logs some).
 //! - Each datagram is classified by its first bytes (`towline_types::frame`): WireGuard messages
-//!   are handled here, probes and STUN messages are passed on as [`Event`]s.
+//!   are handled here. Probes are opened and, if they are pings, challenges or replays, answered
+//!   here; their messages and STUN messages are passed on as [`Event`]s.
 //!
 //! # Files
 //!
@@ -35,6 +36,7 @@
 //! | `tun`, `udp`, `memory` | the I/O traits and their implementations |
 //! | `steering` | which queue of the TUN receives a packet |
 //! | `switch` | which offloads of the kernel are in use |
+//! | `probes` | keys of the pairs; which probes are delivered and which answered |
 //! | `forwarding` | lookup of relayed channels |
 //! | `events`, `drops`, `counters` | what is reported and counted |
 //! | `internals` | the packet path without its thread, for fuzzing |
@@ -54,6 +56,7 @@ pub mod headers;
 pub mod internals;
 pub mod memory;
 mod pipeline;
+mod probes;
 pub mod split;
 mod steering;
 pub mod switch;
@@ -88,6 +91,7 @@ use x25519_dalek::StaticSecret;
 
 pub use drops::{DropReason, ForeignSource};
 pub use events::{Event, Fault};
+pub use probes::Probes;
 pub use switch::{Feature, OffReason};
 pub use tun::{
     HostTunnels, NoTun, OpenTunError, Tun, TunIo, open_tun, open_tun_queues, open_tun_with, own_tun,
@@ -106,6 +110,9 @@ use worker::{Command, Inbox, Worker, WorkerShared};
 pub struct Config {
     /// The node's WireGuard key.
     pub private_key: StaticSecret,
+    /// Keys and sessions of probes, which outlive this data plane. The daemon holds a clone and seals
+    /// with it.
+    pub probes: Probes,
     /// Index of the TUN link, from which no outer datagram may come. `None` if there is no link.
     pub link: Option<u32>,
     /// True if outer packets get the DSCP of the inner ones. Their ECN field follows RFC 6040 either
@@ -217,6 +224,8 @@ pub struct DataPlane(Arc<Running>);
 struct Running {
     /// Keys of the node, shared by all tunnels.
     secrets: Arc<Secrets>,
+    /// Keys and sessions of probes.
+    probes: Probes,
     /// Current peer table. Workers load it once per batch.
     table: Arc<ArcSwap<Table>>,
     /// Channels that this node relays. Workers load the table once per run of relayed datagrams.
@@ -293,6 +302,7 @@ impl DataPlane {
         let (alive, ended) = mpsc::channel();
         let mut running = Running {
             secrets: Arc::new(Secrets::new(config.private_key)),
+            probes: config.probes.clone(),
             table: Arc::new(ArcSwap::from_pointee(Table::default())),
             forwarding: Arc::new(ArcSwap::from_pointee(Forwarding::default())),
             building: Mutex::new(()),
@@ -316,6 +326,7 @@ impl DataPlane {
             }
             let mut pipeline = Pipeline::new(
                 running.secrets.clone(),
+                config.probes.clone(),
                 running.table.clone(),
                 drops.clone(),
                 EventSink::new(events.clone(), drops.clone()),
@@ -357,6 +368,7 @@ impl DataPlane {
     /// Replaces the peer table. Peers that stay in it keep their sessions.
     pub fn apply(&self, table: &PeerTable) {
         let _building = self.0.building.lock();
+        self.0.probes.apply(table);
         let before = self.0.table.load_full();
         self.0.table.store(Arc::new(before.next(table, &self.0.secrets)));
         for peer in before.peers.iter().filter(|peer| !table.peers.contains_key(&peer.key)) {

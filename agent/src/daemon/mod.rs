@@ -317,8 +317,8 @@ impl Daemon {
             Report::Event(dataplane::Event::Peer { peer, what }) => {
                 self.mesh.handle_observation(now, peer, what);
             }
-            Report::Event(dataplane::Event::Probe { from, datagram }) => {
-                self.message_received(Some(from), &datagram);
+            Report::Event(dataplane::Event::Probe { peer, from, message }) => {
+                self.message_received(peer, from, message);
             }
             Report::Event(dataplane::Event::Stun { from, datagram }) => {
                 if let Some(stun::Message::Success { transaction, mapped }) =
@@ -331,7 +331,9 @@ impl Daemon {
                 tracing::error!(%fault, "data plane failed: restarting it");
                 let event = Event::DataPlaneRestarted { fault: fault.to_string() };
                 self.observer.happened(&event);
-                self.tunnels.restart(&self.config, self.prober.own_key(), self.purpose)?;
+                let probes = self.prober.handle_for_data_plane();
+                let key = self.prober.own_key();
+                self.tunnels.restart(&self.config, key, probes, self.purpose)?;
                 self.host.restore();
                 if self.mesh.second_port().is_some() {
                     self.open_second_port();
@@ -350,11 +352,15 @@ impl Daemon {
         Ok(())
     }
 
-    /// Handles a datagram that looks like a sealed message. `from` is `None` if it came through a
-    /// controller.
-    fn message_received(&mut self, from: Option<NetworkPath>, datagram: &[u8]) {
-        let Some((peer, message)) = self.prober.open(datagram) else { return };
-        self.mesh.handle_message(Instant::now(), peer, from, message);
+    /// Handles a message that the data plane opened.
+    fn message_received(&mut self, peer: WireguardKey, from: NetworkPath, message: Probe) {
+        self.mesh.handle_message(Instant::now(), peer, Some(from), message);
+    }
+
+    /// Handles a message that a controller carried. Only a call does not depend on its path.
+    fn signal_received(&mut self, datagram: &[u8]) {
+        let Some((peer, message)) = self.prober.open_signal(datagram) else { return };
+        self.mesh.handle_message(Instant::now(), peer, None, message);
     }
 
     fn controller_event(&mut self, event: discovery::Event) {
@@ -370,7 +376,7 @@ impl Daemon {
         }
         match self.controller.handle(Instant::now(), &mut self.mesh, event) {
             None => {}
-            Some(Received::Signal(datagram)) => self.message_received(None, &datagram),
+            Some(Received::Signal(datagram)) => self.signal_received(&datagram),
             Some(Received::Grant) => {
                 self.announcer.set_relay(self.mesh.relay().is_some());
                 self.kubernetes_changed();
@@ -658,9 +664,8 @@ impl Daemon {
         self.mesh.set_second_port(Instant::now(), opened.ok());
     }
 
-    /// Applies a new peer table to the data plane and the keys of the pairs.
+    /// Applies a new peer table to the data plane, which derives the keys of the pairs.
     fn peer_table(&mut self, table: &PeerTable) {
-        self.prober.set_peers(table);
         self.tunnels.apply(table);
     }
 

@@ -138,8 +138,9 @@ impl Daemon {
         if let Err(error) = reserved_port::reserve(config.wireguard.port) {
             tracing::debug!(%error, "UDP port not reserved");
         }
-        let prober = Prober::new(stored.keys.wireguard.clone());
-        let tunnels = Tunnels::start(&config, prober.own_key(), purpose)?;
+        let prober = Prober::new(stored.keys.wireguard.clone(), stored.counters.boot_epoch);
+        let probes = prober.handle_for_data_plane();
+        let tunnels = Tunnels::start(&config, prober.own_key(), probes, purpose)?;
         let cached = state.prefixes()?;
         let observer = Observer::new(now, stored.counters.boot_epoch);
 

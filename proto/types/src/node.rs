@@ -13,6 +13,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
 use crate::codes;
+use crate::frame::ProbeVersion;
 use crate::id::{IdentityKey, Label, MeshId, NodeId, NodeName, WireguardKey};
 use crate::token::ControllerAddress;
 
@@ -191,6 +192,8 @@ pub struct Record {
     /// Those of `prefixes` that are networks of machines, such as a LAN, rather than of pods. Records of
     /// versions before 0.2.0 name none.
     pub lans: Vec<IpNet>,
+    /// Version of the probes that the node's agent sends and accepts.
+    pub probe_version: ProbeVersion,
 }
 
 /// A node of the mesh: a grant and a record that the grant allows.
@@ -392,6 +395,7 @@ mod tests {
             version: String::new(),
             relay: false,
             lans: Vec::new(),
+            probe_version: ProbeVersion::default(),
         }
     }
 

@@ -27,7 +27,9 @@ use towline_dataplane::split::Split;
 use towline_dataplane::switch::Switch;
 use towline_dataplane::udp::{Ready, TooBig, UdpIo};
 use towline_dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_UDP_L4, VNET_HEADER_BYTES, VnetHeader};
-use towline_proto::frame::{DatagramKind, RELAYED_HEADER_BYTES, relayed, relayed_header};
+use towline_proto::frame::{
+    DatagramKind, ProbeVersion, RELAYED_HEADER_BYTES, relayed, relayed_header,
+};
 use towline_proto::id::WireguardKey;
 use towline_proto::mtu::Mtu;
 use towline_proto::rate::Rate;
@@ -146,6 +148,7 @@ impl Bench {
             is_single: false,
             boot_epoch: 0,
             is_static: false,
+            probe_version: ProbeVersion::OWN,
         };
         let own = OwnNetworks::new([Ipv4Addr::new(10, 0, 0, 1).into()], [], []);
         path.apply(&PeerTable { peers: [(peer_key, entry)].into(), own });

@@ -12,9 +12,9 @@ use towline_core::mesh::{MapChange, Mesh, Output};
 use towline_core::path::Path;
 use towline_dataplane::internals::{Forward, Forwarding};
 use towline_fixtures::node::{record, tombstone_of};
-use towline_proto::frame::Probe;
+use towline_proto::frame::{Probe, ProbeVersion};
 use towline_proto::id::WireguardKey;
-use towline_proto::node::Node;
+use towline_proto::node::{Node, Record};
 
 use super::{EPOCH, Input};
 use crate::sim::host::{self, Host};
@@ -41,6 +41,10 @@ pub fn relay(bytes: &[u8]) {
         transaction += 1;
         let (number, from) = (input.host(), Path::from(input.address()));
         match what % 8 {
+            0..=3 if number % 2 == 1 && !plane.proven.contains(&from.remote) => {
+                // A request of version 2 is delivered only from an address that is proven.
+                plane.proven.insert(from.remote);
+            }
             0 | 1 => {
                 mesh.handle_message(now, key(number), Some(from), Probe::Register { transaction });
             }
@@ -130,7 +134,9 @@ fn key(number: u16) -> WireguardKey {
 /// A node that published no address, so that nothing but the relay sends it something.
 fn node(number: u16) -> Node {
     let grant = Host::new(number, 1, host::mesh_config()).grant;
-    let record = record(&grant);
+    // Half of the nodes have probes of version 1, whose sources are not proven.
+    let probe_version = [ProbeVersion::V1, ProbeVersion::V2][usize::from(number % 2)];
+    let record = Record { probe_version, ..record(&grant) };
     Node::new(grant, record).expect("it announces nothing")
 }
 

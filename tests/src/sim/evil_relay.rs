@@ -1,7 +1,7 @@
 //! An evil relay: what it does to the datagrams that its agent sends. It has the node's keys, so what
 //! it says of itself is authentic.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -34,6 +34,8 @@ pub struct EvilRelay {
     served: VecDeque<Path>,
     /// Number of datagrams that it treated.
     treated: u64,
+    /// Counter of the last probe to each node.
+    counters: BTreeMap<WireguardKey, u64>,
 }
 
 impl Misdeed {
@@ -52,7 +54,7 @@ const LIES: u64 = 4;
 impl EvilRelay {
     /// Creates a relay that does this.
     pub fn new(misdeed: Misdeed) -> Self {
-        Self { misdeed, served: VecDeque::new(), treated: 0 }
+        Self { misdeed, served: VecDeque::new(), treated: 0, counters: BTreeMap::new() }
     }
 
     /// Returns what the relay sends instead of a datagram, each with its delay.
@@ -78,20 +80,40 @@ impl EvilRelay {
                 vec![(Duration::ZERO, other.unwrap_or(to), payload)]
             }
             (Misdeed::Lie, false) => {
-                let mut sent = once(payload.clone());
-                if let Payload::Probe { from, to: node, message: _, size: None } = payload {
+                let mut sent = vec![payload.clone()];
+                let (stamp, probe) = match payload {
+                    Payload::Stamped(stamp, probe) => (Some(stamp), *probe),
+                    probe => (None, probe),
+                };
+                if let Payload::Probe { from, to: node, message: _, size } = probe {
                     let lies = self.lies(from, to.remote).into_iter();
-                    sent.extend(lies.map(|message| {
-                        let lie = Payload::Probe { from, to: node, message, size: None };
-                        (Duration::ZERO, to, lie)
-                    }));
+                    let lies = lies.map(|message| Payload::Probe { from, to: node, message, size });
+                    match stamp {
+                        None => sent.extend(lies),
+                        Some(stamp) => {
+                            let lies = lies.map(|lie| Payload::Stamped(stamp, Box::new(lie)));
+                            sent.extend(lies);
+                            self.stamp(node, &mut sent);
+                        }
+                    }
                 }
-                sent
+                sent.into_iter().map(|payload| (Duration::ZERO, to, payload)).collect()
             }
             (Misdeed::Reorder, true)
             | (Misdeed::Lie, true)
             | (Misdeed::Drop | Misdeed::Repeat | Misdeed::Reorder | Misdeed::Misdirect, false) => {
                 once(payload)
+            }
+        }
+    }
+
+    /// Gives probes to a node the next counters, so that none of them is taken for a replay.
+    fn stamp(&mut self, node: WireguardKey, probes: &mut [Payload]) {
+        let last = self.counters.entry(node).or_default();
+        for probe in probes {
+            if let Payload::Stamped(stamp, _) = probe {
+                stamp.counter = stamp.counter.max(*last + 1);
+                *last = stamp.counter;
             }
         }
     }

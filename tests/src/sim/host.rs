@@ -12,9 +12,10 @@ use towline_core::mesh::{
 use towline_core::path::{LocalAddress, LocalPort, Path};
 use towline_core::peer_table::PeerTable;
 use towline_core::plan::Plan;
+use towline_core::probe_session::{Arrival, Decision};
 use towline_dataplane::internals::{Forward, Forwarding};
 use towline_fixtures::{agent, node};
-use towline_proto::frame::Probe;
+use towline_proto::frame::{Probe, ProbeVersion};
 use towline_proto::id::{IdentityKey, NodeId, WireguardKey};
 use towline_proto::node::{
     Candidate, CandidateKind, Grant, MeshConfig, Node, OverlayAddresses, Record, RelayRole,
@@ -24,6 +25,7 @@ use towline_proto::node::{
 use super::evil_relay::EvilRelay;
 use super::net::RealmId;
 use super::payload::Payload;
+use super::probes::Probes;
 use super::tunnel::Tunnels;
 
 /// UDP port of every agent.
@@ -66,6 +68,8 @@ pub struct Host {
     pub relay: bool,
     /// Set if the relay is evil.
     pub evil: Option<EvilRelay>,
+    /// Version of the probes of the node's agent.
+    pub probe_version: ProbeVersion,
     /// Offset of the wall clock from the true time, in seconds.
     pub clock_offset: i64,
     /// True while the host has a connection to the controller.
@@ -98,6 +102,8 @@ pub struct Agent {
     pub tunnels: Tunnels,
     /// The relayed channels of the agent's data plane.
     pub forwarding: Forwarding,
+    /// Probes of the agent's data plane.
+    pub probes: Probes,
     /// The last peer table of the core.
     pub table: Option<Arc<PeerTable>>,
     /// The last plan of the core.
@@ -124,6 +130,7 @@ impl Host {
             prefixes: Vec::new(),
             relay: false,
             evil: None,
+            probe_version: ProbeVersion::OWN,
             clock_offset: 0,
             controller_reachable: true,
             watching: false,
@@ -164,6 +171,11 @@ impl Host {
         Mesh::new(config, seed, now)
     }
 
+    /// Sets the disk back: the next start has a boot epoch that was used before.
+    pub fn set_back(&mut self, epochs: u64) {
+        self.boot_epoch = self.boot_epoch.saturating_sub(epochs);
+    }
+
     /// Starts the agent from the state on the disk.
     pub fn start(&mut self, now: Instant) {
         self.boot_epoch += 1;
@@ -181,6 +193,7 @@ impl Host {
             mesh,
             tunnels: Tunnels::new(u64::from(self.number) << 12 | self.boot_epoch),
             forwarding: Forwarding::default(),
+            probes: Probes::new(self.boot_epoch, now),
             table: None,
             plan: None,
             candidates: Vec::new(),
@@ -233,7 +246,7 @@ impl Host {
         from: SocketAddr,
         payload: Payload,
     ) -> Vec<(Path, Payload)> {
-        let me = self.key();
+        let (me, own) = (self.key(), self.probe_version);
         let Some(agent) = &mut self.agent else { return Vec::new() };
         let port = match at.port() {
             PORT => LocalPort::Configured,
@@ -254,13 +267,43 @@ impl Host {
             payload => (None, payload),
         };
         let from = Path { channel, ..from };
+        let (stamp, payload) = match payload {
+            Payload::Stamped(stamp, payload) => (Some(stamp), *payload),
+            payload => (None, payload),
+        };
         match payload {
             Payload::Probe { from: peer, to, message, size: _ } => {
-                if to != me || !agent.knows(&peer) {
+                let entry = agent.table.as_ref().and_then(|table| table.peers.get(&peer));
+                let Some(entry) = entry.filter(|_| to == me) else { return Vec::new() };
+                let accepts = match stamp {
+                    Some(_) => own == ProbeVersion::V2,
+                    None => own.min(entry.probe_version) == ProbeVersion::V1,
+                };
+                if !accepts {
                     return Vec::new();
                 }
-                agent.mesh.handle_message(now, peer, Some(from), message);
+                let is_in_use = entry.endpoint.is_some_and(|endpoint| endpoint.is(&from));
+                let arrival = Arrival { now, from, is_in_use, stamp };
+                let (answer, is_delivered) = match agent.probes.receive(peer, &arrival, &message) {
+                    Decision::Deliver { answer } => (answer, true),
+                    Decision::Drop { answer, .. } => (answer, false),
+                };
+                let mut answers = Vec::new();
+                if let Some(message) = answer {
+                    let answer = Payload::Probe { from: me, to: peer, message, size: None };
+                    let answer = match stamp {
+                        Some(_) => agent.probes.stamp(peer, answer),
+                        None => answer,
+                    };
+                    let to = Path { port, ..Path::direct(from.remote) };
+                    answers.push((to, answer.on(&from)));
+                }
+                if is_delivered {
+                    agent.mesh.handle_message(now, peer, Some(from), message);
+                }
+                return answers;
             }
+            Payload::Stamped(..) => {}
             Payload::WireGuard(message) => agent.tunnels.receive(now, me, from, message),
             Payload::StunRequest(transaction) => {
                 let to = Path { port, ..Path::direct(from.remote) };
@@ -310,7 +353,7 @@ impl Host {
 
     /// Returns every action that the core and the data plane ask for, until both have none left.
     pub fn drain(&mut self, now: Instant, clock: i64) -> Vec<Action> {
-        let me = self.key();
+        let (me, own) = (self.key(), self.probe_version);
         let mut actions = Vec::new();
         loop {
             let Some(agent) = &mut self.agent else { return actions };
@@ -326,6 +369,7 @@ impl Host {
                         peer, path: Some(path), message, size, ..
                     }) => {
                         let payload = Payload::Probe { from: me, to: peer, message, size };
+                        let payload = agent.seal(own, payload);
                         actions.push(Action::Send(path, payload.on(&path)));
                     }
                     Output::Train { peer, path, transactions, size } => {
@@ -336,6 +380,7 @@ impl Host {
                                 message: Probe::Ping { transaction },
                                 size: Some(size),
                             };
+                            let payload = agent.seal(own, payload);
                             actions.push(Action::Send(path, payload.on(&path)));
                         }
                     }
@@ -445,6 +490,7 @@ impl Host {
             candidates,
             prefixes: self.prefixes.clone(),
             relay: self.relay,
+            probe_version: self.probe_version,
             ..node::record(&self.grant)
         };
         let node = Node::new(self.grant.clone(), record).expect("the record respects the grant");
@@ -460,6 +506,19 @@ impl Host {
 }
 
 impl Agent {
+    /// Seals a probe in the version that its receiver has, according to its record; an agent of version
+    /// `own` seals no later one.
+    fn seal(&mut self, own: ProbeVersion, payload: Payload) -> Payload {
+        let Payload::Probe { to, .. } = &payload else { return payload };
+        let to = *to;
+        let entry = self.table.as_ref().and_then(|table| table.peers.get(&to));
+        let version = entry.map_or(ProbeVersion::V1, |entry| entry.probe_version);
+        match own.min(version) {
+            ProbeVersion::V1 => payload,
+            ProbeVersion::V2 => self.probes.stamp(to, payload),
+        }
+    }
+
     fn knows(&self, peer: &WireguardKey) -> bool {
         self.table.as_ref().is_some_and(|table| table.peers.contains_key(peer))
     }

@@ -10,6 +10,7 @@ pub mod host;
 pub mod nat;
 pub mod net;
 pub mod payload;
+pub mod probes;
 pub mod tunnel;
 
 use std::collections::BTreeMap;
@@ -46,6 +47,17 @@ enum Event {
     Watch(HostId),
 }
 
+/// A datagram that somebody on the way recorded.
+#[derive(Debug, Clone)]
+pub struct Recorded {
+    /// Host that received it.
+    pub host: HostId,
+    /// Address and port of that host at which it arrived.
+    pub at: SocketAddr,
+    /// Content of the datagram.
+    pub payload: Payload,
+}
+
 /// A simulation; see the module's documentation.
 #[derive(Debug)]
 pub struct Sim {
@@ -59,6 +71,10 @@ pub struct Sim {
     pub controller_up: bool,
     /// Every change of a peer's state: time since the start, observing host, peer, new state.
     pub changes: Vec<(Duration, HostId, NodeId, PeerState)>,
+    /// Probes that arrived at their receivers, while they are recorded.
+    pub recorded: Option<Vec<Recorded>>,
+    /// Bytes of UDP payload sent to each address.
+    pub bytes_to: BTreeMap<SocketAddr, u64>,
     start: Instant,
     seed: u64,
     rng: StdRng,
@@ -82,6 +98,8 @@ impl Sim {
             hosts: Vec::new(),
             controller_up: true,
             changes: Vec::new(),
+            recorded: None,
+            bytes_to: BTreeMap::new(),
             start,
             seed,
             rng: StdRng::from_seed(bytes),
@@ -187,6 +205,12 @@ impl Sim {
         self.next_inner
     }
 
+    /// Lets a datagram that was recorded arrive once more, from any address.
+    pub fn replay(&mut self, recorded: &Recorded, from: SocketAddr) {
+        let Recorded { host, at, payload } = recorded.clone();
+        self.schedule(self.now, Event::Arrive { host, at, from, payload });
+    }
+
     /// Returns whether the echo of an inner packet came back.
     pub fn replied(&self, host: HostId, number: u64) -> bool {
         self.hosts[host].agent.as_ref().is_some_and(|agent| agent.replies.contains(&number))
@@ -227,6 +251,9 @@ impl Sim {
         (self.elapsed(), format!("{event:?}")).hash(&mut self.trace);
         match event {
             Event::Arrive { host, at, from, payload } => {
+                if let Some(recorded) = self.recorded.as_mut().filter(|_| payload.is_probe()) {
+                    recorded.push(Recorded { host, at, payload: payload.clone() });
+                }
                 for (to, payload) in self.hosts[host].receive(self.now, at, from, payload) {
                     self.send(host, to, payload);
                 }
@@ -323,6 +350,7 @@ impl Sim {
         if payload.size() > self.net.payload {
             return;
         }
+        *self.bytes_to.entry(to.remote).or_default() += u64::from(payload.size());
         let arrival = self.net.send(self.now, &mut self.rng, host, realm, from, to.remote);
         if let Some(arrival) = arrival {
             let Arrival { host, at, from, .. } = arrival;

@@ -116,7 +116,7 @@ impl Us {
 
     /// Inner packets travel to and from peer 2.
     fn active(&mut self) {
-        let active = Observation::Active { sent: true, received: true };
+        let active = Observation::Active { sent: true, received: true, by_endpoint: true };
         self.mesh.handle_observation(self.now, key(2), active);
     }
 

@@ -2,18 +2,24 @@
 
 use towline_core::forwarding::ForwardingEnd;
 use towline_core::path::CHANNEL_LIFETIME;
+use towline_types::frame::ProbeVersion;
 
 use super::*;
 
 const LIMITS: RelayLimits =
     RelayLimits { nodes: 4, channels_per_node: 2, bits_per_second: 1_000_000 };
 
-/// A relay that knows the nodes 2 to 9, which published no address.
+/// A relay that knows the nodes 2 to 9, which published no address. Their probes have version 1.
 fn relay() -> Us {
     let mut us = Us::relaying(1, Some(LIMITS));
-    (2..=9).for_each(|number| us.upsert(peer(number)));
+    (2..=9).for_each(|number| us.upsert(of_version(peer(number), ProbeVersion::V1)));
     us.drain();
     us
+}
+
+fn of_version(mut node: NodeBuilder, version: ProbeVersion) -> NodeBuilder {
+    node.record.probe_version = version;
+    node
 }
 
 fn at(number: u8) -> Path {
@@ -99,6 +105,22 @@ fn a_node_that_proved_its_address_is_announced_a_channel_there() {
     let (_, same) = open(&mut us, 3, at(3), 2);
     assert_eq!(same, Some(channel));
     assert_eq!(us.mesh.relay().map(|relay| (relay.nodes, relay.channels)), Some((2, 1)));
+}
+
+#[test]
+fn a_request_of_version_2_comes_from_an_address_that_is_proven() {
+    let (mut us, channel) = opened();
+    for number in [2, 3] {
+        us.upsert(of_version(peer(number), ProbeVersion::V2).generation(2));
+    }
+    us.drain();
+    let lifetime = CHANNEL_LIFETIME;
+    us.message(2, at(22), Probe::Register { transaction: 4 });
+    assert_eq!(sent(&us.drain(), at(22)), [Probe::Registered { transaction: 4, lifetime }]);
+    assert!(is_at(&us, channel, 2, at(22)), "its channels move, too");
+    let (outputs, same) = open(&mut us, 3, at(33), 2);
+    assert_eq!((same, sent(&outputs, at(33)).len()), (Some(channel), 1));
+    assert!(is_at(&us, channel, 3, at(33)));
 }
 
 #[test]

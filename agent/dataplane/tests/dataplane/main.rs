@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{Receiver, channel};
 use towline_core::forwarding::{ForwardingEnd, ForwardingTable};
 use towline_core::own_networks::OwnNetworks;
-use towline_core::path::ChannelId;
+use towline_core::path::{ChannelId, Path};
 use towline_core::peer_table::{Observation, PeerEntry, PeerTable};
 use towline_dataplane::arena::{GSO_MAX_BYTES, SLOT_BYTES, TunBatch, WriteBatch};
 use towline_dataplane::coalesce::Coalesce;
@@ -25,8 +25,8 @@ use towline_dataplane::drops::Drops;
 use towline_dataplane::memory::{self, Datagram, MemoryHost, MemoryTun, Network};
 use towline_dataplane::switch::Switch;
 use towline_dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_UDP_L4, VnetHeader};
-use towline_dataplane::{Config, DataPlane, Event, Fault, StuckWorkers, TunIo, checksum};
-use towline_types::frame::relayed_header;
+use towline_dataplane::{Config, DataPlane, Event, Fault, Probes, StuckWorkers, TunIo, checksum};
+use towline_types::frame::{Probe, ProbeVersion, relayed_header};
 use towline_types::id::{PresharedKey, WireguardKey};
 use towline_types::mtu::Mtu;
 use towline_types::rate::Rate;
@@ -43,6 +43,7 @@ const PATTERN: &[u8] = b"an inner byte pattern that nobody may see";
 /// Data plane with its host and its events.
 struct End {
     plane: DataPlane,
+    probes: Probes,
     host: MemoryHost,
     events: Receiver<Event>,
     address: SocketAddr,
@@ -55,12 +56,14 @@ impl End {
         let address = SocketAddr::from(([192, 0, 2, number], 51830));
         let (tun, host) = memory::tun(1420).unwrap();
         let (sender, events) = channel(256);
-        let config =
-            Config { private_key: StaticSecret::from([number; 32]), link: None, copy_dscp: false };
+        let private_key = StaticSecret::from([number; 32]);
+        let probes = Probes::new(private_key.clone(), 1);
+        let config = Config { private_key, probes: probes.clone(), link: None, copy_dscp: false };
         let plane =
             DataPlane::start(config, [(tun, network.bind(address).unwrap())], sender).unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-        Self { plane, host, events, address, inner: Ipv4Addr::new(10, 0, 0, number), runtime }
+        let inner = Ipv4Addr::new(10, 0, 0, number);
+        Self { plane, probes, host, events, address, inner, runtime }
     }
 
     /// Makes this end relay a channel between two nodes, each of which may send `bits` per second.
@@ -92,6 +95,26 @@ impl End {
             preshared_key: None,
             boot_epoch: 0,
             is_static: false,
+            probe_version: ProbeVersion::OWN,
+        }
+    }
+
+    /// Sends a probe to another end.
+    fn probe(&self, to: &End, message: &Probe) {
+        let datagram = self.probes.seal(&to.key(), message, 0).unwrap();
+        self.plane.send(to.address.into(), &datagram);
+    }
+
+    /// Waits for a message of the peer `of` that `wanted` accepts, and returns the path that it came by.
+    /// Ignores other events.
+    fn message(&mut self, of: WireguardKey, wanted: impl Fn(&Probe) -> bool) -> Path {
+        loop {
+            if let Event::Probe { peer, from, message } = self.event()
+                && peer == of
+                && wanted(&message)
+            {
+                return from;
+            }
         }
     }
 

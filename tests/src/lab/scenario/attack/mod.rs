@@ -4,6 +4,7 @@
 //! | module | attack |
 //! |---|---|
 //! | [`oversized`] | datagrams of every size to the UDP port of a relay |
+//! | [`probes`] | probes that are replayed, forged, or sealed by a member for somebody else's address |
 //! | [`inward`] | inner packets of a member with a raw tunnel, to forbidden addresses |
 //! | [`sources`] | packets of a neighbour with a source of this node or of the mesh |
 //! | [`outward`] | traffic for the mesh that might leave in clear, with one guard or both |
@@ -18,6 +19,7 @@ mod inward;
 mod local;
 mod outward;
 mod oversized;
+mod probes;
 mod relay;
 mod sources;
 mod stage;
@@ -148,17 +150,16 @@ struct Unavailable(String);
 
 /// Returns all cases, in the order in which they run.
 fn every_case() -> Vec<Case> {
-    [
+    let groups = [
         oversized::cases(),
+        probes::cases(),
         local::cases(),
         inward::cases(),
         sources::cases(),
         outward::cases(),
         relay::cases(),
-    ]
-    .into_iter()
-    .flatten()
-    .collect()
+    ];
+    groups.into_iter().flatten().collect()
 }
 
 /// Returns the cases as the command line selects them.

@@ -18,12 +18,17 @@ use std::fs::{Permissions, set_permissions};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use towline_core::peer_table::{PeerEntry, PeerTable};
+use towline_dataplane::Probes;
 use towline_netlink::{AddressOptions, Route, Rtnetlink};
 use towline_nftables::{Chain, ChainKind, Hook, Nft, Rule, Table, TableFamily};
+use towline_proto::frame::ProbeVersion;
+use towline_proto::id::WireguardKey;
+use towline_proto::mtu::Mtu;
 use x25519_dalek::PublicKey;
 
 use super::{Setting, Unavailable};
@@ -280,6 +285,34 @@ impl<'s> Stage<'s> {
         let theirs = PublicKey::from(&private_key(&mesh.a.state().join("wireguard.key"))?);
         let to = SocketAddr::new(self.hosts.a.addresses()[0], WIREGUARD);
         RawTunnel::connect(self.hosts.evil.namespace(), own, &theirs, to)
+    }
+
+    /// Returns the keys of `evil` for probes to `cp`, in this version, and the key of `cp`.
+    pub(super) fn member_probes(
+        &self,
+        version: ProbeVersion,
+    ) -> anyhow::Result<(Probes, WireguardKey)> {
+        let mesh = self.mesh.as_ref().context("the mesh is not up")?;
+        let own = private_key(&mesh.evil.state().join("wireguard.key"))?;
+        let theirs = PublicKey::from(&private_key(&mesh.cp.state().join("wireguard.key"))?);
+        let cp = WireguardKey(theirs.to_bytes());
+        // An epoch that no other call used: the relay then asks for a proof.
+        let epoch = SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos();
+        let probes = Probes::new(own, u64::try_from(epoch)?);
+        let entry = PeerEntry {
+            endpoint: None,
+            prefixes: Vec::new(),
+            keepalive: None,
+            preshared_key: None,
+            mtu: Mtu::DEFAULT,
+            fragment: false,
+            is_single: false,
+            boot_epoch: 0,
+            is_static: false,
+            probe_version: version,
+        };
+        probes.apply(&PeerTable { peers: [(cp, entry)].into(), ..PeerTable::default() });
+        Ok((probes, cp))
     }
 
     /// Sends a datagram of `a` in clear to the internet, and returns its payload. Once the payload
