@@ -11,6 +11,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use towline_core::local_limits::{HostAddresses, InClear, LocalLimits};
 use towline_core::local_networks::LocalNetworks;
+use towline_core::mesh::RelayLimits;
 use towline_core::own_networks::is_special;
 use towline_core::plan::{RulePlan, UnderlayPlan};
 use towline_core::prefixes::is_host;
@@ -209,7 +210,8 @@ pub struct RelayConfig {
     pub nodes: usize,
     /// Maximum number of channels that one node has at the same time.
     pub channels_per_node: usize,
-    /// Maximum rate at which one node may send, in megabits per second.
+    /// Maximum rate at which one node may send through this relay, on all of its channels together, in
+    /// megabits per second. What it sends beyond that is dropped (`relay_limited`).
     pub megabits_per_node: u64,
 }
 
@@ -219,7 +221,7 @@ impl Default for RelayConfig {
             enabled: false,
             nodes: limits::NODES,
             channels_per_node: 1_024,
-            megabits_per_node: 10_000,
+            megabits_per_node: 1_000,
         }
     }
 }
@@ -609,15 +611,11 @@ impl Config {
             .map_or_else(|_| nix::unistd::geteuid().as_raw(), |metadata| metadata.uid())
     }
 
-    /// Returns the relay of this node, with its limits.
-    pub fn relay(&self) -> towline_dataplane::Relay {
-        use towline_dataplane::relay::{Limits, Relay};
+    /// Returns the limits of this node's relay; `None` if it does not relay.
+    pub fn relay_limits(&self) -> Option<RelayLimits> {
         let RelayConfig { enabled, nodes, channels_per_node, megabits_per_node } = self.relay;
-        if !enabled {
-            return Relay::default();
-        }
-        let bytes_per_second = megabits_per_node.saturating_mul(1_000_000 / 8);
-        Relay::new(Limits { nodes, channels: channels_per_node, bytes_per_second })
+        let bits_per_second = megabits_per_node.saturating_mul(1_000_000);
+        enabled.then_some(RelayLimits { nodes, channels_per_node, bits_per_second })
     }
 
     /// Returns the names and numbers that identify Towline's state on the host.

@@ -31,7 +31,6 @@ pub mod netcheck;
 pub mod node_ip;
 pub mod not_connected;
 pub mod prefixes;
-pub mod probe;
 pub mod reserved_port;
 pub mod state;
 pub mod static_peers;

@@ -77,13 +77,15 @@ codes! {
 }
 
 impl MeshEvent {
-    /// Returns the event of a stored change. `None` for those of tokens.
+    /// Returns the event of a stored change. `None` for those of tokens and roles, which operators made.
     pub fn of(event: Event) -> Option<Self> {
         match event {
             Event::Joined { name, .. } => Some(Self::NodeJoined { node: name }),
             Event::Removed { name, why, .. } => Some(Self::NodeRemoved { node: name, why }),
             Event::PrefixMoved { prefix, from, to } => Some(Self::PrefixMoved { prefix, from, to }),
-            Event::TokenCreated { .. } | Event::TokenRevoked { .. } => None,
+            Event::TokenCreated { .. }
+            | Event::TokenRevoked { .. }
+            | Event::RelayDecided { .. } => None,
         }
     }
 

@@ -281,6 +281,7 @@ fn parse_token(secret_hash: SecretHash, token: pb::Token) -> Result<Token, Inval
             pod_ranges: convert::pod_ranges(&token.pod_ranges)?,
             replace: optional(token.replace).map(NodeName::try_from).transpose()?,
             ephemeral: token.ephemeral,
+            relay: token.relay.into(),
         },
         created_at: token.created_at,
         expires_at: token.expires_at,
@@ -308,6 +309,7 @@ pub(crate) fn token_message(token: &Token) -> pb::Token {
         shared: terms.shared.iter().map(Into::into).collect(),
         replace: terms.replace.as_ref().map(NodeName::to_string).unwrap_or_default(),
         ephemeral: terms.ephemeral,
+        relay: terms.relay.decision(),
         nodes: Vec::new(),
     }
 }

@@ -283,6 +283,9 @@ fn log(event: &Event) {
     match event {
         Event::Joined { name, node, token } => tracing::info!(%name, %node, %token, "node joined"),
         Event::Removed { name, node, why } => tracing::info!(%name, %node, why, "node removed"),
+        Event::RelayDecided { name, node, may_relay } => {
+            tracing::info!(%name, %node, may_relay, "relay role decided");
+        }
         Event::PrefixMoved { prefix, from, to } => {
             tracing::warn!(%prefix, %from, %to, "prefix moved");
         }

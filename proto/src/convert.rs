@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 
+use crate::frame::ProbeVersion;
 use crate::id::{InvalidId, Label, NodeName, WireguardKey};
 use crate::limits;
 use crate::node::{
@@ -225,6 +226,7 @@ impl TryFrom<pb::Grant> for Grant {
             labels: labels(grant.labels)?,
             issued_at: grant.issued_at,
             ephemeral: grant.ephemeral,
+            relay: grant.relay.into(),
         })
     }
 }
@@ -245,6 +247,7 @@ impl From<&Grant> for pb::Grant {
             labels: grant.labels.iter().map(|(k, v)| (k.to_string(), v.clone())).collect(),
             issued_at: grant.issued_at,
             ephemeral: grant.ephemeral,
+            relay: grant.relay.decision(),
         }
     }
 }
@@ -305,6 +308,7 @@ impl TryFrom<pb::Record> for Record {
             version: record.version.chars().filter(|c| !c.is_control()).collect(),
             relay: record.relay,
             lans: prefixes(&record.lans)?,
+            probe_version: ProbeVersion::of_record(record.probe_version),
         })
     }
 }
@@ -321,6 +325,7 @@ impl From<&Record> for pb::Record {
             version: record.version.clone(),
             relay: record.relay,
             lans: record.lans.iter().map(Into::into).collect(),
+            probe_version: record.probe_version.record_number(),
         }
     }
 }
@@ -495,6 +500,30 @@ fn reason_code(code: String) -> Result<Option<Box<str>>, Invalid> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::node::RelayRole;
+
+    #[test]
+    fn a_grant_of_an_earlier_version_does_not_decide_who_relays() {
+        let grant = |relay| pb::Grant {
+            mesh_id: vec![1; 16],
+            node_id: vec![1; 16],
+            name: "a".into(),
+            identity_key: vec![1; 32],
+            wireguard_keys: vec![vec![1; 32]],
+            overlay_addresses: vec![vec![1; 16], vec![1; 4]],
+            relay,
+            ..pb::Grant::default()
+        };
+        for (decision, role) in [
+            (None, RelayRole::Undecided),
+            (Some(false), RelayRole::Denied),
+            (Some(true), RelayRole::Granted),
+        ] {
+            let parsed = Grant::try_from(grant(decision)).unwrap();
+            assert_eq!(parsed.relay, role);
+            assert_eq!(pb::Grant::from(&parsed).relay, decision);
+        }
+    }
 
     fn peer(node: u8, state: pb::TunnelState) -> pb::PeerSummary {
         pb::PeerSummary { node_id: vec![node; 16], state: state.into(), ..Default::default() }

@@ -60,6 +60,7 @@ fn peer_table(input: &RoutingInput<'_>) -> PeerTable {
             preshared_key: None,
             boot_epoch: peer.node().record().boot_epoch,
             is_static: false,
+            probe_version: peer.node().record().probe_version,
         };
         Some((peer.key(), entry))
     });

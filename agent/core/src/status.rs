@@ -100,6 +100,15 @@ pub enum GuardReason {
     },
 }
 
+/// This node's relay as the operator sees it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RelayStatus {
+    /// Number of registered nodes.
+    pub nodes: usize,
+    /// Number of open channels.
+    pub channels: usize,
+}
+
 /// A path to a peer that was tried or can be tried, as the operator sees it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PathStatus {

@@ -58,6 +58,9 @@ pub(super) struct TunnelContext<'a> {
     pub(super) events: &'a mut EventSink,
     pub(super) drops: &'a Drops,
     pub(super) counters: &'a PeerCounters,
+    /// True for a peer of the configuration, which is followed as WireGuard does: to wherever its last
+    /// authentic datagram came from.
+    pub(super) is_static: bool,
 }
 
 /// Tunnel with one peer. Owns its sessions and the packets that wait for one.
@@ -75,8 +78,9 @@ pub(super) struct Tunnel {
     retired: Option<(Box<Session>, u32)>,
     /// Handshake that this node started. Cleared when it is answered or given up.
     initiation: Option<Initiation>,
-    /// Receiver index of a session that the peer initiated and has not used yet.
-    unconfirmed: Option<u32>,
+    /// Receiver index of a session that the peer initiated and has not used yet, and the path on which
+    /// its initiation was answered.
+    unconfirmed: Option<(u32, Path)>,
     /// Time when the current session was established, and whether this node initiated it.
     established: Option<(Instant, bool)>,
     /// Time when a datagram was last sent to the peer.
@@ -86,7 +90,7 @@ pub(super) struct Tunnel {
     /// True once [`Observation::Wanted`] was reported. Cleared when a session is established or
     /// expires.
     wanted_reported: bool,
-    /// Path that the last authentic handshake came by, used while the core knows no endpoint.
+    /// Path over which the last handshake was completed, used while the core knows no endpoint.
     adopted: Option<Path>,
     /// Path of the last reported [`Observation::Roamed`], so that it is reported once.
     roamed_reported: Option<Path>,
@@ -103,6 +107,8 @@ pub(super) struct Tunnel {
 struct InnerTraffic {
     sent: bool,
     received: bool,
+    /// True if packets came by the endpoint.
+    by_endpoint: bool,
     reported: Option<Instant>,
 }
 
@@ -117,9 +123,9 @@ impl InnerTraffic {
             return None;
         }
         self.reported = Some(now);
-        let (sent, received) = (self.sent, self.received);
-        (self.sent, self.received) = (false, false);
-        Some(Observation::Active { sent, received })
+        let (sent, received, by_endpoint) = (self.sent, self.received, self.by_endpoint);
+        (self.sent, self.received, self.by_endpoint) = (false, false, false);
+        Some(Observation::Active { sent, received, by_endpoint })
     }
 }
 
@@ -132,6 +138,15 @@ struct Initiation {
     jitter: Duration,
     /// Paths that the initiation is sent on.
     to: Vec<Path>,
+    /// Paths of the initiation that this one replaced, which may still be answered.
+    before: Vec<Path>,
+}
+
+impl Initiation {
+    /// Returns whether an answer that came by `from` came from where an initiation went.
+    fn is_answered_by(&self, from: &Path) -> bool {
+        self.to.iter().chain(&self.before).any(|to| to.is(from))
+    }
 }
 
 impl Tunnel {
@@ -298,13 +313,18 @@ impl Tunnel {
         context.counters.received(authentic);
         if packets {
             self.inner_traffic.received = true;
+            let by_endpoint = self.endpoint(known).is_some_and(|endpoint| endpoint.is(&from));
+            self.inner_traffic.by_endpoint |= by_endpoint;
             if let Some(what) = self.inner_traffic.take_report(context.now) {
                 context.events.observe(self.peer, what);
             }
         }
-        if self.unconfirmed == Some(receiver) {
-            self.unconfirmed = None;
-            self.completed(from, false, context);
+        if let Some((_, answered)) = self.unconfirmed.take_if(|(index, _)| *index == receiver) {
+            // The peer received the response there. Its own datagram may have been redirected.
+            if known.is_none() {
+                self.adopted = Some(answered);
+            }
+            self.completed(answered, false, context);
         }
         self.seen(from, known, context);
         corrupted
@@ -328,26 +348,28 @@ impl Tunnel {
         match self.active().handshake(message, &mut reply) {
             Answered::Response { len, receiver } => {
                 context.counters.received(message.len());
-                self.unconfirmed = Some(receiver);
+                self.unconfirmed = Some((receiver, from));
                 self.live_for(context.now, SESSION_GONE);
                 self.send(&reply[..len], from, context);
-                if known.is_none() {
-                    self.adopted = Some(from);
-                    self.report_roamed(from, context);
-                }
                 self.seen(from, known, context);
             }
             Answered::Established { len } => {
                 context.counters.received(message.len());
-                self.initiation = None;
+                let begun = self.initiation.take();
+                let is_proven = begun.is_some_and(|begun| begun.is_answered_by(&from));
                 self.live_for(context.now, SESSION_GONE);
                 // The peer can use the session only after this datagram, so it takes the path that
                 // just worked.
                 self.send(&reply[..len], from, context);
-                if known.is_none() {
-                    self.adopted = Some(from);
+                if is_proven || context.is_static {
+                    if known.is_none() {
+                        self.adopted = Some(from);
+                    }
+                    self.completed(from, true, context);
+                } else {
+                    // Nothing was sent to this address before: the core validates it.
+                    self.established = Some((context.now, true));
                 }
-                self.completed(from, true, context);
                 self.seen(from, known, context);
             }
             Answered::Cookie => {}
@@ -506,7 +528,8 @@ impl Tunnel {
             self.send(message, *address, context);
         }
         let jitter = Duration::from_millis(super::random() % RETRY_JITTER_MS);
-        self.initiation = Some(Initiation { sent: context.now, jitter, to });
+        let before = self.initiation.take().map_or_else(Vec::new, |before| before.to);
+        self.initiation = Some(Initiation { sent: context.now, jitter, to, before });
         self.live_for(context.now, ATTEMPT_GONE);
     }
 

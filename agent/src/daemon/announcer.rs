@@ -50,6 +50,18 @@ impl Announcer {
         (announcer, announced)
     }
 
+    /// Sets whether this node is a relay.
+    pub(super) fn set_relay(&mut self, is_relay: bool) {
+        self.is_relay = is_relay;
+        self.announcements.send_if_modified(|announcement| match announcement {
+            Some(announcement) if announcement.relay != is_relay => {
+                announcement.relay = is_relay;
+                true
+            }
+            _ => false,
+        });
+    }
+
     /// Handles the networks of one source.
     pub(super) fn handle(&mut self, mesh: &mut Mesh, filter: Filter<'_>, update: PrefixUpdate) {
         if self.prefixes.set(update) {

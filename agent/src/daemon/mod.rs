@@ -24,7 +24,6 @@
 //! | `Prober` | keys of the pairs, and pings of the operator |
 //! | `Observer` | events, rates of traffic, and the problems that are known |
 //! | `SummarySchedule` | when the next summary of the tunnels goes to the controller |
-//! | `RelayServer` | requests of other nodes to this node's relay |
 //! | `Leaving` | a `towline leave` that waits for a controller |
 //! | `WireguardSocket` | the socket of `wg show`, and its server |
 //! | `Reporter` | nothing: it reads all of them for status output |
@@ -39,7 +38,6 @@ mod metrics_server;
 mod observer;
 mod prober;
 mod problem;
-mod relay_server;
 mod report;
 mod restorations;
 mod signals;
@@ -94,7 +92,6 @@ use kubernetes_node::KubernetesNode;
 use leave::Leaving;
 use observer::Observer;
 use prober::Prober;
-use relay_server::RelayServer;
 use report::Reporter;
 use signals::{SignalMeaning, Signals};
 use sleep::SleepClock;
@@ -218,7 +215,6 @@ struct Daemon {
     kubernetes: KubernetesNode,
     firewalls: FirewallSearch,
     prober: Prober,
-    relay: RelayServer,
     observer: Observer,
     summaries: SummarySchedule,
     /// Set while `towline leave` waits for a controller.
@@ -329,8 +325,8 @@ impl Daemon {
             Report::Event(dataplane::Event::Peer { peer, what }) => {
                 self.mesh.handle_observation(now, peer, what);
             }
-            Report::Event(dataplane::Event::Probe { from, datagram }) => {
-                self.message_received(Some(from), &datagram);
+            Report::Event(dataplane::Event::Probe { peer, from, message }) => {
+                self.message_received(peer, from, message);
             }
             Report::Event(dataplane::Event::Stun { from, datagram }) => {
                 if let Some(stun::Message::Success { transaction, mapped }) =
@@ -343,11 +339,15 @@ impl Daemon {
                 tracing::error!(%fault, "data plane failed: restarting it");
                 let event = Event::DataPlaneRestarted { fault: fault.to_string() };
                 self.observer.happened(&event);
-                let relay = self.relay.handle_for_data_plane();
-                self.tunnels.restart(&self.config, self.prober.own_key(), relay, self.purpose)?;
+                let probes = self.prober.handle_for_data_plane();
+                let key = self.prober.own_key();
+                self.tunnels.restart(&self.config, key, probes, self.purpose)?;
                 self.host.restore();
                 if self.mesh.second_port().is_some() {
                     self.open_second_port();
+                }
+                if let Some(table) = self.mesh.forwarding_table() {
+                    self.tunnels.data_plane().apply_forwarding(table);
                 }
                 if let Some(table) = self.mesh.peer_table().cloned() {
                     self.tunnels.apply(&table);
@@ -360,19 +360,15 @@ impl Daemon {
         Ok(())
     }
 
-    /// Handles a datagram that looks like a sealed message: requests to a relay are answered here,
-    /// every other message goes to the core. `from` is `None` if it came through a controller.
-    fn message_received(&mut self, from: Option<NetworkPath>, datagram: &[u8]) {
-        let Some((peer, message)) = self.prober.open(datagram) else { return };
-        let now = Instant::now();
-        match (message, from) {
-            (request @ (Probe::Register { .. } | Probe::Open { .. }), Some(from)) => {
-                for answer in self.relay.handle(now, peer, from, &request) {
-                    self.transmit(answer);
-                }
-            }
-            (message, from) => self.mesh.handle_message(now, peer, from, message),
-        }
+    /// Handles a message that the data plane opened.
+    fn message_received(&mut self, peer: WireguardKey, from: NetworkPath, message: Probe) {
+        self.mesh.handle_message(Instant::now(), peer, Some(from), message);
+    }
+
+    /// Handles a message that a controller carried. Only a call does not depend on its path.
+    fn signal_received(&mut self, datagram: &[u8]) {
+        let Some((peer, message)) = self.prober.open_signal(datagram) else { return };
+        self.mesh.handle_message(Instant::now(), peer, None, message);
     }
 
     fn controller_event(&mut self, event: discovery::Event) {
@@ -389,8 +385,9 @@ impl Daemon {
         }
         match self.controller.handle(Instant::now(), &mut self.mesh, event) {
             None => {}
-            Some(Received::Signal(datagram)) => self.message_received(None, &datagram),
+            Some(Received::Signal(datagram)) => self.signal_received(&datagram),
             Some(Received::Grant) => {
+                self.announcer.set_relay(self.mesh.relay().is_some());
                 self.kubernetes_changed();
                 self.announcer.select(&mut self.mesh, self.config.prefix_filter());
             }
@@ -630,6 +627,13 @@ impl Daemon {
                 Output::SecondPort { open: false } => self.tunnels.data_plane().close_second_port(),
                 Output::Handshake { peer, to } => self.tunnels.data_plane().handshake(peer, to),
                 Output::PeerTable(table) => self.peer_table(&table),
+                Output::ForwardingTable(table) => {
+                    self.tunnels.data_plane().apply_forwarding(&table);
+                }
+                Output::ReportChannels => {
+                    let used = self.tunnels.data_plane().take_used_channels();
+                    self.mesh.handle_channels_used(Instant::now(), used);
+                }
                 Output::Plan(plan) => {
                     self.host.apply(plan);
                     self.announcer.remember(&self.mesh);
@@ -688,11 +692,9 @@ impl Daemon {
         self.mesh.set_second_port(Instant::now(), opened.ok());
     }
 
-    /// Applies a new peer table to the data plane, the keys of the pairs and the relay.
+    /// Applies a new peer table to the data plane, which derives the keys of the pairs.
     fn peer_table(&mut self, table: &PeerTable) {
-        self.prober.set_peers(table);
         self.tunnels.apply(table);
-        self.relay.set_peers(table);
     }
 
     fn static_state_changed(&mut self, peer: WireguardKey, from: PeerState, to: PeerState) {

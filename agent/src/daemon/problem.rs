@@ -196,6 +196,15 @@ pub(super) enum Problem {
         /// Claim that was refused.
         conflict: Conflict,
     },
+    /// The configuration makes this node a relay, but its grant denies it.
+    #[error(
+        "this node does not relay: its grant does not let it: run `towline-controller node set {node} \
+         --relay` on the controller's machine, or unset [relay] enabled"
+    )]
+    RelayDenied {
+        /// Name of this node.
+        node: NodeName,
+    },
     /// This machine's Kubernetes Node cannot be used as it is.
     #[error(transparent)]
     Node(#[from] NodeProblem),
@@ -237,6 +246,7 @@ codes! {
         NotAnnounced(NotAnnounced),
         Peer { conflict: Conflict },
         StaticPeer { conflict: Conflict },
+        RelayDenied => "relay-denied",
         Node(NodeProblem),
         NodeIpUnreached => "node-ip-unreached",
     }
@@ -298,6 +308,15 @@ pub(super) enum Note {
         /// Name of the setting.
         setting: &'static str,
     },
+    /// A relay is used that no operator granted its role. It joined with an earlier version.
+    #[error(
+        "relay {relay} is not granted, and the next version will not use it: run `towline-controller \
+         node set {relay} --relay` on the controller's machine"
+    )]
+    RelayNotGranted {
+        /// Name of the relay, which may be this node.
+        relay: NodeName,
+    },
     /// `wg show` shows nothing of this agent.
     #[error(transparent)]
     NotServed(#[from] NotServed),
@@ -310,6 +329,7 @@ codes! {
         Firewall(Obstacle),
         SecondPort => "second-port-used",
         InClearNotAllowed => "in-clear-not-allowed",
+        RelayNotGranted => "relay-not-granted",
         NotServed(NotServed),
     }
 }

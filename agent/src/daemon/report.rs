@@ -6,6 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use ipnet::IpNet;
 use towline_core::mesh::{
     GuardReason, GuardedNetwork, Mapping, PathStatus, PeerState, PeerStatus, ReflectorStatus,
+    RelayStatus,
 };
 use towline_core::peer_history::{Changed, PeerChange};
 use towline_core::static_peers::StaticPeerStatus;
@@ -54,6 +55,8 @@ impl Reporter<'_> {
         notes.extend(socket.and_then(|socket| socket.problem()).map(Note::from));
         notes.extend(self.kept_in_tunnel());
         notes.extend(mesh.second_port().map(|second| Note::SecondPort { configured, second }));
+        let relays = mesh.undecided_relays().cloned();
+        notes.extend(relays.map(|relay| Note::RelayNotGranted { relay }));
         let own_drops = [("probes_refused", daemon.prober.refused())];
         let drops = snapshot.drops.into_iter().chain(mesh.counters().named()).chain(own_drops);
         let feature = |feature: Feature| pb::Feature {
@@ -84,7 +87,7 @@ impl Reporter<'_> {
             applied_reason: text(blocked),
             applied_reason_code: code(blocked),
             drops: drops.map(|(name, count)| pb::Counter { name: name.into(), count }).collect(),
-            relay: config.relay.enabled.then(|| daemon.relay.status()),
+            relay: mesh.relay().map(|relay| self.relay(relay)),
             features: snapshot.features.into_iter().map(feature).collect(),
             state: MachineState::Running.code().into(),
             confirm_within_ms: confirm_within_ms(daemon.confirmation()),
@@ -92,6 +95,15 @@ impl Reporter<'_> {
             nat_mapping: mesh.mapping().map(mapping_word).unwrap_or_default().into(),
             second_port: mesh.second_port().map(u32::from),
             ..identity(mesh.grant(), config)
+        }
+    }
+
+    fn relay(&self, relay: RelayStatus) -> pb::RelayStatus {
+        let count = |number| u32::try_from(number).unwrap_or(u32::MAX);
+        pb::RelayStatus {
+            nodes: count(relay.nodes),
+            channels: count(relay.channels),
+            bytes: self.0.tunnels.data_plane().forwarded_bytes(),
         }
     }
 
@@ -111,6 +123,8 @@ impl Reporter<'_> {
         problems.extend(self.foreign_source());
         problems.extend(daemon.announcer.problems().iter().cloned().map(Problem::from));
         problems.extend(daemon.kubernetes.problems(mesh.grant()));
+        let denied = mesh.grant().filter(|_| mesh.is_relay_denied());
+        problems.extend(denied.map(|grant| Problem::RelayDenied { node: grant.name.clone() }));
         for status in mesh.peers() {
             let peer = status.node.name();
             problems.extend(

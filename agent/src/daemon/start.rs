@@ -21,7 +21,6 @@ use super::host_controller::HostController;
 use super::kubernetes_node::KubernetesNode;
 use super::observer::Observer;
 use super::prober::Prober;
-use super::relay_server::RelayServer;
 use super::summary::SummarySchedule;
 use super::tunnels::Tunnels;
 use super::{Daemon, Purpose, report};
@@ -164,15 +163,14 @@ impl Daemon {
         if let Err(error) = reserved_port::reserve(config.wireguard.port) {
             tracing::debug!(%error, "UDP port not reserved");
         }
-        let prober = Prober::new(stored.keys.wireguard.clone());
-        let relay = RelayServer::new(config.relay(), now);
-        let handle = relay.handle_for_data_plane();
-        let tunnels = Tunnels::start(&config, prober.own_key(), handle, purpose)?;
+        let prober = Prober::new(stored.keys.wireguard.clone(), stored.counters.boot_epoch);
+        let probes = prober.handle_for_data_plane();
+        let tunnels = Tunnels::start(&config, prober.own_key(), probes, purpose)?;
         let cached = state.prefixes()?;
         let observer = Observer::new(now, stored.counters.boot_epoch);
 
         let mesh = stored.mesh(&config, &cached, now);
-        let (announcer, announced) = Announcer::new(state.clone(), cached, config.relay.enabled);
+        let (announcer, announced) = Announcer::new(state.clone(), cached, mesh.relay().is_some());
         tokio::spawn(save_again(state.clone()));
         tracing::info!(
             node = mesh.grant().map(|grant| tracing::field::display(&grant.name)),
@@ -205,7 +203,6 @@ impl Daemon {
             kubernetes,
             firewalls: FirewallSearch::new(now),
             prober,
-            relay,
             observer,
             summaries: SummarySchedule::default(),
             leaving: None,
@@ -255,7 +252,7 @@ pub(crate) fn core_config(
         table: config.routing.table,
         rules: config.rules(),
         firewall_table: config.routing.nftables_table.clone(),
-        relay: config.relay.enabled,
+        relay: config.relay_limits(),
         boot_epoch,
     }
 }

@@ -26,6 +26,7 @@ use tonic::transport::Channel;
 use towline_core::mesh::MapChange;
 use towline_proto::backoff::{Backoff, Jitter};
 use towline_proto::code::Coded as _;
+use towline_proto::frame::ProbeVersion;
 use towline_proto::id::NodeId;
 use towline_proto::node::{Candidate, Grant, Record};
 use towline_proto::pb::watch_response::Kind;
@@ -653,6 +654,7 @@ impl Discovery {
             version: towline_proto::VERSION.to_owned(),
             relay: announcement.relay,
             lans: announcement.lans.iter().copied().take(limits::PREFIXES).collect(),
+            probe_version: ProbeVersion::OWN,
         };
         let signed = self.keys.identity.sign_record(&pb::Record::from(&record));
         self.current = Some((announcement, signed.clone()));

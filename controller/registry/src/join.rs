@@ -83,6 +83,7 @@ impl Registry {
             labels: terms.labels,
             issued_at: now.unix,
             ephemeral: terms.ephemeral,
+            relay: terms.relay,
         };
         self.members.insert(Member {
             grant,

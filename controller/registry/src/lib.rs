@@ -50,7 +50,7 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use towline_types::id::{IdentityKey, NodeId, NodeName, TokenId};
-use towline_types::node::{MeshConfig, Node, Tombstone};
+use towline_types::node::{MeshConfig, Node, RelayRole, Tombstone};
 use towline_types::ownership;
 use towline_types::pod_range::PodRange;
 
@@ -208,6 +208,15 @@ pub enum Event {
         node: NodeId,
         /// Reason, for the log.
         why: &'static str,
+    },
+    /// An operator decided whether a node may relay.
+    RelayDecided {
+        /// Name of the node.
+        name: NodeName,
+        /// Id of the node.
+        node: NodeId,
+        /// True if it may.
+        may_relay: bool,
     },
     /// A prefix moved from an offline node to a connected one.
     PrefixMoved {
@@ -421,6 +430,22 @@ impl Registry {
         };
         self.remove_node(tombstone, why);
         self.reconsider(sessions, now);
+        Ok(())
+    }
+
+    /// Decides whether a node may relay for others. Does nothing if that was decided before.
+    pub fn set_relay(&mut self, node: NodeId, may_relay: bool, now: Now) -> Result<(), NodeAbsent> {
+        let grant = &self.member(node)?.grant;
+        if grant.relay.decision() == Some(may_relay) {
+            return Ok(());
+        }
+        // Of two grants with one record, agents keep the one that was issued later.
+        let issued_at = now.unix.max(grant.issued_at.saturating_add(1));
+        let name = grant.name.clone();
+        self.members.set_relay(node, RelayRole::of(may_relay), issued_at);
+        self.unsigned.insert(Unsigned::Grant(node));
+        self.touch(node);
+        self.events.push(Event::RelayDecided { name, node, may_relay });
         Ok(())
     }
 

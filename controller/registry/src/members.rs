@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use ipnet::IpNet;
 use towline_types::id::{IdentityKey, NodeId, NodeName, TokenId, WireguardKey};
-use towline_types::node::{Grant, Record};
+use towline_types::node::{Grant, Record, RelayRole};
 
 /// A node of the mesh.
 #[derive(Debug, Clone, PartialEq)]
@@ -105,6 +105,14 @@ impl Members {
         self.edit(id, |member| {
             member.grant.allowed_prefixes = grant.allowed_prefixes;
             member.grant.pod_ranges = grant.pod_ranges;
+        });
+    }
+
+    /// Replaces the relay role of a node, in a grant that is issued at `issued_at`.
+    pub(super) fn set_relay(&mut self, id: NodeId, role: RelayRole, issued_at: i64) {
+        self.edit(id, |member| {
+            member.grant.relay = role;
+            member.grant.issued_at = issued_at;
         });
     }
 

@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use subtle::ConstantTimeEq;
 use towline_types::id::{Label, NodeName, TokenId};
 use towline_types::limits;
-use towline_types::node::SharedPrefix;
+use towline_types::node::{RelayRole, SharedPrefix};
 use towline_types::pod_range::PodRange;
 
 use super::JoinError;
@@ -104,6 +104,8 @@ pub struct TokenTerms {
     pub replace: Option<NodeName>,
     /// True if the nodes are removed once they are offline for longer than the lease.
     pub ephemeral: bool,
+    /// Whether the nodes may relay for others.
+    pub relay: RelayRole,
 }
 
 impl TokenTerms {
@@ -119,6 +121,7 @@ impl TokenTerms {
             shared: Vec::new(),
             replace: None,
             ephemeral: false,
+            relay: RelayRole::Denied,
         }
     }
 }

@@ -31,7 +31,9 @@ Examples:
   # for both gateways of a LAN
   towline-controller token create --uses 2 --prefix 192.168.50.0/24,shared=lan-b
   # for a machine that was installed again
-  towline-controller token create --replace gpu-1 > gpu-1.token";
+  towline-controller token create --replace gpu-1 > gpu-1.token
+  # for a public machine that relays for others
+  towline-controller token create --name relay-1 --relay > relay-1.token";
 
 pub(super) const TOKEN_LIST: &str = "\
 Examples:
@@ -54,6 +56,12 @@ pub(super) const NODE_SHOW: &str = "\
 Examples:
   towline-controller node show gpu-1
   towline-controller node show gpu-1 -o yaml";
+
+pub(super) const NODE_SET: &str = "\
+Examples:
+  # it has [relay] enabled, and others can reach it
+  towline-controller node set gateway-1 --relay
+  towline-controller node set gateway-1 --no-relay";
 
 pub(super) const NODE_REMOVE: &str = "\
 Examples:

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use anyhow::Context;
-use clap::Subcommand;
+use clap::{Args, Subcommand};
 use serde::Serialize;
 use towline_proto::id::{IdentityKey, NodeId};
-use towline_proto::node::SharedPrefix;
+use towline_proto::node::{RelayRole, SharedPrefix};
 use towline_proto::{pb, signed};
 use towline_service::output::{self, Format};
 
@@ -32,12 +32,31 @@ pub(super) enum Node {
         #[arg(short, long, value_enum, default_value_t)]
         output: Format,
     },
+    /// Change what a node may do
+    #[command(after_help = examples::NODE_SET)]
+    Set {
+        /// Name of the node
+        name: String,
+        #[command(flatten)]
+        role: RelayFlags,
+    },
     /// Remove a node permanently: it can join again only with a new token and new keys
     #[command(after_help = examples::NODE_REMOVE)]
     Remove {
         /// Name of the node
         name: String,
     },
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub(super) struct RelayFlags {
+    /// Let the node be a relay, for nodes that have no direct path
+    #[arg(long)]
+    relay: bool,
+    /// Do not let the node be a relay: other nodes stop using it as one
+    #[arg(long)]
+    no_relay: bool,
 }
 
 pub(super) async fn run(command: Node, common: &Common) -> anyhow::Result<()> {
@@ -54,6 +73,16 @@ pub(super) async fn run(command: Node, common: &Common) -> anyhow::Result<()> {
             let node = found.first().context("invalid response from the controller: no node")?;
             let node = View::read(node, &client.ca)?;
             Ok(output::write(output, &node, |_| sheet(&node))?)
+        }
+        Node::Set { name, role } => {
+            let relay = Some(role.relay && !role.no_relay);
+            let request = pb::SetNodeRequest { name: name.clone(), relay };
+            let mut client = common.connect().await?;
+            let changed = client.admin.set_node(request).await.map_err(status_error)?.into_inner();
+            let grant = signed::grant(changed.grant.as_ref(), &client.ca)?;
+            let may = if grant.relay == RelayRole::Granted { "may" } else { "may not" };
+            eprintln!("node {name} {may} be a relay");
+            Ok(())
         }
         Node::Remove { name } => {
             let request = pb::RemoveNodeRequest { name: name.clone() };
@@ -114,6 +143,10 @@ struct View {
     labels: BTreeMap<String, String>,
     /// True if the node is removed once it is offline for longer than the lease.
     ephemeral: bool,
+    /// True if the node may be a relay; null: it joined before 0.2.0, and nobody decided it.
+    may_relay: Option<bool>,
+    /// True if the node is a relay, or claims to be one without being allowed to.
+    relay: bool,
     /// Time of its join.
     joined_at: Option<String>,
     /// Time of its last session.
@@ -135,6 +168,7 @@ impl View {
             Some(record) => Some(signed::record(Some(record), &grant.identity_key)?),
             None => None,
         };
+        let is_relay = record.as_ref().is_some_and(|record| record.relay);
         let texts = |items: &[ipnet::IpNet]| items.iter().map(ToString::to_string).collect();
         let candidate = |candidate: &towline_proto::node::Candidate| {
             format!("{} ({})", candidate.address(), candidate.kind())
@@ -160,6 +194,8 @@ impl View {
             identity_key: grant.identity_key,
             labels: grant.labels.iter().map(|(k, v)| (k.to_string(), v.clone())).collect(),
             ephemeral: grant.ephemeral,
+            may_relay: grant.relay.decision(),
+            relay: is_relay,
             joined_at: output::time(info.joined_at),
             last_seen: output::time(info.last_seen),
             session_address: info.session_address.clone(),
@@ -171,6 +207,16 @@ impl View {
 
     fn state(&self) -> &'static str {
         if self.online { "online" } else { "offline" }
+    }
+
+    fn relay_state(&self) -> &'static str {
+        match (self.relay, self.may_relay) {
+            (true, Some(true)) => "yes",
+            (true, Some(false)) => "claimed, but not granted",
+            (true, None) => "yes, but not granted: run `towline-controller node set NAME --relay`",
+            (false, Some(true)) => "granted, but not enabled",
+            (false, _) => "no",
+        }
     }
 
     fn seen(&self) -> String {
@@ -227,6 +273,7 @@ fn sheet(node: &View) -> String {
         ("candidates", output::list(&node.candidates)),
         ("labels", output::list(&labels)),
         ("ephemeral", node.ephemeral.to_string()),
+        ("relay", node.relay_state().to_owned()),
         ("version", output::or_dash(Some(&node.version))),
         ("wireguard key", output::or_dash(node.wireguard_key.as_ref())),
         ("identity key", node.identity_key.to_string()),

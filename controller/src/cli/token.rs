@@ -74,6 +74,9 @@ pub(super) struct Create {
     /// Remove the nodes once they are offline for longer than the lease
     #[arg(long)]
     ephemeral: bool,
+    /// Let the nodes be relays, for nodes that have no direct path
+    #[arg(long)]
+    relay: bool,
     /// Output format; `table` prints only the token
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
@@ -154,6 +157,7 @@ impl Create {
             shared: self.prefixes.iter().filter_map(GrantedPrefix::shared).collect(),
             replace: self.replace.unwrap_or_default(),
             ephemeral: self.ephemeral,
+            relay: self.relay,
         })
     }
 }
@@ -249,6 +253,8 @@ struct View {
     replace: String,
     /// True if the nodes are removed once they are offline for longer than the lease.
     ephemeral: bool,
+    /// True if the nodes may be relays; null: it was created before 0.2.0, and does not decide it.
+    relay: Option<bool>,
     /// Names of the nodes that joined with it.
     nodes: Vec<String>,
     #[serde(skip)]
@@ -288,6 +294,7 @@ impl From<pb::Token> for View {
             used: token.used,
             replace: token.replace,
             ephemeral: token.ephemeral,
+            relay: token.relay,
             nodes: token.nodes,
             expires_in,
         }

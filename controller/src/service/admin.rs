@@ -8,6 +8,7 @@ use futures_util::Stream;
 use tonic::{Request, Response, Status};
 use towline_proto::convert::{self, Invalid};
 use towline_proto::id::{InvalidId, NodeName, TokenId};
+use towline_proto::node::RelayRole;
 use towline_proto::pb::admin_server::Admin;
 use towline_proto::pod_range::PodRange;
 use towline_proto::token::{JoinToken, TokenSecret};
@@ -19,9 +20,9 @@ use crate::entropy::{random, secret_hash};
 use crate::ledger::Ledger;
 use crate::stored::token_message;
 use crate::view::NodeView;
-use towline_registry::Now;
 use towline_registry::sessions::Sessions;
 use towline_registry::token::{InvalidPattern, TokenTerms};
+use towline_registry::{NoSuchNode, Now};
 
 use super::refusal::Refusal as _;
 use super::{Shared, missing};
@@ -132,6 +133,27 @@ impl Admin for AdminService {
         let name = node_name(request.into_inner().name)?;
         let tombstone = self.shared.remove_by_name(name, "removed by an operator").await?;
         Ok(Response::new(pb::RemoveNodeResponse { tombstone: Some(tombstone) }))
+    }
+
+    async fn set_node(
+        &self,
+        request: Request<pb::SetNodeRequest>,
+    ) -> Result<Response<pb::SetNodeResponse>, Status> {
+        let request = request.into_inner();
+        let name = node_name(request.name)?;
+        let wanted = name.clone();
+        let change = move |ledger: &mut Ledger, _: &Sessions, now: Now| {
+            let registry = ledger.registry();
+            let node = registry.by_name(&wanted)?;
+            if let Some(may_relay) = request.relay {
+                // This cannot fail: the node was just found.
+                let _ = registry.set_relay(node, may_relay, now);
+            }
+            Ok::<_, NoSuchNode>(())
+        };
+        self.shared.apply(change).await?.map_err(|error| error.status())?;
+        let node = self.shared.view.node(&name).map_err(|error| error.status())?;
+        Ok(Response::new(pb::SetNodeResponse { grant: Some(node.grant.clone()) }))
     }
 
     async fn get_mesh(
@@ -299,6 +321,7 @@ fn terms(request: pb::CreateTokenRequest) -> Result<TokenTerms, Status> {
         pod_ranges: pod_ranges(&request.pod_ranges)?,
         replace,
         ephemeral: request.ephemeral,
+        relay: RelayRole::of(request.relay),
     })
 }
 

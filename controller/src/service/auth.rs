@@ -50,6 +50,7 @@ pub const ROLES: &[(&str, Role)] = &[
     ("/towline.v1.Admin/RevokeToken", Role::Admin),
     ("/towline.v1.Admin/ListNodes", Role::Admin),
     ("/towline.v1.Admin/RemoveNode", Role::Admin),
+    ("/towline.v1.Admin/SetNode", Role::Admin),
     ("/towline.v1.Admin/GetMesh", Role::Admin),
     ("/towline.v1.Admin/ConfigureMesh", Role::Admin),
     ("/towline.v1.Admin/ListTunnels", Role::Admin),

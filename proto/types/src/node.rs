@@ -13,6 +13,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
 use crate::codes;
+use crate::frame::ProbeVersion;
 use crate::id::{IdentityKey, Label, MeshId, NodeId, NodeName, WireguardKey};
 use crate::pod_range::PodRange;
 use crate::token::ControllerAddress;
@@ -47,6 +48,44 @@ pub struct Grant {
     pub issued_at: i64,
     /// True if the node is removed once it is offline for longer than [`MeshConfig::lease`].
     pub ephemeral: bool,
+    /// Whether the node may relay for others.
+    pub relay: RelayRole,
+}
+
+/// Whether a node may relay for others: a relay sees who talks to whom, and can drop what it forwards.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
+pub enum RelayRole {
+    /// The grant was issued by a version before 0.2.0, which let any node relay. Such a relay is used
+    /// in this version only, and shown to the operator.
+    #[default]
+    Undecided,
+    /// The node may not relay. It is not used as a relay even if it claims to be one.
+    Denied,
+    /// The node may relay.
+    Granted,
+}
+
+impl RelayRole {
+    /// Returns the role that an operator decided.
+    pub fn of(may_relay: bool) -> Self {
+        if may_relay { Self::Granted } else { Self::Denied }
+    }
+
+    /// Returns the operator's decision; `None` if there is none.
+    pub fn decision(self) -> Option<bool> {
+        match self {
+            Self::Undecided => None,
+            Self::Denied => Some(false),
+            Self::Granted => Some(true),
+        }
+    }
+}
+
+impl From<Option<bool>> for RelayRole {
+    /// Returns the role for the decision of a grant or token; `None` if it contains none.
+    fn from(decision: Option<bool>) -> Self {
+        decision.map_or(Self::Undecided, Self::of)
+    }
 }
 
 impl Grant {
@@ -168,11 +207,13 @@ pub struct Record {
     /// Towline version of the node's agent.
     pub version: String,
     /// True if the node is a relay: it forwards sealed datagrams between nodes that have no direct
-    /// path.
+    /// path. [`Node::is_relay`] tells whether it may.
     pub relay: bool,
     /// Those of `prefixes` that are networks of machines, such as a LAN, rather than of pods. Records of
     /// versions before 0.2.0 name none.
     pub lans: Vec<IpNet>,
+    /// Version of the probes that the node's agent sends and accepts.
+    pub probe_version: ProbeVersion,
 }
 
 /// A node of the mesh: a grant and a record that the grant allows.
@@ -278,6 +319,11 @@ impl Node {
         &self.record
     }
 
+    /// Returns whether the node relays for others, and its grant does not deny it.
+    pub fn is_relay(&self) -> bool {
+        self.record.relay && self.grant.relay != RelayRole::Denied
+    }
+
     /// Returns the public key of the node's WireGuard tunnel.
     pub fn wireguard_key(&self) -> WireguardKey {
         self.wireguard_key
@@ -371,6 +417,7 @@ mod tests {
             labels: BTreeMap::new(),
             issued_at: 0,
             ephemeral: false,
+            relay: RelayRole::Granted,
         }
     }
 
@@ -385,6 +432,7 @@ mod tests {
             version: String::new(),
             relay: false,
             lans: Vec::new(),
+            probe_version: ProbeVersion::default(),
         }
     }
 

@@ -10,8 +10,9 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
+use towline_core::forwarding::{ForwardingEnd, ForwardingTable};
 use towline_core::own_networks::OwnNetworks;
-use towline_core::path::{LocalAddress, Path};
+use towline_core::path::{ChannelId, LocalAddress, Path};
 use towline_core::peer_table::{PeerEntry, PeerTable};
 use towline_dataplane::Event;
 use towline_dataplane::arena::{
@@ -22,14 +23,16 @@ use towline_dataplane::coalesce::Coalesce;
 use towline_dataplane::drops::{DropReason, Drops};
 use towline_dataplane::headers::IpHeader;
 use towline_dataplane::internals::PacketPath;
-use towline_dataplane::relay::{Limits, Relay};
 use towline_dataplane::split::Split;
 use towline_dataplane::switch::Switch;
 use towline_dataplane::udp::{Ready, TooBig, UdpIo};
 use towline_dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_UDP_L4, VNET_HEADER_BYTES, VnetHeader};
-use towline_proto::frame::{DatagramKind, RELAYED_HEADER_BYTES, relayed, relayed_header};
+use towline_proto::frame::{
+    DatagramKind, ProbeVersion, RELAYED_HEADER_BYTES, relayed, relayed_header,
+};
 use towline_proto::id::WireguardKey;
 use towline_proto::mtu::Mtu;
+use towline_proto::rate::Rate;
 use towline_wireguard::{
     Answered, DATA_OVERHEAD, HANDSHAKE_BYTES, MessageKind, Secrets, Segments, Session, Single,
 };
@@ -123,12 +126,15 @@ impl UdpIo for Sink {
 impl Bench {
     fn new() -> Self {
         let now = *EPOCH;
-        let limits = Limits { nodes: 4, channels: 4, bytes_per_second: 1 << 20 };
-        let relay = Relay::new(limits);
-        let ends = [3, 4].map(|number| (WireguardKey([number; 32]), address(number).into()));
-        relay.register(now, ends[1].0, ends[1].1).expect("the table has room");
-        relay.open(now, ends[0], ends[1].0, RELAYED).expect("both are registered");
-        let mut path = PacketPath::new(StaticSecret::from([1; 32]), relay, Some(LINK), now);
+        let mut path = PacketPath::new(StaticSecret::from([1; 32]), Some(LINK), now);
+        let ends = [3, 4].map(|number| ForwardingEnd {
+            node: WireguardKey([number; 32]),
+            path: address(number).into(),
+            is_proven: true,
+        });
+        let mut table = ForwardingTable::new(Rate::per_second(1 << 23, 1 << 23));
+        table.insert(ChannelId(RELAYED), ends);
+        path.apply_forwarding(&table);
         path.set_mtu(MTU);
         let secrets = Secrets::new(StaticSecret::from([2; 32]));
         let peer_key = secrets.public_key();
@@ -143,6 +149,7 @@ impl Bench {
             is_single: false,
             boot_epoch: 0,
             is_static: false,
+            probe_version: ProbeVersion::OWN,
         };
         let own = OwnNetworks::new([Ipv4Addr::new(10, 0, 0, 1).into()], [], []);
         path.apply(&PeerTable { peers: [(peer_key, entry)].into(), own });
@@ -214,7 +221,7 @@ impl Bench {
         let count = input.below(64) + 1;
         let payload = usize::from(input.below(90)) * 16;
         let to: Path = if input.below(4) == 0 {
-            Path::from(address(2)).on_channel(towline_core::path::ChannelId(UNKNOWN))
+            Path::from(address(2)).on_channel(ChannelId(UNKNOWN))
         } else {
             address(2).into()
         };

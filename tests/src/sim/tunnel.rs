@@ -169,7 +169,8 @@ impl Tunnels {
         let Some(tunnel) = self.peers.get_mut(&peer) else { return };
         if tunnel.transmit(now, Some(inner), &mut self.effects) {
             if tunnel.active(now) {
-                let active = Observation::Active { sent: true, received: false };
+                let (sent, received, by_endpoint) = (true, false, false);
+                let active = Observation::Active { sent, received, by_endpoint };
                 self.effects.push_back(Effect::Observed(peer, active));
             }
             return;
@@ -240,7 +241,9 @@ impl Tunnels {
                 if let Some(inner) = inner {
                     self.effects.push_back(Effect::Received(*key, inner));
                     if tunnel.active(now) {
-                        let active = Observation::Active { sent: false, received: true };
+                        let by_endpoint = tunnel.entry.endpoint.is_some_and(|at| at.is(&from));
+                        let (sent, received) = (false, true);
+                        let active = Observation::Active { sent, received, by_endpoint };
                         self.effects.push_back(Effect::Observed(*key, active));
                     }
                 }

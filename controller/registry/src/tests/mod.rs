@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use towline_fixtures::node::{identity_key, mesh_config, net, nets, record};
 use towline_types::id::{NodeId, NodeName, TokenId, WireguardKey};
-use towline_types::node::{MeshConfig, Record, SharedPrefix, Tombstone};
+use towline_types::node::{MeshConfig, Record, RelayRole, SharedPrefix, Tombstone};
 use towline_types::pod_range::PodRange;
 
 use super::sessions::{Session, Sessions};

@@ -219,6 +219,7 @@ impl Member {
             }],
             prefixes: Vec::new(),
             lans: Vec::new(),
+            probe_version: 0,
             version,
             relay: false,
         };
