@@ -32,6 +32,7 @@ pub mod limits;
 pub mod mtu;
 pub mod node;
 pub mod ownership;
+mod probe_version;
 pub mod rate;
 pub mod source_limiter;
 pub mod stun;
