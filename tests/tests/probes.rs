@@ -10,7 +10,7 @@ use towline_core::mesh::PeerState;
 use towline_proto::frame::ProbeVersion;
 use towline_tests::sim::nat::{Behaviour, Nat};
 use towline_tests::sim::net::{Conditions, HostId, INTERNET, Uplink};
-use towline_tests::sim::{Recorded, Sim};
+use towline_tests::sim::{Recorded, Redirection, Sim};
 
 const CALM: Conditions =
     Conditions { latency: Duration::from_millis(10), jitter: Duration::ZERO, loss: 0.0 };
@@ -114,6 +114,36 @@ fn recorded_probes_of_a_direct_pair_lead_nowhere_else() {
         let mesh = &sim.hosts[own].agent.as_ref().unwrap().mesh;
         let peer = sim.hosts[other].id();
         assert!(mesh.paths(peer).iter().all(|status| status.path.remote != attacker()));
+    }
+}
+
+#[test]
+fn a_source_that_is_changed_on_the_way_gets_no_traffic() {
+    for seed in 0..10 {
+        let (mut sim, hosts) = pair(20 + seed, [ProbeVersion::V2; 2]);
+        if seed % 2 == 0 {
+            assert!(sim.run_until(Duration::from_secs(5), |sim| is_connected(sim, hosts)));
+            sim.run(Duration::from_secs(3));
+        }
+        let [sender, receiver] = if seed % 4 < 2 { hosts } else { [hosts[1], hosts[0]] };
+        let from = attacker();
+        sim.redirection = Some(Redirection { sender, receiver, from, bytes: 0 });
+        for _ in 0..100 {
+            sim.send_inner(hosts[0], hosts[1]);
+            sim.send_inner(hosts[1], hosts[0]);
+            sim.run(Duration::from_millis(100));
+            let came = sim.redirection.as_ref().unwrap().bytes;
+            let got = sim.bytes_to.get(&attacker()).copied().unwrap_or_default();
+            assert!(got <= 3 * came, "seed {seed}: {got} bytes for {came}");
+            let mesh = &sim.hosts[receiver].agent.as_ref().unwrap().mesh;
+            let endpoint = mesh.peer_table().and_then(|table| {
+                table.peers.get(&sim.hosts[sender].key()).and_then(|entry| entry.endpoint)
+            });
+            assert_ne!(endpoint.map(|path| path.remote), Some(attacker()), "seed {seed}");
+        }
+        sim.redirection = None;
+        assert!(sim.run_until(Duration::from_secs(45), |sim| is_connected(sim, hosts)));
+        assert!(echoes(&mut sim, hosts[0], hosts[1]) && echoes(&mut sim, hosts[1], hosts[0]));
     }
 }
 

@@ -10,7 +10,7 @@ pub struct Counters {
     pub candidates_refused: u64,
     /// Datagrams that were not sent to an address that never answers.
     pub probes_withheld: u64,
-    /// Pings that were not answered, because the peer sent too many.
+    /// Pings that were not handled, because the peer sent too many.
     pub pings_refused: u64,
     /// Answers of a relay that nothing asked for, or too many, or of a node that is none.
     pub relay_answers_refused: u64,

@@ -268,7 +268,9 @@ impl HomeRelays {
     /// Handles a challenge of a relay: what it did not answer on this path is sent once more, after the
     /// proof.
     pub(crate) fn handle_challenge(&mut self, fx: &mut Effects, id: NodeId, from: Path) {
-        let Some(key) = self.relays.get(&id).map(|relay| relay.key) else { return };
+        let relay = self.relays.get(&id);
+        let relay = relay.filter(|relay| relay.addresses.contains(&from.remote));
+        let Some(key) = relay.map(|relay| relay.key) else { return };
         if let Some(transaction) = self.homes.get(&id).and_then(|home| home.asked) {
             fx.transmit(key, from, Probe::Register { transaction });
         }

@@ -37,9 +37,10 @@ use towline_wireguard::{Admission, DATA_HEADER, HANDSHAKE_BYTES, MessageKind, Se
 const HANDSHAKES: Rate = Rate::per_second(64, 128);
 /// Rate and burst of STUN responses from one source address.
 const STUN_RESPONSES: Rate = Rate::per_second(256, 512);
-/// Rate and burst of challenges and proofs that are sent to one address. Replays elicit them, so that
-/// this bounds what an address gets that somebody forges.
-const CHALLENGES: Rate = Rate::per_second(64, 128);
+/// Rate and burst of challenges and proofs that are sent to one address. Replays elicit them, so this
+/// bounds what an address gets that somebody forges. Hundreds of nodes behind one address need a
+/// challenge each after this node started.
+const CHALLENGES: Rate = Rate::per_second(512, 1024);
 /// Rate and burst of STUN requests from one source address. Each node behind a NAT sends a few, and
 /// again when its address changes.
 const REFLECTIONS: Rate = Rate::per_second(32, 128);

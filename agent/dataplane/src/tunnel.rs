@@ -707,6 +707,55 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_from_where_nothing_was_sent_completes_no_handshake() {
+        let [mut a, mut b] = pair();
+        let (now, home) = (a.started, b.address);
+        let elsewhere = Path::direct(([192, 0, 2, 99], 1).into());
+        a.with(now, |tunnel, context| tunnel.enqueue(&[0x45; 32], context));
+        a.with(now, |tunnel, context| tunnel.initiate(vec![home], context));
+        let initiation = a.sent();
+        take_all(&mut b, now, a.address, &initiation);
+        for response in b.sent() {
+            a.take(now, elsewhere, home, &response);
+        }
+        let roamed = Observation::Roamed { from: elsewhere };
+        assert_eq!(a.observations(), [Observation::Wanted, roamed]);
+        assert_eq!(a.tunnel.waiting(), 1, "no packet goes there");
+    }
+
+    #[test]
+    fn an_answer_to_the_initiation_before_the_last_completes_the_handshake() {
+        let [mut a, mut b] = pair();
+        let (now, home) = (a.started, b.address);
+        let elsewhere = Path::direct(([192, 0, 2, 99], 1).into());
+        a.with(now, |tunnel, context| tunnel.initiate(vec![home], context));
+        let initiation = a.sent();
+        take_all(&mut b, now, a.address, &initiation);
+        let response = b.sent();
+        a.with(now, |tunnel, context| tunnel.initiate(vec![elsewhere], context));
+        take_all(&mut a, now, home, &response);
+        assert!(a.observations().contains(&Observation::Handshake { from: home }));
+    }
+
+    #[test]
+    fn a_handshake_is_reported_for_the_path_on_which_it_was_answered() {
+        let [mut a, mut b] = pair();
+        let (now, home) = (a.started, a.address);
+        let elsewhere = Path::direct(([192, 0, 2, 99], 1).into());
+        let to = vec![b.address];
+        a.with(now, |tunnel, context| tunnel.initiate(to, context));
+        let initiation = a.sent();
+        take_all(&mut b, now, home, &initiation);
+        let response = b.sent();
+        take_all(&mut a, now, b.address, &response);
+        for confirmation in a.sent() {
+            b.take(now, elsewhere, home, &confirmation);
+        }
+        let handshake = Observation::Handshake { from: home };
+        assert_eq!(b.observations(), [handshake, Observation::Roamed { from: elsewhere }]);
+    }
+
+    #[test]
     fn the_same_command_twice_is_one_initiation() {
         let [mut side, other] = pair();
         let now = side.started;

@@ -91,6 +91,8 @@ use crate::id::WireguardKey;
 use crate::limits;
 use crate::node::{Candidate, CandidateKind};
 
+pub use crate::probe_version::ProbeVersion;
+
 /// Kind of a datagram by its first bytes. The parser of that kind must still confirm it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DatagramKind {
@@ -141,49 +143,11 @@ impl DatagramKind {
     }
 }
 
-/// Version of a node's probes. The node's signed record has it; see
-/// [`Record::probe_version`](crate::node::Record::probe_version).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
-pub enum ProbeVersion {
-    /// Probes without replay protection, of agents before version 2.
-    #[default]
-    V1,
-    /// Probes with a [`Stamp`].
-    V2,
-}
-
-impl ProbeVersion {
-    /// Version of this program's probes.
-    pub const OWN: Self = Self::V2;
-
-    /// Returns the version that a record names. A node that has a later one has version 2 too.
-    /// Agents before version 2 name none, which is 0.
-    pub fn of_record(number: u32) -> Self {
-        if number < 2 { Self::V1 } else { Self::V2 }
-    }
-
-    /// Returns the number for a record. 0 stands for version 1.
-    pub fn record_number(self) -> u32 {
-        match self {
-            Self::V1 => 0,
-            Self::V2 => 2,
-        }
-    }
-
-    /// Returns the byte in the header.
-    fn byte(self) -> u8 {
-        match self {
-            Self::V1 => 1,
-            Self::V2 => 2,
-        }
-    }
-
-    /// Returns the number of bytes in the shortest body, with the stamp.
-    pub fn body_bytes(self) -> usize {
-        match self {
-            Self::V1 => PROBE_BODY_BYTES,
-            Self::V2 => STAMP_BYTES + PROBE_BODY_BYTES,
-        }
+/// Returns the number of bytes in the shortest body of a version, with its stamp.
+fn body_bytes(version: ProbeVersion) -> usize {
+    match version {
+        ProbeVersion::V1 => PROBE_BODY_BYTES,
+        ProbeVersion::V2 => STAMP_BYTES + PROBE_BODY_BYTES,
     }
 }
 
@@ -245,7 +209,7 @@ impl ProbeHeader {
             [PROBE_TYPE, 2, 0, 0] => ProbeVersion::V2,
             _ => return None,
         };
-        if sealed.len() < version.body_bytes() + PROBE_TAG_BYTES {
+        if sealed.len() < body_bytes(version) + PROBE_TAG_BYTES {
             return None;
         }
         let mut pair = [0; 8];

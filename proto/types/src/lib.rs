@@ -35,6 +35,7 @@ pub mod mtu;
 pub mod node;
 pub mod ownership;
 pub mod pod_range;
+mod probe_version;
 pub mod rate;
 pub mod source_limiter;
 pub mod stun;

@@ -13,9 +13,9 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
 use crate::codes;
-use crate::frame::ProbeVersion;
 use crate::id::{IdentityKey, Label, MeshId, NodeId, NodeName, WireguardKey};
 use crate::pod_range::PodRange;
+use crate::probe_version::ProbeVersion;
 use crate::token::ControllerAddress;
 
 /// Identity of a node and the prefixes that it may announce. Signed by the CA.

@@ -58,6 +58,19 @@ pub struct Recorded {
     pub payload: Payload,
 }
 
+/// Somebody on the way from one host to another who changes the source of what passes.
+#[derive(Debug, Clone)]
+pub struct Redirection {
+    /// Host whose datagrams are changed.
+    pub sender: HostId,
+    /// Host that receives them.
+    pub receiver: HostId,
+    /// Source address that they get.
+    pub from: SocketAddr,
+    /// Bytes of UDP payload that were changed so far.
+    pub bytes: u64,
+}
+
 /// A simulation; see the module's documentation.
 #[derive(Debug)]
 pub struct Sim {
@@ -73,6 +86,8 @@ pub struct Sim {
     pub changes: Vec<(Duration, HostId, NodeId, PeerState)>,
     /// Probes that arrived at their receivers, while they are recorded.
     pub recorded: Option<Vec<Recorded>>,
+    /// What somebody on the way does to the datagrams of one host to another.
+    pub redirection: Option<Redirection>,
     /// Bytes of UDP payload sent to each address.
     pub bytes_to: BTreeMap<SocketAddr, u64>,
     start: Instant,
@@ -99,6 +114,7 @@ impl Sim {
             controller_up: true,
             changes: Vec::new(),
             recorded: None,
+            redirection: None,
             bytes_to: BTreeMap::new(),
             start,
             seed,
@@ -353,7 +369,14 @@ impl Sim {
         *self.bytes_to.entry(to.remote).or_default() += u64::from(payload.size());
         let arrival = self.net.send(self.now, &mut self.rng, host, realm, from, to.remote);
         if let Some(arrival) = arrival {
-            let Arrival { host, at, from, .. } = arrival;
+            let Arrival { host: receiver, at, mut from, .. } = arrival;
+            if let Some(redirection) = &mut self.redirection
+                && (redirection.sender, redirection.receiver) == (host, receiver)
+            {
+                from = redirection.from;
+                redirection.bytes += u64::from(payload.size());
+            }
+            let host = receiver;
             let event = Event::Arrive { host, at, from, payload };
             self.schedule(self.now + delay + arrival.after, event);
         }

@@ -138,7 +138,8 @@ impl Liveness {
             self.loss.record(true);
         }
         self.is_heard = self.heard.is_some_and(|at| now < at + HEARD_FOR);
-        if self.unanswered >= if self.is_heard { DEAD_THOUGH_HEARD } else { DEAD } {
+        let dead = if self.is_heard { DEAD_THOUGH_HEARD } else { DEAD };
+        if self.unanswered >= dead {
             return Verdict::Dead;
         }
         self.unanswered += 1;
@@ -166,6 +167,7 @@ impl Liveness {
 
     /// Returns whether a path of a worse kind may take over.
     pub(super) fn yields_to_worse(&self) -> bool {
-        self.unanswered >= if self.is_heard { DEAD } else { DOUBTFUL_WORSE }
+        let enough = if self.is_heard { DEAD } else { DOUBTFUL_WORSE };
+        self.unanswered >= enough
     }
 }

@@ -1,6 +1,6 @@
 //! How much may be sent to an address that is known only as the source of a datagram.
 //!
-//! Anybody can name any address as the source of a datagram, and whoever is on the way can change
+//! Anybody can name any address as the source of a datagram, and any host on the way can change
 //! it. Until a pong shows that the peer receives there, the address gets at most three times the
 //! bytes that came from it (RFC 9000 section 8), so that nobody uses this node to flood it. What the
 //! peer signed as a candidate is bounded by [`Unanswered`](crate::budget::Unanswered) alone.
