@@ -5,6 +5,7 @@
 //! see `cli`.
 
 use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
@@ -248,6 +249,10 @@ pub struct KubernetesConfig {
     pub cni_dir: PathBuf,
     /// Address families of the kubelet's `--node-ip`.
     pub node_ip_families: NodeIpFamilies,
+    /// TCP port of this machine's API server, which other nodes use if the join token was created with
+    /// `--control-plane`. Absent: this machine has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub api_port: Option<NonZeroU16>,
 }
 
 /// Address families of the kubelet's `--node-ip`.

@@ -278,6 +278,7 @@ fn parse_token(secret_hash: SecretHash, token: pb::Token) -> Result<Token, Inval
             allowed_prefixes: convert::prefixes(&token.allowed_prefixes)?,
             replace: optional(token.replace).map(NodeName::try_from).transpose()?,
             ephemeral: token.ephemeral,
+            control_plane: token.control_plane,
         },
         created_at: token.created_at,
         expires_at: token.expires_at,
@@ -303,6 +304,7 @@ pub(crate) fn token_message(token: &Token) -> pb::Token {
         allowed_prefixes: terms.allowed_prefixes.iter().map(Into::into).collect(),
         replace: terms.replace.as_ref().map(NodeName::to_string).unwrap_or_default(),
         ephemeral: terms.ephemeral,
+        control_plane: terms.control_plane,
         nodes: Vec::new(),
     }
 }

@@ -216,6 +216,7 @@ async fn a_slow_watcher_gets_the_newest_state_and_no_queue() {
                 version: String::new(),
                 relay: false,
                 lans: Vec::new(),
+                api_port: 0,
             };
             watch.heartbeat().await;
             publisher.heartbeat().await;

@@ -128,6 +128,7 @@ impl Daemon {
             prefixes: Vec::new(),
             lans: Vec::new(),
             relay: false,
+            api_port: None,
         }));
     }
 }

@@ -147,7 +147,7 @@ impl Daemon {
         let observer = Observer::new(now, stored.counters.boot_epoch);
 
         let mesh = stored.mesh(&config, &cached, now);
-        let (announcer, announced) = Announcer::new(state.clone(), cached, config.relay.enabled);
+        let (announcer, announced) = Announcer::new(state.clone(), cached, &config);
         tokio::spawn(save_again(state.clone()));
         tracing::info!(
             node = mesh.grant().map(|grant| tracing::field::display(&grant.name)),

@@ -81,6 +81,7 @@ impl Registry {
             labels: terms.labels,
             issued_at: now.unix,
             ephemeral: terms.ephemeral,
+            control_plane: terms.control_plane,
         };
         self.members.insert(Member {
             grant,

@@ -98,6 +98,8 @@ pub struct TokenTerms {
     pub replace: Option<NodeName>,
     /// True if the nodes are removed once they are offline for longer than the lease.
     pub ephemeral: bool,
+    /// True if the nodes are control-plane nodes of a Kubernetes cluster, whose API servers others may use.
+    pub control_plane: bool,
 }
 
 impl TokenTerms {
@@ -111,6 +113,7 @@ impl TokenTerms {
             allowed_prefixes: Vec::new(),
             replace: None,
             ephemeral: false,
+            control_plane: false,
         }
     }
 }

@@ -24,7 +24,9 @@ Examples:
   # for ten machines of a site, within a day, with pods of a cluster
   towline-controller token create --uses 10 --ttl 24h --site dc --prefix 10.244.0.0/16
   # for a machine that was installed again
-  towline-controller token create --replace gpu-1 > gpu-1.token";
+  towline-controller token create --replace gpu-1 > gpu-1.token
+  # for the control-plane nodes of a Kubernetes cluster
+  towline-controller token create --control-plane --uses 3 --name 'cp-*' > control-plane.token";
 
 pub(super) const TOKEN_LIST: &str = "\
 Examples:

@@ -1,6 +1,7 @@
 //! Command `towline-controller node`.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU16;
 
 use anyhow::Context;
 use clap::Subcommand;
@@ -108,6 +109,10 @@ struct View {
     labels: BTreeMap<String, String>,
     /// True if the node is removed once it is offline for longer than the lease.
     ephemeral: bool,
+    /// True if it is a control-plane node, whose API server other nodes may use.
+    control_plane: bool,
+    /// TCP port of its Kubernetes API server, if it announces one.
+    api_port: Option<u16>,
     /// Time of its join.
     joined_at: Option<String>,
     /// Time of its last session.
@@ -146,11 +151,13 @@ impl View {
                 .map(|record| record.candidates.iter().map(candidate).collect())
                 .unwrap_or_default(),
             generation: record.as_ref().map(|record| record.generation),
+            api_port: record.as_ref().and_then(|record| record.api_port).map(NonZeroU16::get),
             version: record.map(|record| record.version).unwrap_or_default(),
             wireguard_key: grant.wireguard_keys.first().map(ToString::to_string),
             identity_key: grant.identity_key,
             labels: grant.labels.iter().map(|(k, v)| (k.to_string(), v.clone())).collect(),
             ephemeral: grant.ephemeral,
+            control_plane: grant.control_plane,
             joined_at: output::time(info.joined_at),
             last_seen: output::time(info.last_seen),
             session_address: info.session_address.clone(),
@@ -162,6 +169,14 @@ impl View {
 
     fn state(&self) -> &'static str {
         if self.online { "online" } else { "offline" }
+    }
+
+    /// Returns whether other nodes may use an API server of this node, and its port.
+    fn api_server(&self) -> String {
+        match (self.control_plane, self.api_port) {
+            (true, Some(port)) => format!("true, API server on port {port}"),
+            (is_control_plane, _) => is_control_plane.to_string(),
+        }
     }
 
     fn seen(&self) -> String {
@@ -216,6 +231,7 @@ fn sheet(node: &View) -> String {
         ("candidates", output::list(&node.candidates)),
         ("labels", output::list(&labels)),
         ("ephemeral", node.ephemeral.to_string()),
+        ("control plane", node.api_server()),
         ("version", output::or_dash(Some(&node.version))),
         ("wireguard key", output::or_dash(node.wireguard_key.as_ref())),
         ("identity key", node.identity_key.to_string()),

@@ -59,6 +59,9 @@ pub(super) struct Create {
     /// Remove the nodes once they are offline for longer than the lease
     #[arg(long)]
     ephemeral: bool,
+    /// The nodes are control-plane nodes of a Kubernetes cluster: other nodes may use their API servers
+    #[arg(long)]
+    control_plane: bool,
     /// Output format; `table` prints only the token
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
@@ -132,6 +135,7 @@ impl Create {
             allowed_prefixes: self.prefixes.iter().map(Into::into).collect(),
             replace: self.replace.unwrap_or_default(),
             ephemeral: self.ephemeral,
+            control_plane: self.control_plane,
         })
     }
 }
@@ -170,6 +174,8 @@ struct View {
     replace: String,
     /// True if the nodes are removed once they are offline for longer than the lease.
     ephemeral: bool,
+    /// True if the nodes are control-plane nodes, whose API servers other nodes may use.
+    control_plane: bool,
     /// Names of the nodes that joined with it.
     nodes: Vec<String>,
     #[serde(skip)]
@@ -202,6 +208,7 @@ impl From<pb::Token> for View {
             used: token.used,
             replace: token.replace,
             ephemeral: token.ephemeral,
+            control_plane: token.control_plane,
             nodes: token.nodes,
             expires_in,
         }
@@ -211,7 +218,7 @@ impl From<pb::Token> for View {
 fn table(tokens: &[View], wide: bool) -> String {
     let mut header = vec!["ID", "STATE", "USED", "EXPIRES", "NAME", "SITE", "NODES"];
     if wide {
-        header.extend(["PREFIXES", "REPLACE", "EPHEMERAL", "LABELS"]);
+        header.extend(["PREFIXES", "REPLACE", "EPHEMERAL", "CONTROL PLANE", "LABELS"]);
     }
     let or = |text: &str, or: &str| if text.is_empty() { or.to_owned() } else { text.to_owned() };
     let rows = tokens.iter().map(|token| {
@@ -235,6 +242,7 @@ fn table(tokens: &[View], wide: bool) -> String {
                 output::list(&token.prefixes),
                 or(&token.replace, "-"),
                 token.ephemeral.to_string(),
+                token.control_plane.to_string(),
                 output::list(&labels),
             ]);
         }

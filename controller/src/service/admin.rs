@@ -265,6 +265,7 @@ fn terms(request: pb::CreateTokenRequest) -> Result<TokenTerms, Status> {
             .map_err(|error| error.status())?,
         replace,
         ephemeral: request.ephemeral,
+        control_plane: request.control_plane,
     })
 }
 

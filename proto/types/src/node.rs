@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::num::NonZeroU16;
 use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -41,6 +42,8 @@ pub struct Grant {
     pub issued_at: i64,
     /// True if the node is removed once it is offline for longer than [`MeshConfig::lease`].
     pub ephemeral: bool,
+    /// True if the node is a control-plane node of a Kubernetes cluster, whose API server others may use.
+    pub control_plane: bool,
 }
 
 impl Grant {
@@ -153,6 +156,9 @@ pub struct Record {
     /// Those of `prefixes` that are networks of machines, such as a LAN, rather than of pods. Records of
     /// versions before 0.2.0 name none.
     pub lans: Vec<IpNet>,
+    /// TCP port of the node's Kubernetes API server, if it has one. It counts only with the grant's role:
+    /// read it with [`Node::api_port`].
+    pub api_port: Option<NonZeroU16>,
 }
 
 /// A node of the mesh: a grant and a record that the grant allows.
@@ -241,6 +247,12 @@ impl Node {
     /// Returns the node's record.
     pub fn record(&self) -> &Record {
         &self.record
+    }
+
+    /// Returns the TCP port of the node's Kubernetes API server, if the node announces one and its grant
+    /// makes it a control-plane node.
+    pub fn api_port(&self) -> Option<NonZeroU16> {
+        self.record.api_port.filter(|_| self.grant.control_plane)
     }
 
     /// Returns the public key of the node's WireGuard tunnel.
@@ -334,6 +346,7 @@ mod tests {
             labels: BTreeMap::new(),
             issued_at: 0,
             ephemeral: false,
+            control_plane: false,
         }
     }
 
@@ -348,6 +361,7 @@ mod tests {
             version: String::new(),
             relay: false,
             lans: Vec::new(),
+            api_port: None,
         }
     }
 
@@ -363,6 +377,15 @@ mod tests {
 
         let wide = Record { prefixes: vec!["10.0.0.0/8".parse().unwrap()], ..record() };
         assert!(matches!(Node::new(grant(), wide), Err(NotGranted::Prefix(_))));
+    }
+
+    #[test]
+    fn an_api_server_needs_the_role_in_the_grant() {
+        let record = Record { api_port: NonZeroU16::new(6443), ..record() };
+        let worker = Node::new(grant(), record.clone()).unwrap();
+        assert_eq!(worker.api_port(), None);
+        let grant = Grant { control_plane: true, ..grant() };
+        assert_eq!(Node::new(grant, record).unwrap().api_port(), NonZeroU16::new(6443));
     }
 
     #[test]

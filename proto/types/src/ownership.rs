@@ -183,6 +183,7 @@ mod tests {
             labels: std::collections::BTreeMap::new(),
             issued_at: 0,
             ephemeral: false,
+            control_plane: false,
         }
     }
 

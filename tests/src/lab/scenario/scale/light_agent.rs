@@ -219,6 +219,7 @@ impl Member {
             }],
             prefixes: Vec::new(),
             lans: Vec::new(),
+            api_port: 0,
             version,
             relay: false,
         };
