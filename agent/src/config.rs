@@ -249,6 +249,10 @@ pub struct KubernetesConfig {
     pub cni_dir: PathBuf,
     /// Address families of the kubelet's `--node-ip`.
     pub node_ip_families: NodeIpFamilies,
+    /// Address on the loopback at which clients on this machine reach the nearest API server of the mesh's
+    /// control-plane nodes. Absent: there is no such endpoint.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub api_endpoint: Option<SocketAddr>,
     /// TCP port of this machine's API server, which other nodes use if the join token was created with
     /// `--control-plane`. Absent: this machine has none.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -435,6 +439,13 @@ impl Config {
         }
         if routing.nftables_table.is_empty() || routing.nftables_table.len() > 31 {
             return Err(("routing.nftables_table", "use 1 to 31 characters".into()));
+        }
+        let endpoint = self.kubernetes.api_endpoint;
+        if endpoint.is_some_and(|endpoint| !endpoint.ip().is_loopback() || endpoint.port() == 0) {
+            return Err((
+                "kubernetes.api_endpoint",
+                "use an address of the loopback, such as 127.0.0.1:7445".into(),
+            ));
         }
         static_peers::check(&self.peers).map_err(|message| ("peer", message))?;
         if self.node.addresses.len() > limits::PREFIXES
@@ -638,6 +649,9 @@ mod tests {
             ("[offloads]\nudp_gso = false", "udp_segment"),
             ("[controller]\naddresses = [\"nope\"]", "host:port"),
             ("[metrics]\nlisten = \"9586\"", "overlay:9586"),
+            ("[kubernetes]\napi_endpoint = \"0.0.0.0:7445\"", "127.0.0.1:7445"),
+            ("[kubernetes]\napi_endpoint = \"127.0.0.1:0\"", "127.0.0.1:7445"),
+            ("[kubernetes]\napi_port = 0", "api_port"),
             ("[metrics]\nlisten = \"overlay:0\"", "127.0.0.1:9586"),
         ] {
             let error = parse(text).unwrap_err();

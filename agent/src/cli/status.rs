@@ -73,6 +73,12 @@ fn text(status: &pb::StatusResponse, wide: bool) -> String {
             line("cni", kubernetes.cni.clone());
         }
     }
+    if let Some(endpoint) = &status.api_endpoint {
+        line("api endpoint", api_endpoint(endpoint));
+        for server in endpoint.servers.iter().filter(|server| wide || !server.reason.is_empty()) {
+            line("api server", api_server(server));
+        }
+    }
     let relayed = match status.peers_relayed {
         0 => String::new(),
         relayed => format!(", {relayed} through a relay (run `towline peers` to see why)"),
@@ -117,6 +123,30 @@ fn text(status: &pb::StatusResponse, wide: bool) -> String {
         line("problem", problem.clone());
     }
     output::sheet(14, &lines)
+}
+
+/// Returns where the endpoint of the Kubernetes API leads.
+fn api_endpoint(endpoint: &pb::ApiEndpointStatus) -> String {
+    let address = &endpoint.address;
+    if !endpoint.listening {
+        return format!("{address}, not served");
+    }
+    let clients = endpoint.connections;
+    match endpoint.servers.len() {
+        0 => format!("{address}, no API server is known"),
+        known => format!("{address} to {} (of {known}), {clients} clients", endpoint.server),
+    }
+}
+
+/// Returns the state of an API server, with the reason if it is failing.
+fn api_server(server: &pb::ApiServerStatus) -> String {
+    let pb::ApiServerStatus { name, address, state, .. } = server;
+    let rtt = server.rtt_us.map(output::rtt);
+    match (server.reason.as_str(), rtt) {
+        ("", Some(rtt)) => format!("{name} ({address}) {state}, rtt {rtt}"),
+        ("", None) => format!("{name} ({address}) {state}"),
+        (reason, _) => format!("{name} ({address}) {state}: {reason}"),
+    }
 }
 
 pub(super) fn version(format: Format) -> anyhow::Result<()> {

@@ -16,6 +16,7 @@ use towline_service::certificate;
 
 use super::Daemon;
 use super::problem::{Note, Problem};
+use crate::api_endpoint::ApiEndpoint;
 use crate::config::Config;
 use crate::confirm::Confirmation;
 use crate::control::PathKind;
@@ -50,6 +51,8 @@ impl Reporter<'_> {
         let configured = config.wireguard.port;
         let socket = daemon.wireguard_socket.as_ref();
         notes.extend(socket.and_then(|socket| socket.problem()).map(Note::from));
+        let unused = daemon.api_endpoint.as_ref().and_then(|endpoint| endpoint.without_servers());
+        notes.extend(unused.map(|address| Note::NoApiServers { address }));
         notes.extend(mesh.second_port().map(|second| Note::SecondPort { configured, second }));
         let own_drops = [("probes_refused", daemon.prober.refused())];
         let drops = snapshot.drops.into_iter().chain(mesh.counters().named()).chain(own_drops);
@@ -68,6 +71,7 @@ impl Reporter<'_> {
             candidates: daemon.announcer.candidates().iter().map(Into::into).collect(),
             controller: daemon.controller.status(),
             kubernetes: daemon.kubernetes.status(),
+            api_endpoint: daemon.api_endpoint.as_ref().map(ApiEndpoint::status),
             peers_up: up,
             peers_total: total,
             peers_relayed: relayed,
@@ -105,6 +109,9 @@ impl Reporter<'_> {
         problems.extend(self.foreign_source());
         problems.extend(daemon.announcer.problems().iter().cloned().map(Problem::from));
         problems.extend(daemon.kubernetes.problems(mesh.grant()));
+        let endpoint = daemon.api_endpoint.as_ref();
+        problems.extend(endpoint.and_then(ApiEndpoint::problem).map(Problem::from));
+        problems.extend(daemon.api_port_without_role());
         for status in mesh.peers() {
             let peer = status.node.name();
             problems.extend(

@@ -184,6 +184,7 @@ impl Daemon {
             observer,
             leaving: None,
             wireguard_socket: None,
+            api_endpoint: None,
         })
     }
 }

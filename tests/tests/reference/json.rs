@@ -74,6 +74,7 @@ const SCALARS: &[(&str, &str)] = &[
     ("SocketAddr", "string"),
     ("String", "string"),
     ("bool", "boolean"),
+    ("u16", "number"),
     ("u32", "number"),
     ("u64", "number"),
     ("usize", "number"),
@@ -91,6 +92,8 @@ type References = Vec<&'static str>;
 
 /// Messages that may be parts of a document.
 const PARTS: &[&str] = &[
+    "ApiEndpointStatus",
+    "ApiServerStatus",
     "Candidate",
     "ControllerStatus",
     "Detail",
@@ -325,6 +328,8 @@ fn the_messages_are_printed_as_they_are_described() {
         ("ControllerStatus", printed(&pb::ControllerStatus::default())),
         ("KubernetesStatus", printed(&pb::KubernetesStatus::default())),
         ("RelayStatus", printed(&pb::RelayStatus::default())),
+        ("ApiEndpointStatus", printed(&pb::ApiEndpointStatus::default())),
+        ("ApiServerStatus", printed(&pb::ApiServerStatus::default())),
         ("Feature", printed(&pb::Feature::default())),
         ("Detail", printed(&pb::Detail::default())),
     ] {
