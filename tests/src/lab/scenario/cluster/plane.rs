@@ -1,0 +1,270 @@
+//! Control plane of the cluster: etcd, API server, controller manager and scheduler on one host.
+
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::programs::Programs;
+use crate::cluster::{ClusterCa, kubeconfig, replace};
+use crate::lab::interrupt::wait_for;
+use crate::lab::process::{Daemon, Program};
+use crate::lab::topology::Host;
+
+/// Limit for the API server to start on a busy machine.
+const START_LIMIT: Duration = Duration::from_secs(120);
+/// Limit for a command of kubectl.
+const COMMAND_LIMIT: Duration = Duration::from_secs(40);
+/// Token with which kubelets get their certificate, in kubeadm's form: an id and a secret.
+const BOOTSTRAP_TOKEN: [&str; 2] = ["abcdef", "0123456789abcdef"];
+/// Network of the pods.
+pub(super) const PODS: &str = "10.244.0.0/16";
+/// Network of the Services.
+pub(super) const SERVICES: &str = "10.96.0.0/16";
+
+/// Running control plane.
+pub(super) struct Plane {
+    host: Arc<Host>,
+    address: IpAddr,
+    directory: PathBuf,
+    pub(super) ca: ClusterCa,
+    _etcd: Daemon,
+    apiserver: Option<Daemon>,
+    others: Vec<Daemon>,
+}
+
+impl Plane {
+    /// Starts the programs on `host`, and waits until the API server serves. Nodes reach it by `address`, or by
+    /// their own endpoint on 127.0.0.1.
+    pub(super) fn start(
+        host: &Arc<Host>,
+        address: IpAddr,
+        directory: &Path,
+        programs: &Programs,
+    ) -> anyhow::Result<Self> {
+        let directory = directory.join("plane");
+        std::fs::create_dir(&directory)?;
+        let ca = ClusterCa::new("kubernetes")?;
+        replace(&directory.join("ca.crt"), ca.pem())?;
+        replace(&directory.join("ca.key"), &ca.key_pem())?;
+        let own = address.to_string();
+        let names = [own.as_str(), "10.96.0.1", "127.0.0.1", "kubernetes.default.svc"];
+        ca.issue("kube-apiserver", "", &names)?.write(&directory, "apiserver")?;
+        ca.issue("service-accounts", "", &[])?.write(&directory, "sa")?;
+        ca.issue("kube-apiserver-kubelet-client", "system:masters", &[])?
+            .write(&directory, "kubelet-client")?;
+        for (name, user, group) in [
+            ("admin", "admin", "system:masters"),
+            ("controller-manager", "system:kube-controller-manager", ""),
+            ("scheduler", "system:kube-scheduler", ""),
+        ] {
+            let certificate = directory.join(format!("{name}.pem"));
+            replace(&certificate, &ca.issue(user, group, &[])?.both())?;
+            let text =
+                kubeconfig("https://127.0.0.1:6443", &directory.join("ca.crt"), &certificate);
+            replace(&directory.join(format!("{name}.conf")), &text)?;
+        }
+        let etcd = Program::new(&programs.etcd)
+            .arg("--data-dir")
+            .arg(directory.join("etcd"))
+            .args(["--listen-client-urls", "http://127.0.0.1:2379"])
+            .args(["--advertise-client-urls", "http://127.0.0.1:2379"])
+            .args(["--listen-peer-urls", "http://127.0.0.1:2380"])
+            .start(host.namespace(), "etcd", &directory.join("etcd.log"))?;
+        let mut plane = Self {
+            host: Arc::clone(host),
+            address,
+            directory,
+            ca,
+            _etcd: etcd,
+            apiserver: None,
+            others: Vec::new(),
+        };
+        plane.launch(programs)?;
+        plane.await_ready(programs)?;
+        plane.bootstrap(programs)?;
+        Ok(plane)
+    }
+
+    /// Kills all programs but etcd, and starts the API server again.
+    pub(super) fn launch(&mut self, programs: &Programs) -> anyhow::Result<()> {
+        self.apiserver = None;
+        self.others.clear();
+        let file = |name: &str| self.directory.join(name).display().to_string();
+        let apiserver = [
+            ("etcd-servers", "http://127.0.0.1:2379".to_owned()),
+            ("secure-port", "6443".to_owned()),
+            ("advertise-address", self.address.to_string()),
+            ("authorization-mode", "Node,RBAC".to_owned()),
+            ("enable-admission-plugins", "NodeRestriction".to_owned()),
+            ("enable-bootstrap-token-auth", "true".to_owned()),
+            ("client-ca-file", file("ca.crt")),
+            ("tls-cert-file", file("apiserver.crt")),
+            ("tls-private-key-file", file("apiserver.key")),
+            ("service-account-key-file", file("sa.crt")),
+            ("service-account-signing-key-file", file("sa.key")),
+            ("service-account-issuer", "https://kubernetes.default.svc".to_owned()),
+            ("service-cluster-ip-range", SERVICES.to_owned()),
+            ("kubelet-certificate-authority", file("ca.crt")),
+            ("kubelet-client-certificate", file("kubelet-client.crt")),
+            ("kubelet-client-key", file("kubelet-client.key")),
+            ("kubelet-preferred-address-types", "InternalIP".to_owned()),
+            ("cert-dir", file("certs")),
+        ];
+        self.apiserver = Some(self.daemon("kube-apiserver", &programs.apiserver, &apiserver)?);
+        Ok(())
+    }
+
+    /// Starts the controller manager and the scheduler, which end where no API server answers.
+    fn launch_others(&mut self, programs: &Programs) -> anyhow::Result<()> {
+        let file = |name: &str| self.directory.join(name).display().to_string();
+        let controller_manager = [
+            ("kubeconfig", file("controller-manager.conf")),
+            ("leader-elect", "false".to_owned()),
+            ("controllers", "*,bootstrapsigner,tokencleaner".to_owned()),
+            ("use-service-account-credentials", "true".to_owned()),
+            ("service-account-private-key-file", file("sa.key")),
+            ("root-ca-file", file("ca.crt")),
+            ("cluster-signing-cert-file", file("ca.crt")),
+            ("cluster-signing-key-file", file("ca.key")),
+            ("allocate-node-cidrs", "true".to_owned()),
+            ("cluster-cidr", PODS.to_owned()),
+            ("node-cidr-mask-size", "24".to_owned()),
+            ("service-cluster-ip-range", SERVICES.to_owned()),
+            ("node-monitor-grace-period", "40s".to_owned()),
+            ("cert-dir", file("controller-manager-certs")),
+        ];
+        let scheduler = [
+            ("kubeconfig", file("scheduler.conf")),
+            ("leader-elect", "false".to_owned()),
+            ("cert-dir", file("scheduler-certs")),
+        ];
+        let manager = self.daemon(
+            "kube-controller-manager",
+            &programs.controller_manager,
+            &controller_manager,
+        )?;
+        let scheduler = self.daemon("kube-scheduler", &programs.scheduler, &scheduler)?;
+        self.others.extend([manager, scheduler]);
+        Ok(())
+    }
+
+    fn daemon(
+        &self,
+        name: &str,
+        program: &Path,
+        flags: &[(&str, String)],
+    ) -> anyhow::Result<Daemon> {
+        let flags = flags.iter().map(|(flag, value)| format!("--{flag}={value}"));
+        let log = self.directory.join(format!("{name}.log"));
+        Program::new(program).args(flags).start(self.host.namespace(), name, &log)
+    }
+
+    /// Waits until the API server serves, and starts the others.
+    pub(super) fn await_ready(&mut self, programs: &Programs) -> anyhow::Result<()> {
+        wait_for("answer from the API server", START_LIMIT, || {
+            if let Some(daemon) = &mut self.apiserver {
+                daemon.check()?;
+            }
+            Ok(self.kubectl(programs, &["get", "--raw", "/readyz"]).ok())
+        })?;
+        self.launch_others(programs)
+    }
+
+    /// Creates what `kubeadm init` creates for joining nodes: the bootstrap token and its rights.
+    fn bootstrap(&self, programs: &Programs) -> anyhow::Result<()> {
+        let [id, secret] = BOOTSTRAP_TOKEN;
+        let group = "system:bootstrappers:kubeadm:default-node-token";
+        let binding = |name: &str, role: &str, group: &str| {
+            json!({
+                "apiVersion": "rbac.authorization.k8s.io/v1",
+                "kind": "ClusterRoleBinding",
+                "metadata": {"name": name},
+                "roleRef": {
+                    "apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": role,
+                },
+                "subjects": [
+                    {"apiGroup": "rbac.authorization.k8s.io", "kind": "Group", "name": group},
+                ],
+            })
+        };
+        let approver = "system:certificates.k8s.io:certificatesigningrequests";
+        self.apply(programs, &json!({"apiVersion": "v1", "kind": "List", "items": [
+            {
+                "apiVersion": "v1",
+                "kind": "Secret",
+                "type": "bootstrap.kubernetes.io/token",
+                "metadata": {"name": format!("bootstrap-token-{id}"), "namespace": "kube-system"},
+                "stringData": {
+                    "token-id": id,
+                    "token-secret": secret,
+                    "usage-bootstrap-authentication": "true",
+                    "usage-bootstrap-signing": "true",
+                    "auth-extra-groups": group,
+                },
+            },
+            binding("kubelet-bootstrap", "system:node-bootstrapper", group),
+            binding("node-autoapprove-bootstrap", &format!("{approver}:nodeclient"), group),
+            binding(
+                "node-autoapprove-rotation", &format!("{approver}:selfnodeclient"), "system:nodes",
+            ),
+        ]}))
+    }
+
+    /// Returns the kubeconfig with the bootstrap token, for the API server at `server`.
+    pub(super) fn bootstrap_kubeconfig(&self, server: &str) -> String {
+        let [id, secret] = BOOTSTRAP_TOKEN;
+        let cluster =
+            json!({"server": server, "certificate-authority": self.directory.join("ca.crt")});
+        json!({
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{"name": "lab", "cluster": cluster}],
+            "users": [{"name": "bootstrap", "user": {"token": format!("{id}.{secret}")}}],
+            "contexts": [{"name": "lab", "context": {"cluster": "lab", "user": "bootstrap"}}],
+            "current-context": "lab",
+        })
+        .to_string()
+    }
+
+    /// Returns the path of the cluster's CA certificate.
+    pub(super) fn ca_file(&self) -> PathBuf {
+        self.directory.join("ca.crt")
+    }
+
+    /// Creates or changes objects.
+    pub(super) fn apply(&self, programs: &Programs, objects: &Value) -> anyhow::Result<()> {
+        let program = self.kubectl_program(programs, &["apply", "-f", "-"]);
+        program.input(objects.to_string()).run_ok(self.host.namespace(), COMMAND_LIMIT).map(drop)
+    }
+
+    /// Runs kubectl with the rights of an administrator, and returns its output.
+    pub(super) fn kubectl(
+        &self,
+        programs: &Programs,
+        arguments: &[&str],
+    ) -> anyhow::Result<String> {
+        self.kubectl_program(programs, arguments).run_ok(self.host.namespace(), COMMAND_LIMIT)
+    }
+
+    /// Starts kubectl as a daemon, such as for `port-forward`.
+    pub(super) fn start_kubectl(
+        &self,
+        programs: &Programs,
+        arguments: &[&str],
+    ) -> anyhow::Result<Daemon> {
+        let log = self.directory.join("kubectl.log");
+        self.kubectl_program(programs, arguments).start(self.host.namespace(), "kubectl", &log)
+    }
+
+    fn kubectl_program(&self, programs: &Programs, arguments: &[&str]) -> Program {
+        Program::new(&programs.kubectl)
+            .arg("--kubeconfig")
+            .arg(self.directory.join("admin.conf"))
+            .args(["--cache-dir", &self.directory.join("cache").display().to_string()])
+            .args(["--request-timeout", "30s"])
+            .args(arguments.iter().copied())
+    }
+}
