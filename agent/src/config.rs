@@ -190,8 +190,8 @@ impl Default for RelayConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct MetricsConfig {
-    /// Address at which `GET /metrics` is answered, without TLS and login. Absent: nowhere.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// Address at which `GET /metrics` is answered, without TLS and login. Absent or empty: nowhere.
+    #[serde(deserialize_with = "metrics_address", skip_serializing_if = "Option::is_none")]
     pub listen: Option<MetricsAddress>,
 }
 
@@ -203,6 +203,18 @@ pub enum MetricsAddress {
     Fixed(SocketAddr),
     /// All addresses of this node's link, with this port. One configuration fits every node.
     Overlay(u16),
+}
+
+/// Parses the address of the metrics. A template that has none for it writes an empty text.
+fn metrics_address<'de, D>(deserializer: D) -> Result<Option<MetricsAddress>, D::Error>
+where
+    D: serde::Deserializer<'de>,
+{
+    let text = String::deserialize(deserializer)?;
+    if text.is_empty() {
+        return Ok(None);
+    }
+    MetricsAddress::try_from(text).map(Some).map_err(serde::de::Error::custom)
 }
 
 /// Error of parsing the address of the metrics.
@@ -676,6 +688,7 @@ mod tests {
     #[test]
     fn the_address_of_the_metrics_reads_back() {
         assert_eq!(parse("[metrics]").unwrap().metrics.listen, None);
+        assert_eq!(parse("[metrics]\nlisten = \"\"").unwrap().metrics.listen, None);
         for address in ["127.0.0.1:9586", "[::1]:9586", "overlay:9586"] {
             let config = parse(&format!("[metrics]\nlisten = \"{address}\"")).unwrap();
             let listen = config.metrics.listen.unwrap();
