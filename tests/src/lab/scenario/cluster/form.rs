@@ -2,7 +2,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use towline_netlink::Rtnetlink;
 
 use super::Checks;
-use super::machine::{IMAGE, Machine, agent_section};
+use super::machine::{API_ENDPOINT, IMAGE, Machine, agent_section};
 use super::plane::{PODS, Plane, SERVICES};
 use super::programs::Programs;
 use crate::lab::capture::Capture;
@@ -33,12 +33,18 @@ const DNS: &str = "10.96.0.10";
 /// Port of every worker that leads to a pod of the same worker.
 const NODE_PORT: u16 = 30_080;
 
+/// Further control-plane nodes, with their addresses on the internet.
+const MORE_PLANES: [(&str, &str, &str); 2] =
+    [("cp-2", "203.0.113.22", "2001:db8::22"), ("cp-3", "203.0.113.23", "2001:db8::23")];
+
 /// A cluster that runs.
 struct Scene<'a> {
     programs: &'a Programs,
     plane: Plane,
     machines: [Machine; 2],
     cp: Node,
+    /// Control-plane nodes whose API servers are started last.
+    planes: Vec<Node>,
     hybrid: &'a Hybrid,
     proxy: &'a str,
 }
@@ -51,7 +57,11 @@ pub(super) fn play(
     proxy: &str,
     checks: &mut Checks<'_>,
 ) -> anyhow::Result<()> {
-    let hybrid = Hybrid::build(setting)?;
+    let mut hybrid = Hybrid::build(setting)?;
+    let mut more_planes = Vec::new();
+    for (name, v4, v6) in MORE_PLANES {
+        more_planes.push(hybrid.lab.host(name).public(v4, v6)?.build()?);
+    }
     let captures = hybrid.capture_uplinks(Pattern::random()?)?;
     for capture in &captures {
         capture.watch([PODS.parse()?, SERVICES.parse()?]);
@@ -63,8 +73,7 @@ pub(super) fn play(
     for (name, site, configuration) in NODES {
         let is_control_plane = name == "cp";
         let kubernetes = if is_control_plane {
-            let none = directory.join("no-kubeconfig");
-            format!("[kubernetes]\nkubeconfig = {none:?}\napi_port = 6443\n")
+            control_plane_section(directory)
         } else {
             agent_section(directory, name)
         };
@@ -77,6 +86,15 @@ pub(super) fn play(
         node.join(&controller.operator().token_with(&flags)?)?;
         node.restart()?;
         nodes.push(node);
+    }
+    let mut planes = Vec::new();
+    for host in &more_planes {
+        let (name, kubernetes) = (host.name(), control_plane_section(directory));
+        let mut node = Node::new(&hybrid.lab, host, name, &setting.binaries, &kubernetes)?;
+        let flags = ["--site", "cloud", "--control-plane"];
+        node.join(&controller.operator().token_with(&flags)?)?;
+        node.restart()?;
+        planes.push(node);
     }
     let cp = nodes.remove(0);
     for worker in &nodes {
@@ -91,7 +109,7 @@ pub(super) fn play(
     }
     let machines: [Machine; 2] =
         machines.try_into().map_err(|_| anyhow::anyhow!("there are not two workers"))?;
-    let mut scene = Scene { programs, plane, machines, cp, hybrid: &hybrid, proxy };
+    let mut scene = Scene { programs, plane, machines, cp, planes, hybrid: &hybrid, proxy };
 
     setting.output.step("joining the workers to the cluster");
     for index in 0..scene.machines.len() {
@@ -110,6 +128,8 @@ pub(super) fn play(
     scene.lose_line(checks)?;
     setting.output.step("draining a worker, and joining it again");
     scene.rejoin(checks)?;
+    setting.output.step("killing one of three API servers after the other");
+    scene.kill_api_servers(checks)?;
     clear(captures, checks)
 }
 
@@ -410,6 +430,52 @@ impl Scene<'_> {
         Ok(())
     }
 
+    /// Kills each of three API servers, and checks what a client of the API endpoint of worker-b notices.
+    fn kill_api_servers(&mut self, checks: &mut Checks<'_>) -> anyhow::Result<()> {
+        for node in &self.planes {
+            self.plane.add(node.name(), node.host(), node.overlay_v4()?, self.programs)?;
+        }
+        for node in &self.planes {
+            self.plane.await_server(node.name(), self.programs)?;
+        }
+        checks.check("the API endpoint knows three API servers that answer", LIMIT, || {
+            let endpoint = self.endpoint()?;
+            let servers = endpoint["servers"].as_array().context("no API servers")?;
+            let healthy = servers.iter().filter(|server| server["state"] == "healthy");
+            Ok(healthy.count() == 3)
+        })?;
+        for _ in 0..2 {
+            // The one that new clients get.
+            let endpoint = self.endpoint()?;
+            let chosen = endpoint["server"].as_str().context("no API server is chosen")?.to_owned();
+            self.plane.kill(&chosen)?;
+            let mut tries = 0;
+            let label = "a client needs at most one retry after its API server was killed";
+            checks.check(label, LIMIT, || {
+                tries += 1;
+                let server = format!("https://{API_ENDPOINT}");
+                let host = self.machines[1].host();
+                let raw = ["get", "--raw", "/readyz"];
+                let answer = self.plane.kubectl_on(host, self.programs, &server, &raw)?;
+                ensure!(tries <= 2, "it took {tries} tries");
+                Ok(answer == "ok")
+            })?;
+            checks.check("the API endpoint leads to another API server", LIMIT, || {
+                Ok(self.endpoint()?["server"].as_str().is_some_and(|server| server != chosen))
+            })?;
+            self.plane.revive(&chosen, self.programs)?;
+            self.plane.await_server(&chosen, self.programs)?;
+        }
+        Ok(())
+    }
+
+    /// Returns the section about the API endpoint of worker-b's status.
+    fn endpoint(&self) -> anyhow::Result<Value> {
+        let status = self.machines[1].node.command_ok(&["status", "-o", "json"])?;
+        let mut status: Value = serde_json::from_str(&status)?;
+        Ok(status["api_endpoint"].take())
+    }
+
     fn kubectl(&self, arguments: &[&str]) -> anyhow::Result<String> {
         self.plane.kubectl(self.programs, arguments)
     }
@@ -423,6 +489,12 @@ impl Scene<'_> {
         let text = self.kubectl(&["get", "pod", name, "-o", "jsonpath={.status.podIP}"])?;
         text.parse().with_context(|| format!("{name} has no address: {text:?}"))
     }
+}
+
+/// Returns the section `[kubernetes]` of the agent of a control-plane node, which has no kubelet.
+fn control_plane_section(directory: &Path) -> String {
+    let none = directory.join("no-kubeconfig");
+    format!("[kubernetes]\nkubeconfig = {none:?}\napi_port = 6443\n")
 }
 
 /// Checks that no packet of pods, Services or the overlay was seen in clear on any uplink.

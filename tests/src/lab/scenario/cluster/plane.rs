@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use serde_json::{Value, json};
 
 use super::programs::Programs;
@@ -26,13 +27,23 @@ pub(super) const SERVICES: &str = "10.96.0.0/16";
 
 /// Running control plane.
 pub(super) struct Plane {
-    host: Arc<Host>,
-    address: IpAddr,
     directory: PathBuf,
     pub(super) ca: ClusterCa,
     _etcd: Daemon,
-    apiserver: Option<Daemon>,
+    /// The API servers. The first one is on the host of etcd, and kubectl uses it.
+    servers: Vec<ApiServer>,
     others: Vec<Daemon>,
+}
+
+/// An API server.
+struct ApiServer {
+    /// Name of its node.
+    name: String,
+    host: Arc<Host>,
+    /// Address of the node in the mesh.
+    address: IpAddr,
+    /// `None` while it does not run.
+    daemon: Option<Daemon>,
 }
 
 impl Plane {
@@ -49,9 +60,6 @@ impl Plane {
         let ca = ClusterCa::new("kubernetes")?;
         replace(&directory.join("ca.crt"), ca.pem())?;
         replace(&directory.join("ca.key"), &ca.key_pem())?;
-        let own = address.to_string();
-        let names = [own.as_str(), "10.96.0.1", "127.0.0.1", "kubernetes.default.svc"];
-        ca.issue("kube-apiserver", "", &names)?.write(&directory, "apiserver")?;
         ca.issue("service-accounts", "", &[])?.write(&directory, "sa")?;
         ca.issue("kube-apiserver-kubelet-client", "system:masters", &[])?
             .write(&directory, "kubelet-client")?;
@@ -69,40 +77,68 @@ impl Plane {
         let etcd = Program::new(&programs.etcd)
             .arg("--data-dir")
             .arg(directory.join("etcd"))
-            .args(["--listen-client-urls", "http://127.0.0.1:2379"])
+            .arg("--listen-client-urls")
+            .arg(format!("http://127.0.0.1:2379,http://{address}:2379"))
             .args(["--advertise-client-urls", "http://127.0.0.1:2379"])
             .args(["--listen-peer-urls", "http://127.0.0.1:2380"])
             .start(host.namespace(), "etcd", &directory.join("etcd.log"))?;
-        let mut plane = Self {
-            host: Arc::clone(host),
-            address,
-            directory,
-            ca,
-            _etcd: etcd,
-            apiserver: None,
-            others: Vec::new(),
-        };
-        plane.launch(programs)?;
+        let mut plane =
+            Self { directory, ca, _etcd: etcd, servers: Vec::new(), others: Vec::new() };
+        plane.add("cp", host, address, programs)?;
         plane.await_ready(programs)?;
         plane.bootstrap(programs)?;
         Ok(plane)
     }
 
-    /// Kills all programs but etcd, and starts the API server again.
+    /// Adds an API server on the host of the node `name`, and starts it.
+    pub(super) fn add(
+        &mut self,
+        name: &str,
+        host: &Arc<Host>,
+        address: IpAddr,
+        programs: &Programs,
+    ) -> anyhow::Result<()> {
+        let own = address.to_string();
+        let names = [own.as_str(), "10.96.0.1", "127.0.0.1", "kubernetes.default.svc"];
+        let pair = self.ca.issue("kube-apiserver", "", &names)?;
+        pair.write(&self.directory, &format!("apiserver-{name}"))?;
+        let (name, host) = (name.to_owned(), Arc::clone(host));
+        self.servers.push(ApiServer { name: name.clone(), host, address, daemon: None });
+        self.revive(&name, programs)
+    }
+
+    /// Kills all programs on the host of etcd but etcd itself, and starts its API server again.
     pub(super) fn launch(&mut self, programs: &Programs) -> anyhow::Result<()> {
-        self.apiserver = None;
         self.others.clear();
-        let file = |name: &str| self.directory.join(name).display().to_string();
+        self.kill("cp")?;
+        self.revive("cp", programs)
+    }
+
+    /// Kills the API server of a node.
+    pub(super) fn kill(&mut self, name: &str) -> anyhow::Result<()> {
+        self.server(name)?.daemon = None;
+        Ok(())
+    }
+
+    /// Starts the API server of a node again. Does not wait until it serves.
+    pub(super) fn revive(&mut self, name: &str, programs: &Programs) -> anyhow::Result<()> {
+        let etcd = match self.servers.first() {
+            Some(first) if first.name != name => first.address.to_string(),
+            _ => "127.0.0.1".to_owned(),
+        };
+        let directory = self.directory.clone();
+        let server = self.server(name)?;
+        let file = |name: &str| directory.join(name).display().to_string();
         let apiserver = [
-            ("etcd-servers", "http://127.0.0.1:2379".to_owned()),
+            ("etcd-servers", format!("http://{etcd}:2379")),
             ("secure-port", "6443".to_owned()),
-            ("advertise-address", self.address.to_string()),
+            ("advertise-address", server.address.to_string()),
             ("authorization-mode", "Node,RBAC".to_owned()),
             ("enable-admission-plugins", "NodeRestriction".to_owned()),
             ("enable-bootstrap-token-auth", "true".to_owned()),
             ("client-ca-file", file("ca.crt")),
-            ("tls-cert-file", file("apiserver.crt")),
-            ("tls-private-key-file", file("apiserver.key")),
+            ("tls-cert-file", file(&format!("apiserver-{name}.crt"))),
+            ("tls-private-key-file", file(&format!("apiserver-{name}.key"))),
             ("service-account-key-file", file("sa.crt")),
             ("service-account-signing-key-file", file("sa.key")),
             ("service-account-issuer", "https://kubernetes.default.svc".to_owned()),
@@ -111,10 +147,28 @@ impl Plane {
             ("kubelet-client-certificate", file("kubelet-client.crt")),
             ("kubelet-client-key", file("kubelet-client.key")),
             ("kubelet-preferred-address-types", "InternalIP".to_owned()),
-            ("cert-dir", file("certs")),
+            ("cert-dir", file(&format!("certs-{name}"))),
         ];
-        self.apiserver = Some(self.daemon("kube-apiserver", &programs.apiserver, &apiserver)?);
+        let log = directory.join(format!("kube-apiserver-{name}.log"));
+        server.daemon = Some(daemon(&server.host, &programs.apiserver, &apiserver, &log)?);
         Ok(())
+    }
+
+    /// Waits until the API server of a node serves.
+    pub(super) fn await_server(&mut self, name: &str, programs: &Programs) -> anyhow::Result<()> {
+        let address = format!("https://{}:6443", self.server(name)?.address);
+        wait_for(&format!("answer from the API server of {name}"), START_LIMIT, || {
+            if let Some(daemon) = &mut self.server(name)?.daemon {
+                daemon.check()?;
+            }
+            Ok(self.kubectl(programs, &["--server", &address, "get", "--raw", "/readyz"]).ok())
+        })
+        .map(drop)
+    }
+
+    fn server(&mut self, name: &str) -> anyhow::Result<&mut ApiServer> {
+        let found = self.servers.iter_mut().find(|server| server.name == name);
+        found.with_context(|| format!("{name} has no API server"))
     }
 
     /// Starts the controller manager and the scheduler, which end where no API server answers.
@@ -141,35 +195,22 @@ impl Plane {
             ("leader-elect", "false".to_owned()),
             ("cert-dir", file("scheduler-certs")),
         ];
-        let manager = self.daemon(
-            "kube-controller-manager",
+        let host = self.host();
+        let log = |name: &str| self.directory.join(format!("{name}.log"));
+        let manager = daemon(
+            host,
             &programs.controller_manager,
             &controller_manager,
+            &log("kube-controller-manager"),
         )?;
-        let scheduler = self.daemon("kube-scheduler", &programs.scheduler, &scheduler)?;
+        let scheduler = daemon(host, &programs.scheduler, &scheduler, &log("kube-scheduler"))?;
         self.others.extend([manager, scheduler]);
         Ok(())
     }
 
-    fn daemon(
-        &self,
-        name: &str,
-        program: &Path,
-        flags: &[(&str, String)],
-    ) -> anyhow::Result<Daemon> {
-        let flags = flags.iter().map(|(flag, value)| format!("--{flag}={value}"));
-        let log = self.directory.join(format!("{name}.log"));
-        Program::new(program).args(flags).start(self.host.namespace(), name, &log)
-    }
-
     /// Waits until the API server serves, and starts the others.
     pub(super) fn await_ready(&mut self, programs: &Programs) -> anyhow::Result<()> {
-        wait_for("answer from the API server", START_LIMIT, || {
-            if let Some(daemon) = &mut self.apiserver {
-                daemon.check()?;
-            }
-            Ok(self.kubectl(programs, &["get", "--raw", "/readyz"]).ok())
-        })?;
+        self.await_server("cp", programs)?;
         self.launch_others(programs)
     }
 
@@ -229,6 +270,26 @@ impl Plane {
         .to_string()
     }
 
+    /// Returns the host of etcd and of the first API server.
+    fn host(&self) -> &Arc<Host> {
+        self.servers
+            .first()
+            .map(|server| &server.host)
+            .expect("the first API server was added at the start")
+    }
+
+    /// Runs kubectl on another host, for the API server at `server`.
+    pub(super) fn kubectl_on(
+        &self,
+        host: &Host,
+        programs: &Programs,
+        server: &str,
+        arguments: &[&str],
+    ) -> anyhow::Result<String> {
+        let arguments = [&["--server", server][..], arguments].concat();
+        self.kubectl_program(programs, &arguments).run_ok(host.namespace(), COMMAND_LIMIT)
+    }
+
     /// Returns the path of the cluster's CA certificate.
     pub(super) fn ca_file(&self) -> PathBuf {
         self.directory.join("ca.crt")
@@ -237,7 +298,7 @@ impl Plane {
     /// Creates or changes objects.
     pub(super) fn apply(&self, programs: &Programs, objects: &Value) -> anyhow::Result<()> {
         let program = self.kubectl_program(programs, &["apply", "-f", "-"]);
-        program.input(objects.to_string()).run_ok(self.host.namespace(), COMMAND_LIMIT).map(drop)
+        program.input(objects.to_string()).run_ok(self.host().namespace(), COMMAND_LIMIT).map(drop)
     }
 
     /// Runs kubectl with the rights of an administrator, and returns its output.
@@ -246,7 +307,7 @@ impl Plane {
         programs: &Programs,
         arguments: &[&str],
     ) -> anyhow::Result<String> {
-        self.kubectl_program(programs, arguments).run_ok(self.host.namespace(), COMMAND_LIMIT)
+        self.kubectl_program(programs, arguments).run_ok(self.host().namespace(), COMMAND_LIMIT)
     }
 
     /// Starts kubectl as a daemon, such as for `port-forward`.
@@ -256,7 +317,7 @@ impl Plane {
         arguments: &[&str],
     ) -> anyhow::Result<Daemon> {
         let log = self.directory.join("kubectl.log");
-        self.kubectl_program(programs, arguments).start(self.host.namespace(), "kubectl", &log)
+        self.kubectl_program(programs, arguments).start(self.host().namespace(), "kubectl", &log)
     }
 
     fn kubectl_program(&self, programs: &Programs, arguments: &[&str]) -> Program {
@@ -267,4 +328,16 @@ impl Plane {
             .args(["--request-timeout", "30s"])
             .args(arguments.iter().copied())
     }
+}
+
+/// Starts a program of the control plane with these flags.
+fn daemon(
+    host: &Host,
+    program: &Path,
+    flags: &[(&str, String)],
+    log: &Path,
+) -> anyhow::Result<Daemon> {
+    let name = program.file_name().unwrap_or_default().display().to_string();
+    let flags = flags.iter().map(|(flag, value)| format!("--{flag}={value}"));
+    Program::new(program).args(flags).start(host.namespace(), &name, log)
 }
