@@ -10,10 +10,10 @@ use data_encoding::BASE64;
 use serde_json::{Value, json};
 use towline_netlink::Rtnetlink;
 
-use super::Checks;
 use super::machine::{API_ENDPOINT, IMAGE, Machine, agent_section};
-use super::plane::{PODS, Plane, SERVICES};
+use super::plane::{PODS, PODS_V6, Plane, SERVICES};
 use super::programs::Programs;
+use super::{Checks, Form};
 use crate::lab::capture::Capture;
 use crate::lab::interrupt::sleep;
 use crate::lab::mesh::{Controller, Node, START_LIMIT, require_tunnel};
@@ -28,6 +28,8 @@ const LIMIT: Duration = Duration::from_secs(60);
 const LINE_LOSS: Duration = Duration::from_secs(60);
 /// Service with a pod on worker-b.
 const ECHO: &str = "10.96.0.20";
+/// The same in IPv6.
+const ECHO_V6: &str = "fd00:10:96::20";
 /// Service of DNS, with a pod on worker-b.
 const DNS: &str = "10.96.0.10";
 /// Port of every worker that leads to a pod of the same worker.
@@ -46,7 +48,7 @@ struct Scene<'a> {
     /// Control-plane nodes whose API servers are started last.
     planes: Vec<Node>,
     hybrid: &'a Hybrid,
-    proxy: &'a str,
+    form: Form,
 }
 
 /// Builds the cluster and runs all checks.
@@ -54,7 +56,7 @@ pub(super) fn play(
     setting: &Setting,
     programs: &Programs,
     images: &[PathBuf],
-    proxy: &str,
+    form: Form,
     checks: &mut Checks<'_>,
 ) -> anyhow::Result<()> {
     let mut hybrid = Hybrid::build(setting)?;
@@ -80,6 +82,9 @@ pub(super) fn play(
         let more = format!("{configuration}\n{kubernetes}");
         let mut node = Node::new(&hybrid.lab, hybrid.host(name)?, name, &setting.binaries, &more)?;
         let mut flags = vec!["--site", site, "--prefix", PODS];
+        if form.is_dual_stack {
+            flags.extend(["--prefix", PODS_V6]);
+        }
         if is_control_plane {
             flags.push("--control-plane");
         }
@@ -101,7 +106,8 @@ pub(super) fn play(
         require_tunnel(worker, &cp, START_LIMIT)?;
     }
     setting.output.step("starting the control plane");
-    let plane = Plane::start(&hybrid.cp, cp.overlay_v4()?, directory, programs)?;
+    let plane =
+        Plane::start(&hybrid.cp, cp.overlay_v4()?, directory, programs, form.is_dual_stack)?;
     setting.output.step("starting containerd on the workers");
     let mut machines = Vec::new();
     for node in nodes {
@@ -109,7 +115,7 @@ pub(super) fn play(
     }
     let machines: [Machine; 2] =
         machines.try_into().map_err(|_| anyhow::anyhow!("there are not two workers"))?;
-    let mut scene = Scene { programs, plane, machines, cp, planes, hybrid: &hybrid, proxy };
+    let mut scene = Scene { programs, plane, machines, cp, planes, hybrid: &hybrid, form };
 
     setting.output.step("joining the workers to the cluster");
     for index in 0..scene.machines.len() {
@@ -136,16 +142,17 @@ pub(super) fn play(
 impl Scene<'_> {
     /// Joins a worker with the bootstrap token, gives it its CNI configuration, and checks that it becomes ready.
     fn join(&mut self, index: usize, checks: &mut Checks<'_>) -> anyhow::Result<()> {
-        let Self { plane, machines, programs, proxy, .. } = self;
-        machines[index].join(plane, programs, proxy)?;
+        let Self { plane, machines, programs, form, .. } = self;
+        machines[index].join(plane, programs, form.proxy.name())?;
         let name = machines[index].node.name().to_owned();
-        let mut pods = String::new();
+        let mut pods: Vec<String> = Vec::new();
         let label = format!("{name} registers with a bootstrap token, through its API endpoint");
         let registered = checks.check(&label, LIMIT, || {
             machines[index].check()?;
-            let path = "jsonpath={.spec.podCIDR}";
-            pods = self.plane.kubectl(self.programs, &["get", "node", &name, "-o", path])?;
-            Ok(!pods.is_empty())
+            let path = "jsonpath={.spec.podCIDRs}";
+            let found = self.plane.kubectl(self.programs, &["get", "node", &name, "-o", path])?;
+            pods = serde_json::from_str(&found).context("it has no pod networks yet")?;
+            Ok(pods.len() == if self.form.is_dual_stack { 2 } else { 1 })
         })?;
         ensure!(registered, "{name} did not register");
         self.machines[index].write_cni(&pods)?;
@@ -159,7 +166,9 @@ impl Scene<'_> {
                 serde_json::from_str(&self.cp.command_ok(&["peers", "-o", "json"])?)?;
             let peer = peers.as_array().into_iter().flatten().find(|peer| peer["name"] == *name);
             let prefixes = peer.and_then(|peer| peer["prefixes"].as_array());
-            Ok(prefixes.is_some_and(|list| list.iter().any(|net| *net == *pods)))
+            let has =
+                |list: &Vec<Value>| pods.iter().all(|pod| list.iter().any(|net| *net == **pod));
+            Ok(prefixes.is_some_and(has))
         })?;
         let status = self.machines[index].node.command_ok(&["status", "-o", "json"])?;
         let status: Value = serde_json::from_str(&status)?;
@@ -180,7 +189,7 @@ impl Scene<'_> {
                     "apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": spec,
                 })
             };
-            let items = json!([
+            let mut items = vec![
                 pod("echo-a", "worker-a", &["serve", "echo-a"]),
                 pod("echo-b", "worker-b", &["serve", "echo-b"]),
                 service(
@@ -188,7 +197,7 @@ impl Scene<'_> {
                     "echo-b",
                     json!({
                         "clusterIP": ECHO, "ports": [{"port": 80, "targetPort": 8080}],
-                    })
+                    }),
                 ),
                 service(
                     "dns",
@@ -196,7 +205,7 @@ impl Scene<'_> {
                     json!({
                         "clusterIP": DNS,
                         "ports": [{"port": 53, "targetPort": 5353, "protocol": "UDP"}],
-                    })
+                    }),
                 ),
                 service(
                     "player",
@@ -205,9 +214,14 @@ impl Scene<'_> {
                         "type": "NodePort",
                         "externalTrafficPolicy": "Local",
                         "ports": [{"port": 80, "targetPort": 8080, "nodePort": NODE_PORT}],
-                    })
+                    }),
                 ),
-            ]);
+            ];
+            if self.form.is_dual_stack {
+                let ports = json!([{"port": 80, "targetPort": 8080}]);
+                let spec = json!({"clusterIP": ECHO_V6, "ipFamilies": ["IPv6"], "ports": ports});
+                items.push(service("echo-v6", "echo-b", spec));
+            }
             let list = json!({"apiVersion": "v1", "kind": "List", "items": items});
             self.plane.apply(self.programs, &list).map(|()| true)
         })?;
@@ -268,6 +282,19 @@ impl Scene<'_> {
                 let url = format!("http://{address}:8080/");
                 Ok(self.exec(from, &["get", &url, "text"])? == format!("{to}\ntext"))
             })?;
+        }
+        if self.form.is_dual_stack {
+            let path = "jsonpath={.status.podIPs[1].ip}";
+            let v6 = self.kubectl(&["get", "pod", "echo-b", "-o", path])?;
+            for (what, host) in [("pod echo-b", v6.as_str()), ("a Service", ECHO_V6)] {
+                checks.check(&format!("pod echo-a to {what} across sites, IPv6"), LIMIT, || {
+                    let url = match what {
+                        "a Service" => format!("http://[{host}]/"),
+                        _ => format!("http://[{host}]:8080/"),
+                    };
+                    Ok(self.exec("echo-a", &["get", &url, "text"])? == "echo-b\ntext")
+                })?;
+            }
         }
         for (from, how) in [("echo-a", "across sites"), ("echo-b", "on its node")] {
             checks.check(&format!("pod {from} to a Service {how}"), LIMIT, || {

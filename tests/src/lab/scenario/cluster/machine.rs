@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use serde_json::json;
 
-use super::plane::{PODS, Plane};
+use super::plane::Plane;
 use super::programs::Programs;
 use crate::cluster::{kubeconfig, replace};
 use crate::lab::interrupt::wait_for;
@@ -123,6 +123,10 @@ impl Machine {
         proxy_mode: &str,
     ) -> anyhow::Result<()> {
         let (name, address) = (self.node.name().to_owned(), self.node.overlay_v4()?.to_string());
+        let node_ip = match self.node.status()?.overlay_addresses.iter().find(|ip| ip.is_ipv6()) {
+            Some(v6) if plane.is_dual_stack() => format!("{address},{v6}"),
+            _ => address.clone(),
+        };
         let server = format!("https://{API_ENDPOINT}");
         let user = format!("system:node:{name}");
         let serving = plane.ca.issue(&user, "system:nodes", &[name.as_str(), address.as_str()])?;
@@ -173,7 +177,7 @@ impl Machine {
             ("cert-dir", file("pki").display().to_string()),
             ("root-dir", file("kubelet").display().to_string()),
             ("hostname-override", name.clone()),
-            ("node-ip", address),
+            ("node-ip", node_ip),
         ];
         let flags = flags.map(|(flag, value)| format!("--{flag}={value}"));
         self.kubelet = Some(self.program(&programs.kubelet).args(flags).start(
@@ -188,7 +192,7 @@ impl Machine {
         let flags = [
             ("kubeconfig", file("proxy.conf").display().to_string()),
             ("proxy-mode", proxy_mode.to_owned()),
-            ("cluster-cidr", PODS.to_owned()),
+            ("cluster-cidr", plane.pods()),
             ("hostname-override", name),
             // The machine has addresses that are not those of the Node.
             ("nodeport-addresses", "0.0.0.0/0".to_owned()),
@@ -230,8 +234,12 @@ impl Machine {
         Ok(())
     }
 
-    /// Writes the CNI's configuration for this pod network: a bridge, and routes of the host.
-    pub(super) fn write_cni(&self, pods: &str) -> anyhow::Result<()> {
+    /// Writes the CNI's configuration for these pod networks: a bridge, and routes of the host.
+    pub(super) fn write_cni(&self, pods: &[String]) -> anyhow::Result<()> {
+        let ranges: Vec<_> = pods.iter().map(|subnet| json!([{"subnet": subnet}])).collect();
+        let routes =
+            pods.iter().map(|subnet| if subnet.contains(':') { "::/0" } else { "0.0.0.0/0" });
+        let routes: Vec<_> = routes.map(|all| json!({"dst": all})).collect();
         let config = json!({
             "cniVersion": "0.4.0",
             "name": "lab",
@@ -244,8 +252,8 @@ impl Machine {
                     "mtu": 1420,
                     "ipam": {
                         "type": "host-local",
-                        "ranges": [[{"subnet": pods}]],
-                        "routes": [{"dst": "0.0.0.0/0"}],
+                        "ranges": ranges,
+                        "routes": routes,
                     },
                 },
             ],

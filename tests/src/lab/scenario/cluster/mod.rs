@@ -46,6 +46,9 @@ pub struct Options {
     /// Mode of kube-proxy
     #[arg(long, value_enum, default_value_t, conflicts_with = "full")]
     proxy: Proxy,
+    /// Give nodes, pods and Services addresses of both families
+    #[arg(long, conflicts_with = "full")]
+    dual_stack: bool,
     /// Run every form of the cluster, one after the other
     #[arg(long)]
     full: bool,
@@ -59,6 +62,28 @@ enum Proxy {
     Iptables,
     /// Rules of nftables.
     Nftables,
+}
+
+/// A form of the cluster.
+#[derive(Debug, Clone, Copy)]
+struct Form {
+    proxy: Proxy,
+    is_dual_stack: bool,
+}
+
+impl Form {
+    /// All forms, for `--full`.
+    const ALL: [Self; 3] = [
+        Self { proxy: Proxy::Iptables, is_dual_stack: false },
+        Self { proxy: Proxy::Nftables, is_dual_stack: false },
+        Self { proxy: Proxy::Nftables, is_dual_stack: true },
+    ];
+
+    /// Returns the form in words.
+    fn name(self) -> String {
+        let families = if self.is_dual_stack { "dual stack" } else { "IPv4" };
+        format!("bridge, {}, {families}", self.proxy.name())
+    }
 }
 
 impl Proxy {
@@ -104,19 +129,16 @@ pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Cluster> {
     let programs = Programs::find(&setting.output)?;
     let built = tempfile::tempdir()?;
     let images = images(built.path())?;
-    let one = [options.proxy];
-    let proxies = if options.full { Proxy::value_variants() } else { &one[..] };
+    let one = [Form { proxy: options.proxy, is_dual_stack: options.dual_stack }];
+    let forms = if options.full { &Form::ALL[..] } else { &one[..] };
     let mut cluster = Cluster::default();
     let mut promises = Promises::new();
-    for proxy in proxies {
-        let mut checks = Checks {
-            form: format!("bridge, {}", proxy.name()),
-            arrows: &mut cluster.arrows,
-            promises: &mut promises,
-        };
-        let played = form::play(setting, &programs, &images, proxy.name(), &mut checks);
+    for form in forms {
+        let mut checks =
+            Checks { form: form.name(), arrows: &mut cluster.arrows, promises: &mut promises };
+        let played = form::play(setting, &programs, &images, *form, &mut checks);
         if let Err(error) = played {
-            promises.fail(format!("bridge, {}: {error:#}", proxy.name()));
+            promises.fail(format!("{}: {error:#}", form.name()));
         }
     }
     cluster.failed = promises.into_failed();

@@ -22,12 +22,17 @@ const COMMAND_LIMIT: Duration = Duration::from_secs(40);
 const BOOTSTRAP_TOKEN: [&str; 2] = ["abcdef", "0123456789abcdef"];
 /// Network of the pods.
 pub(super) const PODS: &str = "10.244.0.0/16";
+/// IPv6 network of the pods in a dual-stack cluster.
+pub(super) const PODS_V6: &str = "fd00:10:244::/56";
 /// Network of the Services.
 pub(super) const SERVICES: &str = "10.96.0.0/16";
+/// IPv6 network of the Services in a dual-stack cluster.
+const SERVICES_V6: &str = "fd00:10:96::/112";
 
 /// Running control plane.
 pub(super) struct Plane {
     directory: PathBuf,
+    is_dual_stack: bool,
     pub(super) ca: ClusterCa,
     _etcd: Daemon,
     /// The API servers. The first one is on the host of etcd, and kubectl uses it.
@@ -54,6 +59,7 @@ impl Plane {
         address: IpAddr,
         directory: &Path,
         programs: &Programs,
+        is_dual_stack: bool,
     ) -> anyhow::Result<Self> {
         let directory = directory.join("plane");
         std::fs::create_dir(&directory)?;
@@ -82,8 +88,14 @@ impl Plane {
             .args(["--advertise-client-urls", "http://127.0.0.1:2379"])
             .args(["--listen-peer-urls", "http://127.0.0.1:2380"])
             .start(host.namespace(), "etcd", &directory.join("etcd.log"))?;
-        let mut plane =
-            Self { directory, ca, _etcd: etcd, servers: Vec::new(), others: Vec::new() };
+        let mut plane = Self {
+            directory,
+            is_dual_stack,
+            ca,
+            _etcd: etcd,
+            servers: Vec::new(),
+            others: Vec::new(),
+        };
         plane.add("cp", host, address, programs)?;
         plane.await_ready(programs)?;
         plane.bootstrap(programs)?;
@@ -126,7 +138,7 @@ impl Plane {
             Some(first) if first.name != name => first.address.to_string(),
             _ => "127.0.0.1".to_owned(),
         };
-        let directory = self.directory.clone();
+        let (directory, services) = (self.directory.clone(), self.services());
         let server = self.server(name)?;
         let file = |name: &str| directory.join(name).display().to_string();
         let apiserver = [
@@ -142,7 +154,7 @@ impl Plane {
             ("service-account-key-file", file("sa.crt")),
             ("service-account-signing-key-file", file("sa.key")),
             ("service-account-issuer", "https://kubernetes.default.svc".to_owned()),
-            ("service-cluster-ip-range", SERVICES.to_owned()),
+            ("service-cluster-ip-range", services),
             ("kubelet-certificate-authority", file("ca.crt")),
             ("kubelet-client-certificate", file("kubelet-client.crt")),
             ("kubelet-client-key", file("kubelet-client.key")),
@@ -174,7 +186,7 @@ impl Plane {
     /// Starts the controller manager and the scheduler, which end where no API server answers.
     fn launch_others(&mut self, programs: &Programs) -> anyhow::Result<()> {
         let file = |name: &str| self.directory.join(name).display().to_string();
-        let controller_manager = [
+        let mut controller_manager = vec![
             ("kubeconfig", file("controller-manager.conf")),
             ("leader-elect", "false".to_owned()),
             ("controllers", "*,bootstrapsigner,tokencleaner".to_owned()),
@@ -184,12 +196,15 @@ impl Plane {
             ("cluster-signing-cert-file", file("ca.crt")),
             ("cluster-signing-key-file", file("ca.key")),
             ("allocate-node-cidrs", "true".to_owned()),
-            ("cluster-cidr", PODS.to_owned()),
-            ("node-cidr-mask-size", "24".to_owned()),
-            ("service-cluster-ip-range", SERVICES.to_owned()),
+            ("cluster-cidr", self.pods()),
+            ("service-cluster-ip-range", self.services()),
             ("node-monitor-grace-period", "40s".to_owned()),
             ("cert-dir", file("controller-manager-certs")),
         ];
+        // The defaults are 24 and 64 bits; each flag is refused where it does not fit the families.
+        if !self.is_dual_stack {
+            controller_manager.push(("node-cidr-mask-size", "24".to_owned()));
+        }
         let scheduler = [
             ("kubeconfig", file("scheduler.conf")),
             ("leader-elect", "false".to_owned()),
@@ -268,6 +283,21 @@ impl Plane {
             "current-context": "lab",
         })
         .to_string()
+    }
+
+    /// Returns the networks of the pods, as programs of Kubernetes take them.
+    pub(super) fn pods(&self) -> String {
+        if self.is_dual_stack { format!("{PODS},{PODS_V6}") } else { PODS.to_owned() }
+    }
+
+    /// Returns the networks of the Services, as programs of Kubernetes take them.
+    fn services(&self) -> String {
+        if self.is_dual_stack { format!("{SERVICES},{SERVICES_V6}") } else { SERVICES.to_owned() }
+    }
+
+    /// Returns whether nodes, pods and Services have addresses of both families.
+    pub(super) fn is_dual_stack(&self) -> bool {
+        self.is_dual_stack
     }
 
     /// Returns the host of etcd and of the first API server.
