@@ -663,7 +663,7 @@ mod tests {
             ("[metrics]\nlisten = \"9586\"", "overlay:9586"),
             ("[kubernetes]\napi_endpoint = \"0.0.0.0:7445\"", "127.0.0.1:7445"),
             ("[kubernetes]\napi_endpoint = \"127.0.0.1:0\"", "127.0.0.1:7445"),
-            ("[kubernetes]\napi_port = 0", "api_port"),
+            ("[kubernetes]\napi_port = 0", "nonzero"),
             ("[metrics]\nlisten = \"overlay:0\"", "127.0.0.1:9586"),
         ] {
             let error = parse(text).unwrap_err();

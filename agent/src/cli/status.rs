@@ -153,3 +153,43 @@ pub(super) fn version(format: Format) -> anyhow::Result<()> {
     let version = Version::of_this_program();
     Ok(output::write(format, &version, |_| format!("towline {}", version.version))?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_api_endpoint_says_where_it_leads_and_which_api_server_fails() {
+        let server = |name: &str, state: &str, reason: &str| pb::ApiServerStatus {
+            name: name.into(),
+            address: "198.19.0.1:6443".into(),
+            state: state.into(),
+            reason: reason.into(),
+            rtt_us: Some(1_500),
+            ..pb::ApiServerStatus::default()
+        };
+        let endpoint = pb::ApiEndpointStatus {
+            address: "127.0.0.1:7445".into(),
+            listening: true,
+            server: "cp-1".into(),
+            servers: vec![
+                server("cp-1", "healthy", ""),
+                server("cp-2", "failing", "it does not answer"),
+            ],
+            connections: 2,
+            ..pb::ApiEndpointStatus::default()
+        };
+        let status = |endpoint: pb::ApiEndpointStatus| pb::StatusResponse {
+            api_endpoint: Some(endpoint),
+            ..pb::StatusResponse::default()
+        };
+        let short = text(&status(endpoint.clone()), false);
+        assert!(short.contains("127.0.0.1:7445 to cp-1 (of 2), 2 clients"), "{short}");
+        assert!(short.contains("cp-2 (198.19.0.1:6443) failing: it does not answer"), "{short}");
+        assert!(!short.contains("cp-1 (198.19.0.1:6443)"), "{short}");
+        let wide = text(&status(endpoint.clone()), true);
+        assert!(wide.contains("cp-1 (198.19.0.1:6443) healthy, rtt 1.50 ms"), "{wide}");
+        let closed = pb::ApiEndpointStatus { listening: false, ..endpoint };
+        assert!(text(&status(closed), false).contains("127.0.0.1:7445, not served"));
+    }
+}
