@@ -103,7 +103,7 @@ impl Health {
 /// What follows from the result of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    /// Nothing.
+    /// Nothing follows from it.
     Same,
     /// The server answers again.
     Recovered,
