@@ -2,6 +2,8 @@
 
 /// Messages of status output, which are printed as JSON.
 const STATUS: &[&str] = &[
+    "ApiEndpointStatus",
+    "ApiServerStatus",
     "ControllerStatus",
     "Detail",
     "Event",

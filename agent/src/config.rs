@@ -5,6 +5,7 @@
 //! see `cli`.
 
 use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
@@ -230,8 +231,8 @@ impl Default for RelayConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct MetricsConfig {
-    /// Address at which `GET /metrics` is answered, without TLS and login. Absent: nowhere.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// Address at which `GET /metrics` is answered, without TLS and login. Absent or empty: nowhere.
+    #[serde(deserialize_with = "metrics_address", skip_serializing_if = "Option::is_none")]
     pub listen: Option<MetricsAddress>,
 }
 
@@ -243,6 +244,18 @@ pub enum MetricsAddress {
     Fixed(SocketAddr),
     /// All addresses of this node's link, with this port. One configuration fits every node.
     Overlay(u16),
+}
+
+/// Parses the address of the metrics. A template that has none for it writes an empty text.
+fn metrics_address<'de, D>(deserializer: D) -> Result<Option<MetricsAddress>, D::Error>
+where
+    D: serde::Deserializer<'de>,
+{
+    let text = String::deserialize(deserializer)?;
+    if text.is_empty() {
+        return Ok(None);
+    }
+    MetricsAddress::try_from(text).map(Some).map_err(serde::de::Error::custom)
 }
 
 /// Error of parsing the address of the metrics.
@@ -289,6 +302,14 @@ pub struct KubernetesConfig {
     pub cni_dir: PathBuf,
     /// Address families of the kubelet's `--node-ip`.
     pub node_ip_families: NodeIpFamilies,
+    /// Address on the loopback at which clients on this machine reach the nearest API server of the mesh's
+    /// control-plane nodes. Absent: there is no such endpoint.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub api_endpoint: Option<SocketAddr>,
+    /// TCP port of this machine's API server, which other nodes use if the join token was created with
+    /// `--control-plane`. Absent: this machine has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub api_port: Option<NonZeroU16>,
 }
 
 /// Address families of the kubelet's `--node-ip`.
@@ -472,6 +493,13 @@ impl Config {
         }
         if routing.nftables_table.is_empty() || routing.nftables_table.len() > 31 {
             return Err(("routing.nftables_table", "use 1 to 31 characters".into()));
+        }
+        let endpoint = self.kubernetes.api_endpoint;
+        if endpoint.is_some_and(|endpoint| !endpoint.ip().is_loopback() || endpoint.port() == 0) {
+            return Err((
+                "kubernetes.api_endpoint",
+                "use an address of the loopback, such as 127.0.0.1:7445".into(),
+            ));
         }
         static_peers::check(&self.peers).map_err(|message| ("peer", message))?;
         if self.node.addresses.len() > limits::PREFIXES
@@ -703,6 +731,9 @@ mod tests {
             ("[offloads]\nudp_gso = false", "udp_segment"),
             ("[controller]\naddresses = [\"nope\"]", "host:port"),
             ("[metrics]\nlisten = \"9586\"", "overlay:9586"),
+            ("[kubernetes]\napi_endpoint = \"0.0.0.0:7445\"", "127.0.0.1:7445"),
+            ("[kubernetes]\napi_endpoint = \"127.0.0.1:0\"", "127.0.0.1:7445"),
+            ("[kubernetes]\napi_port = 0", "nonzero"),
             ("[metrics]\nlisten = \"overlay:0\"", "127.0.0.1:9586"),
         ] {
             let error = parse(text).unwrap_err();
@@ -727,6 +758,7 @@ mod tests {
     #[test]
     fn the_address_of_the_metrics_reads_back() {
         assert_eq!(parse("[metrics]").unwrap().metrics.listen, None);
+        assert_eq!(parse("[metrics]\nlisten = \"\"").unwrap().metrics.listen, None);
         for address in ["127.0.0.1:9586", "[::1]:9586", "overlay:9586"] {
             let config = parse(&format!("[metrics]\nlisten = \"{address}\"")).unwrap();
             let listen = config.metrics.listen.unwrap();

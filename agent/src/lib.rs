@@ -3,6 +3,7 @@
 //! `towline-core` makes the decisions. This crate has the parts that apply them, and the command
 //! line. The binary only calls `cli::run`.
 
+mod api_endpoint;
 pub mod bundle;
 pub mod cli;
 pub mod config;
@@ -44,6 +45,7 @@ pub mod uapi;
 pub fn codes() -> Vec<&'static str> {
     use towline_proto::code::Coded as _;
     [
+        api_endpoint::codes(),
         daemon::codes(),
         events::Event::codes(),
         towline_core::peer_history::PathChange::codes(),

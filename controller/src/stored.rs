@@ -282,6 +282,7 @@ fn parse_token(secret_hash: SecretHash, token: pb::Token) -> Result<Token, Inval
             replace: optional(token.replace).map(NodeName::try_from).transpose()?,
             ephemeral: token.ephemeral,
             relay: token.relay.into(),
+            control_plane: token.control_plane,
         },
         created_at: token.created_at,
         expires_at: token.expires_at,
@@ -310,6 +311,7 @@ pub(crate) fn token_message(token: &Token) -> pb::Token {
         replace: terms.replace.as_ref().map(NodeName::to_string).unwrap_or_default(),
         ephemeral: terms.ephemeral,
         relay: terms.relay.decision(),
+        control_plane: terms.control_plane,
         nodes: Vec::new(),
     }
 }

@@ -218,6 +218,7 @@ async fn a_slow_watcher_gets_the_newest_state_and_no_queue() {
                 relay: false,
                 lans: Vec::new(),
                 probe_version: 0,
+                api_port: 0,
             };
             watch.heartbeat().await;
             publisher.heartbeat().await;

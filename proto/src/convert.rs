@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU16;
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -149,6 +150,12 @@ pub fn labels(
     Ok(labels)
 }
 
+/// Parses the port of an API server. 0 means that there is none.
+fn port(number: u32) -> Result<Option<NonZeroU16>, Invalid> {
+    let port = u16::try_from(number).map_err(|_| Invalid::Malformed("port of the API server"))?;
+    Ok(NonZeroU16::new(port))
+}
+
 fn wireguard_keys<B: AsRef<[u8]>>(keys: &[B]) -> Result<Vec<WireguardKey>, Invalid> {
     bounded("list of WireGuard keys", keys.len(), limits::WIREGUARD_KEYS)?;
     if keys.is_empty() {
@@ -227,6 +234,7 @@ impl TryFrom<pb::Grant> for Grant {
             issued_at: grant.issued_at,
             ephemeral: grant.ephemeral,
             relay: grant.relay.into(),
+            control_plane: grant.control_plane,
         })
     }
 }
@@ -248,6 +256,7 @@ impl From<&Grant> for pb::Grant {
             issued_at: grant.issued_at,
             ephemeral: grant.ephemeral,
             relay: grant.relay.decision(),
+            control_plane: grant.control_plane,
         }
     }
 }
@@ -309,6 +318,7 @@ impl TryFrom<pb::Record> for Record {
             relay: record.relay,
             lans: prefixes(&record.lans)?,
             probe_version: ProbeVersion::of_record(record.probe_version),
+            api_port: port(record.api_port)?,
         })
     }
 }
@@ -326,6 +336,7 @@ impl From<&Record> for pb::Record {
             relay: record.relay,
             lans: record.lans.iter().map(Into::into).collect(),
             probe_version: record.probe_version.record_number(),
+            api_port: record.api_port.map_or(0, |port| port.get().into()),
         }
     }
 }
@@ -597,5 +608,20 @@ mod tests {
         };
         assert!(Record::try_from(record(10_000)).is_err());
         assert!(Record::try_from(record(limits::CANDIDATES)).is_ok());
+    }
+
+    #[test]
+    fn the_port_of_an_api_server_reads_back_and_older_records_have_none() {
+        let record = |api_port| pb::Record {
+            node_id: vec![1; 16],
+            wireguard_keys: vec![vec![2; 32]],
+            api_port,
+            ..pb::Record::default()
+        };
+        let parsed = Record::try_from(record(6443)).unwrap();
+        assert_eq!(parsed.api_port, NonZeroU16::new(6443));
+        assert_eq!(pb::Record::from(&parsed).api_port, 6443);
+        assert_eq!(Record::try_from(record(0)).unwrap().api_port, None);
+        assert!(Record::try_from(record(65_536)).is_err());
     }
 }

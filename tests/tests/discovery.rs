@@ -130,6 +130,7 @@ impl Daemon {
             prefixes: Vec::new(),
             lans: Vec::new(),
             relay: false,
+            api_port: None,
         }));
     }
 }

@@ -25,10 +25,12 @@
 //! | `Observer` | events, rates of traffic, and the problems that are known |
 //! | `SummarySchedule` | when the next summary of the tunnels goes to the controller |
 //! | `Leaving` | a `towline leave` that waits for a controller |
+//! | `ApiEndpoint` | the local port that leads to an API server |
 //! | `WireguardSocket` | the socket of `wg show`, and its server |
 //! | `Reporter` | nothing: it reads all of them for status output |
 
 mod announcer;
+mod api_servers;
 mod controller_link;
 mod firewall_search;
 mod host_controller;
@@ -75,6 +77,7 @@ use towline_proto::id::{NodeId, WireguardKey};
 use towline_proto::stun;
 use towline_service::notify::Notifier;
 
+use crate::api_endpoint::ApiEndpoint;
 use crate::config::{Addressing, Config};
 use crate::confirm::{self, Confirmation, Moment};
 use crate::control::{self, ControlServer, Request};
@@ -221,6 +224,8 @@ struct Daemon {
     leaving: Option<Leaving>,
     /// Set while the daemon runs, if there is a link and the configuration does not disable it.
     wireguard_socket: Option<WireguardSocket>,
+    /// Set while the daemon runs, if the configuration has an address for it.
+    api_endpoint: Option<ApiEndpoint>,
 }
 
 /// # Inputs
@@ -241,6 +246,7 @@ impl Daemon {
             let socket = WireguardSocket::start(&self.config.link.name, control.requests());
             self.wireguard_socket = Some(socket);
         }
+        self.start_api_endpoint()?;
         // Pod networks are known before the uplinks are chosen: none of them is one.
         self.kubernetes_changed();
         self.configuration_changed();
@@ -695,6 +701,7 @@ impl Daemon {
     /// Applies a new peer table to the data plane, which derives the keys of the pairs.
     fn peer_table(&mut self, table: &PeerTable) {
         self.tunnels.apply(table);
+        self.api_servers_changed();
     }
 
     fn static_state_changed(&mut self, peer: WireguardKey, from: PeerState, to: PeerState) {
@@ -722,7 +729,11 @@ impl Daemon {
         }
         let (peer, path) = (name.to_string(), status.path);
         let reason = status.reason.as_ref().map(observer::reason);
+        let is_api_server = status.node.api_port().is_some();
         self.observer.happened(&Event::PeerState { peer, from, to, path, reason });
+        if is_api_server {
+            self.api_servers_changed();
+        }
     }
 
     fn path_changed(
@@ -758,6 +769,8 @@ impl Daemon {
         let problems = Reporter(self).problems();
         let traffic = self.tunnels.data_plane().traffic();
         self.observer.look(Instant::now(), &problems, traffic);
+        // Round-trip times change without an event.
+        self.api_servers_changed();
     }
 }
 

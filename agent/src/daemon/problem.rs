@@ -2,6 +2,7 @@
 //! repair, and the reason why the mesh must not be used yet. Each has a stable code.
 
 use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU16;
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -13,6 +14,7 @@ use towline_proto::codes;
 use towline_proto::id::{NodeId, NodeName};
 
 use super::wireguard_socket::NotServed;
+use crate::api_endpoint::EndpointProblem;
 use crate::confirm::Confirmation;
 use crate::conntrack::Conntrack;
 use crate::kubernetes::NodeProblem;
@@ -217,6 +219,18 @@ pub(super) enum Problem {
         /// Address of the Node.
         address: IpAddr,
     },
+    /// Clients on this machine do not get an API server.
+    #[error(transparent)]
+    ApiEndpoint(#[from] EndpointProblem),
+    /// No other node uses this machine's API server.
+    #[error(
+        "no other node uses the API server on port {port}: this node's join token was not for the control \
+         plane: join again with one of `towline-controller token create --control-plane --replace NAME`"
+    )]
+    ApiPortWithoutRole {
+        /// Port of the configuration.
+        port: NonZeroU16,
+    },
 }
 
 codes! {
@@ -249,6 +263,8 @@ codes! {
         RelayDenied => "relay-denied",
         Node(NodeProblem),
         NodeIpUnreached => "node-ip-unreached",
+        ApiEndpoint(EndpointProblem),
+        ApiPortWithoutRole => "api-port-without-role",
     }
 }
 
@@ -317,6 +333,15 @@ pub(super) enum Note {
         /// Name of the relay, which may be this node.
         relay: NodeName,
     },
+    /// The mesh has no API server for the endpoint on this machine.
+    #[error(
+        "the API endpoint {address} leads nowhere: no control-plane node is known: join those with a token of \
+         `token create --control-plane` and with `join --control-plane`"
+    )]
+    NoApiServers {
+        /// Address of the endpoint.
+        address: SocketAddr,
+    },
     /// `wg show` shows nothing of this agent.
     #[error(transparent)]
     NotServed(#[from] NotServed),
@@ -330,6 +355,7 @@ codes! {
         SecondPort => "second-port-used",
         InClearNotAllowed => "in-clear-not-allowed",
         RelayNotGranted => "relay-not-granted",
+        NoApiServers => "api-servers-unknown",
         NotServed(NotServed),
     }
 }

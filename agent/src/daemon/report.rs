@@ -19,6 +19,7 @@ use towline_service::certificate;
 
 use super::Daemon;
 use super::problem::{Note, Problem};
+use crate::api_endpoint::ApiEndpoint;
 use crate::config::{ClearSetting, Config};
 use crate::confirm::Confirmation;
 use crate::control::PathKind;
@@ -54,6 +55,8 @@ impl Reporter<'_> {
         let socket = daemon.wireguard_socket.as_ref();
         notes.extend(socket.and_then(|socket| socket.problem()).map(Note::from));
         notes.extend(self.kept_in_tunnel());
+        let unused = daemon.api_endpoint.as_ref().and_then(|endpoint| endpoint.without_servers());
+        notes.extend(unused.map(|address| Note::NoApiServers { address }));
         notes.extend(mesh.second_port().map(|second| Note::SecondPort { configured, second }));
         let relays = mesh.undecided_relays().cloned();
         notes.extend(relays.map(|relay| Note::RelayNotGranted { relay }));
@@ -74,6 +77,7 @@ impl Reporter<'_> {
             candidates: daemon.announcer.candidates().iter().map(Into::into).collect(),
             controller: daemon.controller.status(),
             kubernetes: daemon.kubernetes.status(),
+            api_endpoint: daemon.api_endpoint.as_ref().map(ApiEndpoint::status),
             peers_up: up,
             peers_total: total,
             peers_relayed: relayed,
@@ -125,6 +129,9 @@ impl Reporter<'_> {
         problems.extend(daemon.kubernetes.problems(mesh.grant()));
         let denied = mesh.grant().filter(|_| mesh.is_relay_denied());
         problems.extend(denied.map(|grant| Problem::RelayDenied { node: grant.name.clone() }));
+        let endpoint = daemon.api_endpoint.as_ref();
+        problems.extend(endpoint.and_then(ApiEndpoint::problem).map(Problem::from));
+        problems.extend(daemon.api_port_without_role());
         for status in mesh.peers() {
             let peer = status.node.name();
             problems.extend(

@@ -170,7 +170,8 @@ impl Daemon {
         let observer = Observer::new(now, stored.counters.boot_epoch);
 
         let mesh = stored.mesh(&config, &cached, now);
-        let (announcer, announced) = Announcer::new(state.clone(), cached, mesh.relay().is_some());
+        let is_relay = mesh.relay().is_some();
+        let (announcer, announced) = Announcer::new(state.clone(), cached, &config, is_relay);
         tokio::spawn(save_again(state.clone()));
         tracing::info!(
             node = mesh.grant().map(|grant| tracing::field::display(&grant.name)),
@@ -207,6 +208,7 @@ impl Daemon {
             summaries: SummarySchedule::default(),
             leaving: None,
             wireguard_socket: None,
+            api_endpoint: None,
         })
     }
 }

@@ -13,6 +13,7 @@
 mod session;
 
 use std::net::SocketAddr;
+use std::num::NonZeroU16;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -71,6 +72,8 @@ pub struct Announcement {
     pub lans: Vec<ipnet::IpNet>,
     /// True if the node relays for others.
     pub relay: bool,
+    /// TCP port of the node's Kubernetes API server, if it has one.
+    pub api_port: Option<NonZeroU16>,
 }
 
 /// Event that the task sends to the daemon.
@@ -655,6 +658,7 @@ impl Discovery {
             relay: announcement.relay,
             lans: announcement.lans.iter().copied().take(limits::PREFIXES).collect(),
             probe_version: ProbeVersion::OWN,
+            api_port: announcement.api_port,
         };
         let signed = self.keys.identity.sign_record(&pb::Record::from(&record));
         self.current = Some((announcement, signed.clone()));

@@ -84,6 +84,7 @@ impl Registry {
             issued_at: now.unix,
             ephemeral: terms.ephemeral,
             relay: terms.relay,
+            control_plane: terms.control_plane,
         };
         self.members.insert(Member {
             grant,

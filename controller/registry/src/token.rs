@@ -106,6 +106,8 @@ pub struct TokenTerms {
     pub ephemeral: bool,
     /// Whether the nodes may relay for others.
     pub relay: RelayRole,
+    /// True if the nodes are control-plane nodes of a Kubernetes cluster, whose API servers others may use.
+    pub control_plane: bool,
 }
 
 impl TokenTerms {
@@ -122,6 +124,7 @@ impl TokenTerms {
             replace: None,
             ephemeral: false,
             relay: RelayRole::Denied,
+            control_plane: false,
         }
     }
 }

@@ -33,7 +33,9 @@ Examples:
   # for a machine that was installed again
   towline-controller token create --replace gpu-1 > gpu-1.token
   # for a public machine that relays for others
-  towline-controller token create --name relay-1 --relay > relay-1.token";
+  towline-controller token create --name relay-1 --relay > relay-1.token
+  # for the control-plane nodes of a Kubernetes cluster
+  towline-controller token create --control-plane --uses 3 --name 'cp-*' > control-plane.token";
 
 pub(super) const TOKEN_LIST: &str = "\
 Examples:

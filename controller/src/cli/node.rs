@@ -1,6 +1,7 @@
 //! Command `towline-controller node`.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU16;
 
 use anyhow::Context;
 use clap::{Args, Subcommand};
@@ -147,6 +148,10 @@ struct View {
     may_relay: Option<bool>,
     /// True if the node is a relay, or claims to be one without being allowed to.
     relay: bool,
+    /// True if it is a control-plane node, whose API server other nodes may use.
+    control_plane: bool,
+    /// TCP port of its Kubernetes API server, if it announces one.
+    api_port: Option<u16>,
     /// Time of its join.
     joined_at: Option<String>,
     /// Time of its last session.
@@ -189,6 +194,7 @@ impl View {
                 .map(|record| record.candidates.iter().map(candidate).collect())
                 .unwrap_or_default(),
             generation: record.as_ref().map(|record| record.generation),
+            api_port: record.as_ref().and_then(|record| record.api_port).map(NonZeroU16::get),
             version: record.map(|record| record.version).unwrap_or_default(),
             wireguard_key: grant.wireguard_keys.first().map(ToString::to_string),
             identity_key: grant.identity_key,
@@ -196,6 +202,7 @@ impl View {
             ephemeral: grant.ephemeral,
             may_relay: grant.relay.decision(),
             relay: is_relay,
+            control_plane: grant.control_plane,
             joined_at: output::time(info.joined_at),
             last_seen: output::time(info.last_seen),
             session_address: info.session_address.clone(),
@@ -216,6 +223,14 @@ impl View {
             (true, None) => "yes, but not granted: run `towline-controller node set NAME --relay`",
             (false, Some(true)) => "granted, but not enabled",
             (false, _) => "no",
+        }
+    }
+
+    /// Returns whether other nodes may use an API server of this node, and its port.
+    fn api_server(&self) -> String {
+        match (self.control_plane, self.api_port) {
+            (true, Some(port)) => format!("true, API server on port {port}"),
+            (is_control_plane, _) => is_control_plane.to_string(),
         }
     }
 
@@ -274,6 +289,7 @@ fn sheet(node: &View) -> String {
         ("labels", output::list(&labels)),
         ("ephemeral", node.ephemeral.to_string()),
         ("relay", node.relay_state().to_owned()),
+        ("control plane", node.api_server()),
         ("version", output::or_dash(Some(&node.version))),
         ("wireguard key", output::or_dash(node.wireguard_key.as_ref())),
         ("identity key", node.identity_key.to_string()),

@@ -77,6 +77,9 @@ pub(super) struct Create {
     /// Let the nodes be relays, for nodes that have no direct path
     #[arg(long)]
     relay: bool,
+    /// The nodes are control-plane nodes of a Kubernetes cluster: other nodes may use their API servers
+    #[arg(long)]
+    control_plane: bool,
     /// Output format; `table` prints only the token
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
@@ -158,6 +161,7 @@ impl Create {
             replace: self.replace.unwrap_or_default(),
             ephemeral: self.ephemeral,
             relay: self.relay,
+            control_plane: self.control_plane,
         })
     }
 }
@@ -255,6 +259,8 @@ struct View {
     ephemeral: bool,
     /// True if the nodes may be relays; null: it was created before 0.2.0, and does not decide it.
     relay: Option<bool>,
+    /// True if the nodes are control-plane nodes, whose API servers other nodes may use.
+    control_plane: bool,
     /// Names of the nodes that joined with it.
     nodes: Vec<String>,
     #[serde(skip)]
@@ -295,6 +301,7 @@ impl From<pb::Token> for View {
             replace: token.replace,
             ephemeral: token.ephemeral,
             relay: token.relay,
+            control_plane: token.control_plane,
             nodes: token.nodes,
             expires_in,
         }
@@ -304,7 +311,14 @@ impl From<pb::Token> for View {
 fn table(tokens: &[View], wide: bool) -> String {
     let mut header = vec!["ID", "STATE", "USED", "EXPIRES", "NAME", "SITE", "NODES"];
     if wide {
-        header.extend(["PREFIXES", "POD RANGES", "REPLACE", "EPHEMERAL", "LABELS"]);
+        header.extend([
+            "PREFIXES",
+            "POD RANGES",
+            "REPLACE",
+            "EPHEMERAL",
+            "CONTROL PLANE",
+            "LABELS",
+        ]);
     }
     let or = |text: &str, or: &str| if text.is_empty() { or.to_owned() } else { text.to_owned() };
     let rows = tokens.iter().map(|token| {
@@ -329,6 +343,7 @@ fn table(tokens: &[View], wide: bool) -> String {
                 output::list(&token.pod_ranges),
                 or(&token.replace, "-"),
                 token.ephemeral.to_string(),
+                token.control_plane.to_string(),
                 output::list(&labels),
             ]);
         }

@@ -322,6 +322,7 @@ fn terms(request: pb::CreateTokenRequest) -> Result<TokenTerms, Status> {
         replace,
         ephemeral: request.ephemeral,
         relay: RelayRole::of(request.relay),
+        control_plane: request.control_plane,
     })
 }
 

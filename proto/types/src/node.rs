@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::num::NonZeroU16;
 use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -50,6 +51,8 @@ pub struct Grant {
     pub ephemeral: bool,
     /// Whether the node may relay for others.
     pub relay: RelayRole,
+    /// True if the node is a control-plane node of a Kubernetes cluster, whose API server others may use.
+    pub control_plane: bool,
 }
 
 /// Whether a node may relay for others: a relay sees who talks to whom, and can drop what it forwards.
@@ -214,6 +217,9 @@ pub struct Record {
     pub lans: Vec<IpNet>,
     /// Version of the probes that the node's agent sends and accepts.
     pub probe_version: ProbeVersion,
+    /// TCP port of the node's Kubernetes API server, if it has one. It counts only with the grant's role:
+    /// read it with [`Node::api_port`].
+    pub api_port: Option<NonZeroU16>,
 }
 
 /// A node of the mesh: a grant and a record that the grant allows.
@@ -324,6 +330,12 @@ impl Node {
         self.record.relay && self.grant.relay != RelayRole::Denied
     }
 
+    /// Returns the TCP port of the node's Kubernetes API server, if the node announces one and its grant
+    /// makes it a control-plane node.
+    pub fn api_port(&self) -> Option<NonZeroU16> {
+        self.record.api_port.filter(|_| self.grant.control_plane)
+    }
+
     /// Returns the public key of the node's WireGuard tunnel.
     pub fn wireguard_key(&self) -> WireguardKey {
         self.wireguard_key
@@ -418,6 +430,7 @@ mod tests {
             issued_at: 0,
             ephemeral: false,
             relay: RelayRole::Granted,
+            control_plane: false,
         }
     }
 
@@ -433,6 +446,7 @@ mod tests {
             relay: false,
             lans: Vec::new(),
             probe_version: ProbeVersion::default(),
+            api_port: None,
         }
     }
 
@@ -448,6 +462,15 @@ mod tests {
 
         let wide = Record { prefixes: vec!["10.0.0.0/8".parse().unwrap()], ..record() };
         assert!(matches!(Node::new(grant(), wide), Err(NotGranted::Prefix(_))));
+    }
+
+    #[test]
+    fn an_api_server_needs_the_role_in_the_grant() {
+        let record = Record { api_port: NonZeroU16::new(6443), ..record() };
+        let worker = Node::new(grant(), record.clone()).unwrap();
+        assert_eq!(worker.api_port(), None);
+        let grant = Grant { control_plane: true, ..grant() };
+        assert_eq!(Node::new(grant, record).unwrap().api_port(), NonZeroU16::new(6443));
     }
 
     #[test]

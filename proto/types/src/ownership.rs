@@ -209,6 +209,7 @@ mod tests {
             issued_at: 0,
             ephemeral: false,
             relay: crate::node::RelayRole::Denied,
+            control_plane: false,
         }
     }
 

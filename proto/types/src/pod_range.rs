@@ -199,6 +199,7 @@ mod tests {
             issued_at: 0,
             ephemeral: false,
             relay: crate::node::RelayRole::Denied,
+            control_plane: false,
         }
     }
 

@@ -23,6 +23,7 @@ const SCALARS: &[(&str, &str)] = &[
     ("MetricsAddress", "`\"address:port\"` or `\"overlay:port\"`"),
     ("Mtu", "integer"),
     ("NodeName", "string"),
+    ("NonZeroU16", "integer"),
     ("PathBuf", "path"),
     ("SignedDuration", "duration"),
     ("SocketAddr", "`\"address:port\"`"),

@@ -86,6 +86,7 @@ const SCALARS: &[(&str, &str)] = &[
     ("String", "string"),
     ("bool", "boolean"),
     ("f64", "number"),
+    ("u16", "number"),
     ("u32", "number"),
     ("u64", "number"),
     ("usize", "number"),
@@ -103,6 +104,8 @@ type References = Vec<&'static str>;
 
 /// Messages that may be parts of a document.
 const PARTS: &[&str] = &[
+    "ApiEndpointStatus",
+    "ApiServerStatus",
     "Candidate",
     "ControllerStatus",
     "Detail",
@@ -341,6 +344,8 @@ fn the_messages_are_printed_as_they_are_described() {
         ("KubernetesStatus", printed(&pb::KubernetesStatus::default())),
         ("ReflectorStatus", printed(&pb::ReflectorStatus::default())),
         ("RelayStatus", printed(&pb::RelayStatus::default())),
+        ("ApiEndpointStatus", printed(&pb::ApiEndpointStatus::default())),
+        ("ApiServerStatus", printed(&pb::ApiServerStatus::default())),
         ("Feature", printed(&pb::Feature::default())),
         ("Detail", printed(&pb::Detail::default())),
     ] {

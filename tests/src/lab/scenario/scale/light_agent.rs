@@ -220,6 +220,7 @@ impl Member {
             prefixes: Vec::new(),
             lans: Vec::new(),
             probe_version: 0,
+            api_port: 0,
             version,
             relay: false,
         };
