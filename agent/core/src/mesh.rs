@@ -154,8 +154,8 @@ impl Mesh {
 
     /// Handles a message that was opened with the key of the pair of us and `peer`, so it is
     /// authentic; [`ProbeSession`](crate::probe_session::ProbeSession) decided to deliver it. A ping
-    /// and a challenge are answered already. `from` is the path that it came over; `None`: a controller carried it, which holds
-    /// for a [`Probe::CallMe`] alone.
+    /// and a challenge are answered already. `from` is the path that it came over; `None`: a controller
+    /// carried it, which holds for a [`Probe::CallMe`] alone.
     pub fn handle_message(
         &mut self,
         now: Instant,
