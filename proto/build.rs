@@ -2,10 +2,13 @@
 
 /// Messages of status output, which are printed as JSON.
 const STATUS: &[&str] = &[
+    "ApiEndpointStatus",
+    "ApiServerStatus",
     "ControllerStatus",
     "Detail",
     "Event",
     "Feature",
+    "GuardedNetwork",
     "KubernetesStatus",
     "PathStatus",
     "PeerChange",
@@ -21,6 +24,7 @@ const FORMS: &[(&str, &str)] = &[
     ("Event.at", "millis"),
     ("Event.peer", "text"),
     ("Event.reason_code", "text"),
+    ("GuardedNetwork.node", "text"),
     ("PathStatus.local_address", "text"),
     ("PathStatus.relay", "text"),
     ("PeerChange.at", "millis"),

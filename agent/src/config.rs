@@ -5,11 +5,14 @@
 //! see `cli`.
 
 use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
+use towline_core::local_limits::{HostAddresses, InClear, LocalLimits};
 use towline_core::local_networks::LocalNetworks;
+use towline_core::mesh::RelayLimits;
 use towline_core::own_networks::is_special;
 use towline_core::plan::{RulePlan, UnderlayPlan};
 use towline_core::prefixes::is_host;
@@ -49,6 +52,8 @@ pub struct Config {
     pub offloads: Offloads,
     /// Addresses of the controllers.
     pub controller: ControllerConfig,
+    /// Limits that neither a controller nor another node can override.
+    pub trust: TrustConfig,
     /// Settings for Kubernetes.
     pub kubernetes: KubernetesConfig,
     /// WireGuard peers outside of a mesh, each in a `[[peer]]` section.
@@ -159,6 +164,42 @@ pub struct ControllerConfig {
     pub addresses: Vec<ControllerAddress>,
 }
 
+/// Limits that neither a controller nor another node can override.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrustConfig {
+    /// Settings of the mesh that may let its traffic leave this node in clear. `trusted_sites`: to node
+    /// IPs of a trusted site. `bypass_when_down`: to announced prefixes while the tunnel to their node is
+    /// down, which anyone who can block UDP on the way can cause.
+    pub allow_in_clear: Vec<ClearSetting>,
+    /// Networks that are never guarded here, of which no other node may announce a part, and which this
+    /// node does not announce. Without effect in the mesh's overlay.
+    pub refused_networks: Vec<IpNet>,
+    /// Networks that other nodes may announce although they contain a controller, or a gateway or DNS
+    /// server that this machine had when it joined.
+    pub accepted_networks: Vec<IpNet>,
+}
+
+/// Setting of the mesh that lets its traffic travel in clear.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ClearSetting {
+    /// Trusted sites.
+    TrustedSites,
+    /// Prefixes that are reached in clear while their tunnel is down.
+    BypassWhenDown,
+}
+
+impl Default for TrustConfig {
+    fn default() -> Self {
+        Self {
+            allow_in_clear: vec![ClearSetting::TrustedSites],
+            refused_networks: Vec::new(),
+            accepted_networks: Vec::new(),
+        }
+    }
+}
+
 /// Settings for relaying between nodes of the mesh that have no direct path.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -170,7 +211,8 @@ pub struct RelayConfig {
     pub nodes: usize,
     /// Maximum number of channels that one node has at the same time.
     pub channels_per_node: usize,
-    /// Maximum rate at which one node may send, in megabits per second.
+    /// Maximum rate at which one node may send through this relay, on all of its channels together, in
+    /// megabits per second. What it sends beyond that is dropped (`relay_limited`).
     pub megabits_per_node: u64,
 }
 
@@ -180,7 +222,7 @@ impl Default for RelayConfig {
             enabled: false,
             nodes: limits::NODES,
             channels_per_node: 1_024,
-            megabits_per_node: 10_000,
+            megabits_per_node: 1_000,
         }
     }
 }
@@ -189,8 +231,8 @@ impl Default for RelayConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct MetricsConfig {
-    /// Address at which `GET /metrics` is answered, without TLS and login. Absent: nowhere.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// Address at which `GET /metrics` is answered, without TLS and login. Absent or empty: nowhere.
+    #[serde(deserialize_with = "metrics_address", skip_serializing_if = "Option::is_none")]
     pub listen: Option<MetricsAddress>,
 }
 
@@ -202,6 +244,18 @@ pub enum MetricsAddress {
     Fixed(SocketAddr),
     /// All addresses of this node's link, with this port. One configuration fits every node.
     Overlay(u16),
+}
+
+/// Parses the address of the metrics. A template that has none for it writes an empty text.
+fn metrics_address<'de, D>(deserializer: D) -> Result<Option<MetricsAddress>, D::Error>
+where
+    D: serde::Deserializer<'de>,
+{
+    let text = String::deserialize(deserializer)?;
+    if text.is_empty() {
+        return Ok(None);
+    }
+    MetricsAddress::try_from(text).map(Some).map_err(serde::de::Error::custom)
 }
 
 /// Error of parsing the address of the metrics.
@@ -248,6 +302,14 @@ pub struct KubernetesConfig {
     pub cni_dir: PathBuf,
     /// Address families of the kubelet's `--node-ip`.
     pub node_ip_families: NodeIpFamilies,
+    /// Address on the loopback at which clients on this machine reach the nearest API server of the mesh's
+    /// control-plane nodes. Absent: there is no such endpoint.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub api_endpoint: Option<SocketAddr>,
+    /// TCP port of this machine's API server, which other nodes use if the join token was created with
+    /// `--control-plane`. Absent: this machine has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub api_port: Option<NonZeroU16>,
 }
 
 /// Address families of the kubelet's `--node-ip`.
@@ -302,6 +364,7 @@ impl Default for Config {
             routing: RoutingConfig::default(),
             offloads: Offloads::default(),
             controller: ControllerConfig::default(),
+            trust: TrustConfig::default(),
             peers: Vec::new(),
             relay: RelayConfig::default(),
             metrics: MetricsConfig::default(),
@@ -431,6 +494,13 @@ impl Config {
         if routing.nftables_table.is_empty() || routing.nftables_table.len() > 31 {
             return Err(("routing.nftables_table", "use 1 to 31 characters".into()));
         }
+        let endpoint = self.kubernetes.api_endpoint;
+        if endpoint.is_some_and(|endpoint| !endpoint.ip().is_loopback() || endpoint.port() == 0) {
+            return Err((
+                "kubernetes.api_endpoint",
+                "use an address of the loopback, such as 127.0.0.1:7445".into(),
+            ));
+        }
         static_peers::check(&self.peers).map_err(|message| ("peer", message))?;
         if self.node.addresses.len() > limits::PREFIXES
             || self.node.addresses.iter().any(|ip| ip.is_unspecified() || ip.is_multicast())
@@ -469,6 +539,8 @@ impl Config {
             ("node.local_networks", &self.node.local_networks),
             ("node.include_prefixes", &self.node.include_prefixes),
             ("node.exclude_prefixes", &self.node.exclude_prefixes),
+            ("trust.refused_networks", &self.trust.refused_networks),
+            ("trust.accepted_networks", &self.trust.accepted_networks),
         ] {
             if networks.len() > limits::PREFIXES {
                 return Err((key, format!("use at most {} networks", limits::PREFIXES)));
@@ -499,7 +571,11 @@ impl Config {
 
     /// Returns the filter for announced networks.
     pub fn prefix_filter(&self) -> Filter<'_> {
-        Filter { include: &self.node.include_prefixes, exclude: &self.node.exclude_prefixes }
+        Filter {
+            include: &self.node.include_prefixes,
+            exclude: &self.node.exclude_prefixes,
+            refused: &self.trust.refused_networks,
+        }
     }
 
     /// Returns the configured candidates.
@@ -515,6 +591,32 @@ impl Config {
     /// joined.
     pub fn local_networks(&self, joined: Vec<IpNet>) -> LocalNetworks {
         LocalNetworks { configured: self.node.local_networks.clone(), joined }
+    }
+
+    /// Returns the limits of this machine, for this list of controllers. `joined` has the networks to which
+    /// the machine was connected when it joined, and `host` the addresses that it needed then. Controllers
+    /// with a host name are left out: who answers for the name could open the mesh with it.
+    pub fn local_limits(
+        &self,
+        joined: Vec<IpNet>,
+        host: HostAddresses,
+        controllers: &[ControllerAddress],
+    ) -> LocalLimits {
+        let TrustConfig { allow_in_clear, refused_networks, accepted_networks } = &self.trust;
+        let literal =
+            |controller: &ControllerAddress| controller.as_str().parse::<SocketAddr>().ok();
+        let controllers = controllers.iter().filter_map(literal);
+        LocalLimits {
+            host,
+            controllers: controllers.map(|address| address.ip()).collect(),
+            local_networks: joined.into_iter().chain(self.node.local_networks.clone()).collect(),
+            refused: refused_networks.clone(),
+            accepted: accepted_networks.clone(),
+            in_clear: InClear {
+                trusted_sites: allow_in_clear.contains(&ClearSetting::TrustedSites),
+                bypass_when_down: allow_in_clear.contains(&ClearSetting::BypassWhenDown),
+            },
+        }
     }
 
     /// Returns what must bypass the tunnel, for this list of controllers. Controllers with a host
@@ -537,15 +639,11 @@ impl Config {
             .map_or_else(|_| nix::unistd::geteuid().as_raw(), |metadata| metadata.uid())
     }
 
-    /// Returns the relay of this node, with its limits.
-    pub fn relay(&self) -> towline_dataplane::Relay {
-        use towline_dataplane::relay::{Limits, Relay};
+    /// Returns the limits of this node's relay; `None` if it does not relay.
+    pub fn relay_limits(&self) -> Option<RelayLimits> {
         let RelayConfig { enabled, nodes, channels_per_node, megabits_per_node } = self.relay;
-        if !enabled {
-            return Relay::default();
-        }
-        let bytes_per_second = megabits_per_node.saturating_mul(1_000_000 / 8);
-        Relay::new(Limits { nodes, channels: channels_per_node, bytes_per_second })
+        let bits_per_second = megabits_per_node.saturating_mul(1_000_000);
+        enabled.then_some(RelayLimits { nodes, channels_per_node, bits_per_second })
     }
 
     /// Returns the names and numbers that identify Towline's state on the host.
@@ -633,6 +731,9 @@ mod tests {
             ("[offloads]\nudp_gso = false", "udp_segment"),
             ("[controller]\naddresses = [\"nope\"]", "host:port"),
             ("[metrics]\nlisten = \"9586\"", "overlay:9586"),
+            ("[kubernetes]\napi_endpoint = \"0.0.0.0:7445\"", "127.0.0.1:7445"),
+            ("[kubernetes]\napi_endpoint = \"127.0.0.1:0\"", "127.0.0.1:7445"),
+            ("[kubernetes]\napi_port = 0", "nonzero"),
             ("[metrics]\nlisten = \"overlay:0\"", "127.0.0.1:9586"),
         ] {
             let error = parse(text).unwrap_err();
@@ -657,6 +758,7 @@ mod tests {
     #[test]
     fn the_address_of_the_metrics_reads_back() {
         assert_eq!(parse("[metrics]").unwrap().metrics.listen, None);
+        assert_eq!(parse("[metrics]\nlisten = \"\"").unwrap().metrics.listen, None);
         for address in ["127.0.0.1:9586", "[::1]:9586", "overlay:9586"] {
             let config = parse(&format!("[metrics]\nlisten = \"{address}\"")).unwrap();
             let listen = config.metrics.listen.unwrap();

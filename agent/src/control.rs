@@ -12,6 +12,7 @@ use std::pin::Pin;
 use std::time::{Duration, SystemTime};
 
 use futures_util::Stream;
+use ipnet::IpNet;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio::task::JoinHandle;
@@ -77,6 +78,15 @@ pub enum Request {
     Down(oneshot::Sender<Result<DownAnswer, String>>),
     /// Request of `towline up`. The reply is true if the machine was up before.
     Up(oneshot::Sender<Result<bool, String>>),
+    /// Request of `towline guard list`.
+    Guards(oneshot::Sender<pb::GuardsResponse>),
+    /// Request of `towline guard release`.
+    ReleaseGuard {
+        /// Network that nobody holds.
+        network: IpNet,
+        /// Receives the result, or why the network stays guarded.
+        reply: oneshot::Sender<Result<(), String>>,
+    },
     /// Request of `towline confirm`. The reply is true if the join was still to be confirmed.
     Confirm(oneshot::Sender<Result<bool, String>>),
 }
@@ -403,6 +413,17 @@ pub(crate) fn unknown_node(node: &str) -> String {
     format!("no node is named `{node}`: run `towline peers` for a list")
 }
 
+/// Returns the answer to a request to release a guard.
+pub(crate) fn released(network: IpNet, is_released: bool) -> Result<(), String> {
+    let refused = || {
+        format!(
+            "{network} is not released: it is held, in a range of the mesh, or not guarded: run `towline \
+             guard list`"
+        )
+    };
+    is_released.then_some(()).ok_or_else(refused)
+}
+
 /// Sends the events that are kept, and those to come if `follow`, until the client disconnects.
 async fn send_events(
     (kept, mut coming): (Vec<pb::Event>, broadcast::Receiver<pb::Event>),
@@ -527,6 +548,26 @@ impl Local for Service {
     ) -> Result<Response<pb::UpResponse>, Status> {
         let already = self.ask(Request::Up).await?.map_err(Status::failed_precondition)?;
         Ok(Response::new(pb::UpResponse { already }))
+    }
+
+    async fn guards(
+        &self,
+        _: tonic::Request<pb::GuardsRequest>,
+    ) -> Result<Response<pb::GuardsResponse>, Status> {
+        self.ask(Request::Guards).await.map(Response::new)
+    }
+
+    async fn release_guard(
+        &self,
+        request: tonic::Request<pb::ReleaseGuardRequest>,
+    ) -> Result<Response<pb::ReleaseGuardResponse>, Status> {
+        let text = request.into_inner().network;
+        let network = text.parse::<IpNet>().map_err(|_| {
+            Status::invalid_argument(format!("`{text}` is not a network: use ADDRESS/LENGTH"))
+        })?;
+        let released = self.ask(|reply| Request::ReleaseGuard { network, reply }).await?;
+        released.map_err(Status::failed_precondition)?;
+        Ok(Response::new(pb::ReleaseGuardResponse {}))
     }
 
     async fn confirm(

@@ -21,6 +21,7 @@ use towline_proto::token::{ControllerAddress, JoinToken};
 use towline_service::grpc;
 
 use crate::dial::{self, DialError};
+use crate::host_addresses;
 use crate::keys::{Identity, InvalidKey};
 use crate::lockout::{self, CutOff, SshSession};
 use crate::state::{InvalidMembership, Keys, Membership, StateDir, StateError};
@@ -181,6 +182,7 @@ pub async fn join_as(
     refuse_covered(&membership.mesh, &gateways.unwrap_or_default())?;
     operator.refuse_cut_off(&membership.mesh.guarded().collect::<Vec<_>>())?;
     state.store_connected_networks(&connected_networks(&membership.mesh))?;
+    state.store_host_addresses(host_addresses::read(&membership.mesh))?;
     // The certificate is stored first, because the membership marks the join as complete.
     state.store_certificate(&chain(answer.certificate_chain)?)?;
     state.store_membership(&membership)?;

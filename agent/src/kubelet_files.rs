@@ -23,8 +23,23 @@ const PLACES: [&str; 15] = [
     "/etc/systemd/system/k0scontroller.service",
     "/var/snap/microk8s/current/args/kubelet",
 ];
+/// Programs and units of a kubelet of its own. k3s, RKE2 and k0s are left out: they balance over the API servers
+/// by themselves.
+const KUBELETS: [&str; 6] = [
+    "/usr/bin/kubelet",
+    "/usr/local/bin/kubelet",
+    "/opt/bin/kubelet",
+    "/etc/systemd/system/kubelet.service",
+    "/usr/lib/systemd/system/kubelet.service",
+    "/lib/systemd/system/kubelet.service",
+];
 /// Greatest size of a file that is read, in bytes.
 const FILE_BYTES: u64 = 1 << 20;
+
+/// Returns whether a tree has a kubelet that can use the API endpoint.
+pub(crate) fn has_kubelet(tree: &Tree) -> bool {
+    KUBELETS.iter().any(|place| tree.path(place).is_file())
+}
 
 /// Returns the file of a tree, as a path inside the tree, by which a kubelet waits for an external cloud
 /// controller manager.

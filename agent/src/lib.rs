@@ -3,6 +3,7 @@
 //! `towline-core` makes the decisions. This crate has the parts that apply them, and the command
 //! line. The binary only calls `cli::run`.
 
+mod api_endpoint;
 pub mod bundle;
 pub mod cli;
 pub mod config;
@@ -16,6 +17,7 @@ pub mod doctor;
 pub mod down;
 pub mod events;
 pub mod guard;
+mod host_addresses;
 pub mod install;
 #[doc(hidden)]
 pub mod internals;
@@ -31,7 +33,6 @@ pub mod netcheck;
 pub mod node_ip;
 pub mod not_connected;
 pub mod prefixes;
-pub mod probe;
 mod removals;
 pub mod reserved_port;
 pub mod state;
@@ -46,6 +47,7 @@ pub mod uapi;
 pub fn codes() -> Vec<&'static str> {
     use towline_proto::code::Coded as _;
     [
+        api_endpoint::codes(),
         daemon::codes(),
         events::Event::codes(),
         towline_core::peer_history::PathChange::codes(),

@@ -6,15 +6,17 @@
 //! of a cache file are refused one by one.
 //!
 //! Invariants: a node with a tombstone has no entry and never gets one again. Of two records the
-//! one with the higher generation is kept. The absence of a node removes nothing.
+//! one with the higher generation is kept. The absence of a node removes nothing. The identity key of a
+//! node never changes: the CA alone, which the controller holds, cannot put another machine in the place
+//! of a known node. Its WireGuard keys are named by its record, which the identity key signs.
 
 use std::collections::BTreeMap;
 
 use prost::Message as _;
 use towline_core::mesh::MapChange;
-use towline_proto::id::{IdentityKey, NodeId};
+use towline_proto::id::{IdentityKey, NodeId, NodeName};
 use towline_proto::limits;
-use towline_proto::node::{Head, MeshConfig, Record};
+use towline_proto::node::{Head, MeshConfig, Record, Tombstone};
 use towline_proto::{pb, signed};
 
 use crate::map_journal;
@@ -34,13 +36,38 @@ pub enum InvalidCache {
     Malformed,
 }
 
+/// What a controller did with the identity of a node, and the operator should know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum IdentityAlert {
+    /// The controller sent another identity key for a known node. It was refused.
+    KeyChanged {
+        /// Id of the node.
+        node: NodeId,
+        /// Name of the node.
+        name: NodeName,
+    },
+    /// A name that a known node had is that of another node now.
+    NameMoved {
+        /// The name.
+        name: NodeName,
+        /// Id of the node that had it.
+        from: NodeId,
+        /// Id of the node that has it.
+        to: NodeId,
+    },
+}
+
 /// Result of applying changes.
 #[derive(Debug, Default)]
 pub struct Applied {
     /// Changes for the core, in order.
     pub changes: Vec<MapChange>,
+    /// Grant of this node, if it was among the changes.
+    pub own_grant: Option<pb::Signed>,
     /// Reasons of the statements that were refused: a faulty controller, or a newer format.
     pub refused: Vec<String>,
+    /// What happened to the identity of nodes.
+    pub alerts: Vec<IdentityAlert>,
 }
 
 /// Network map. The module documentation lists its invariants.
@@ -52,6 +79,10 @@ pub struct MapCache {
     revision: u64,
     entries: BTreeMap<NodeId, pb::Entry>,
     generations: BTreeMap<NodeId, u64>,
+    /// Identity key of each entry.
+    identities: BTreeMap<NodeId, IdentityKey>,
+    /// Last node with each name, also after that was removed.
+    names: BTreeMap<NodeName, NodeId>,
     tombstones: BTreeMap<NodeId, pb::Signed>,
     mesh: Option<(pb::Signed, MeshConfig)>,
     head: Option<(pb::Signed, Head)>,
@@ -70,6 +101,8 @@ impl MapCache {
             revision: 0,
             entries: BTreeMap::new(),
             generations: BTreeMap::new(),
+            identities: BTreeMap::new(),
+            names: BTreeMap::new(),
             tombstones: BTreeMap::new(),
             mesh: None,
             head: None,
@@ -150,7 +183,7 @@ impl MapCache {
                 self.note(kind);
             }
             let result = match change {
-                Ok(pb::change::Kind::Upsert(entry)) => self.upsert(entry),
+                Ok(pb::change::Kind::Upsert(entry)) => self.upsert(entry, &mut applied),
                 Ok(pb::change::Kind::Tombstone(tombstone)) => self.remove_node(tombstone),
                 Ok(pb::change::Kind::Mesh(mesh)) => self.configure(mesh),
                 Err(malformed) => Err(malformed.into()),
@@ -211,8 +244,12 @@ impl MapCache {
     }
 
     /// Verifies and stores a node. Ignores a removed node, an older record, and nodes past the
-    /// limit.
-    fn upsert(&mut self, entry: pb::Entry) -> Result<Option<MapChange>, signed::Untrusted> {
+    /// limit. Passes on the grant of this node.
+    fn upsert(
+        &mut self,
+        entry: pb::Entry,
+        applied: &mut Applied,
+    ) -> Result<Option<MapChange>, signed::Untrusted> {
         let Some(node) = signed::node(&entry, &self.ca)? else { return Ok(None) };
         let (id, generation) = (node.id(), node.record().generation);
         if self.tombstones.contains_key(&id)
@@ -220,6 +257,17 @@ impl MapCache {
             || (self.entries.len() >= limits::NODES && !self.entries.contains_key(&id))
         {
             return Ok(None);
+        }
+        let (name, identity) = (node.name().clone(), node.grant().identity_key);
+        if self.identities.get(&id).is_some_and(|known| *known != identity) {
+            applied.alerts.push(IdentityAlert::KeyChanged { node: id, name });
+            return Ok(None);
+        }
+        self.identities.insert(id, identity);
+        let moved = self.names.insert(name.clone(), id).filter(|from| *from != id);
+        applied.alerts.extend(moved.map(|from| IdentityAlert::NameMoved { name, from, to: id }));
+        if id == self.own {
+            applied.own_grant.clone_from(&entry.grant);
         }
         self.entries.insert(id, entry);
         self.generations.insert(id, generation);
@@ -239,6 +287,7 @@ impl MapCache {
         let id = verified.node_id;
         self.entries.remove(&id);
         self.generations.remove(&id);
+        self.identities.remove(&id);
         if self.tombstones.insert(id, tombstone).is_some() {
             return Ok(None);
         }
@@ -283,6 +332,13 @@ impl MapCache {
             // Refused statements are requested again.
             self.revision = 0;
         }
+        // A node that was removed may be replaced at any time: its name is remembered.
+        for tombstone in self.tombstones.values() {
+            let decoded = pb::Tombstone::decode(tombstone.body.clone()).ok();
+            if let Some(removed) = decoded.and_then(|removed| Tombstone::try_from(removed).ok()) {
+                self.names.entry(removed.name).or_insert(removed.node_id);
+            }
+        }
         Ok(self)
     }
 
@@ -306,8 +362,9 @@ impl MapCache {
 
 #[cfg(test)]
 mod tests {
-    use towline_fixtures::ca::Ca;
+    use towline_fixtures::ca::{Ca, identity, public, sign_record};
     use towline_fixtures::node::{mesh_config, node};
+    use towline_proto::node::Grant;
     use towline_proto::signed::Domain;
 
     use super::*;
@@ -389,6 +446,38 @@ mod tests {
         assert!(map.apply(mesh(1, 6)).changes.is_empty());
         assert_eq!(map.apply(mesh(2, 3)).changes.len(), 1);
         assert!(map.apply(mesh(1, 8)).changes.is_empty());
+    }
+
+    #[test]
+    fn a_known_node_keeps_its_identity_and_a_name_that_moves_is_told() {
+        let ca = Ca::new(9);
+        let mut map = MapCache::new(ca.public(), NodeId([1; 16]));
+        let applied = map.apply(changes(1, vec![Upsert(ca.entry(node(2)))]));
+        assert_eq!((applied.changes.len(), applied.alerts.len()), (1, 0));
+        // The entry of another machine under the id of node 2, then one under its name.
+        let other = identity(3);
+        let grant = Grant { identity_key: public(&other), ..node(2).grant };
+        let forged = pb::Entry {
+            grant: Some(ca.grant(&grant)),
+            record: Some(sign_record(&node(2).generation(9).record, &other)),
+            withheld: Vec::new(),
+        };
+        let applied = map.apply(changes(2, vec![Upsert(forged)]));
+        assert!(applied.changes.is_empty());
+        assert!(matches!(&applied.alerts[..], [IdentityAlert::KeyChanged { .. }]));
+
+        map.apply(changes(3, vec![Bury(ca.tombstone(2))]));
+        let mut map = MapCache::new(ca.public(), NodeId([1; 16])).restore(&map.encode()).unwrap();
+        let mut heir = node(4);
+        heir.grant.name = "node-2".parse().unwrap();
+        let applied = map.apply(changes(4, vec![Upsert(ca.entry(heir))]));
+        assert_eq!(applied.changes.len(), 1);
+        let moved = IdentityAlert::NameMoved {
+            name: "node-2".parse().unwrap(),
+            from: NodeId([2; 16]),
+            to: NodeId([4; 16]),
+        };
+        assert_eq!(applied.alerts, [moved]);
     }
 
     #[test]

@@ -16,6 +16,7 @@ use crate::state::{Membership, StateDir};
 use ipnet::IpNet;
 use towline_host::{CandidatePolicy, HostNetwork};
 use towline_netlink::Rtnetlink;
+use towline_proto::pod_range::PodRange;
 
 /// Node IPs, at most one of each family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -74,7 +75,10 @@ pub fn for_kubelet(config: &Config) -> anyhow::Result<NodeIps> {
     let stored = kubernetes::stored(&StateDir::peek(&config.state_dir))?;
     let pods = stored.map(|facts| facts.pod_cidrs).unwrap_or_default();
     let families = config.kubernetes.node_ip_families;
-    let wanted = of_families(all, families, &pods, &membership.grant.allowed_prefixes);
+    let grant = &membership.grant;
+    let ranges = grant.pod_ranges.iter().map(PodRange::range);
+    let allowed: Vec<IpNet> = grant.allowed_prefixes.iter().copied().chain(ranges).collect();
+    let wanted = of_families(all, families, &pods, &allowed);
     if config.kubernetes.node_ip_families == NodeIpFamilies::Auto && wanted.v4.is_some() {
         let existing = Rtnetlink::open().and_then(|mut netlink| netlink.addresses(None))?;
         let exists = |ip: &IpAddr| existing.iter().any(|address| address.prefix.addr() == *ip);

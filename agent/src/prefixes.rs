@@ -39,6 +39,8 @@ pub struct Filter<'a> {
     pub include: &'a [IpNet],
     /// Networks that are never announced. They are cut out of larger networks.
     pub exclude: &'a [IpNet],
+    /// Networks that the operator refuses on this node (`[trust]`). They are cut out, too.
+    pub refused: &'a [IpNet],
 }
 
 /// Latest networks of every source.
@@ -70,6 +72,17 @@ pub enum NotAnnounced {
         /// Network of the node.
         prefix: IpNet,
     },
+    /// It is a block of a pod range, and other networks take all blocks that the grant allows.
+    #[error(
+        "prefix {prefix} is not announced: this node has all blocks that it may have of {range}: join \
+         again with a token made with a larger --blocks"
+    )]
+    BlocksUsed {
+        /// Network of the node.
+        prefix: IpNet,
+        /// Pod range in which it lies.
+        range: IpNet,
+    },
     /// The node announces the largest number of networks already.
     #[error("prefix {prefix} is not announced: a node can announce at most {}", limits::PREFIXES)]
     TooMany {
@@ -81,6 +94,7 @@ pub enum NotAnnounced {
 codes! {
     NotAnnounced {
         NotGranted => "prefix-not-granted",
+        BlocksUsed => "pod-blocks-used",
         TooMany => "too-many-prefixes",
     }
 }
@@ -122,8 +136,9 @@ impl Prefixes {
             && !of(PrefixSource::Kubernetes).any(|pods| overlap(pods, net))
     }
 
-    /// Selects the networks to announce: those that pass the filter and that the grant allows. One
-    /// network outside the grant would make the controller refuse the whole record.
+    /// Selects the networks to announce: those that pass the filter and that the grant allows, or will
+    /// allow once the controller pinned their blocks. One network outside the grant would make the
+    /// controller refuse the whole record.
     pub fn select(&self, filter: Filter<'_>, grant: &Grant) -> Selection {
         let named = self.by_source.values().flatten().copied();
         let included = |net: &IpNet| {
@@ -131,9 +146,16 @@ impl Prefixes {
         };
         let kept: BTreeSet<IpNet> = covering(named.filter(included));
         let mut selection = Selection::default();
-        for prefix in without(kept, filter.exclude) {
+        let kept = without(without(kept, filter.exclude), filter.refused);
+        let wanted: Vec<IpNet> = kept.into_iter().collect();
+        let pinned = grant.pin(&wanted);
+        let grant = pinned.as_ref().unwrap_or(grant);
+        for prefix in wanted {
             if !grant.allows(&prefix) {
-                selection.problems.push(NotAnnounced::NotGranted { prefix });
+                selection.problems.push(match grant.pod_range(&prefix) {
+                    Some(range) => NotAnnounced::BlocksUsed { prefix, range: range.range() },
+                    None => NotAnnounced::NotGranted { prefix },
+                });
             } else if selection.announced.len() == limits::PREFIXES {
                 selection.problems.push(NotAnnounced::TooMany { prefix });
             } else {
@@ -149,6 +171,7 @@ impl Prefixes {
 #[cfg(test)]
 mod tests {
     use towline_fixtures::node::{self, net, nets};
+    use towline_proto::pod_range::PodRange;
 
     use super::*;
 
@@ -189,6 +212,7 @@ mod tests {
         let filter = Filter {
             include: &[net("10.244.0.0/16"), net("fd00:10::/48")],
             exclude: &[net("10.244.1.0/24")],
+            refused: &[],
         };
         let selection = prefixes.select(filter, &grant(&["10.244.0.0/16", "fd00:10::/64"]));
         assert_eq!(selection.announced, ["10.244.0.0/24", "fd00:10::/64"].map(net));
@@ -201,7 +225,7 @@ mod tests {
             (PrefixSource::Configuration, &["10.1.0.0/24", "10.244.3.0/25"]),
             (PrefixSource::Kubernetes, &["10.244.3.0/24", "10.245.0.0/23", "10.9.0.0/24"]),
         ]);
-        let filter = Filter { include: &[], exclude: &[net("10.245.1.0/24")] };
+        let filter = Filter { refused: &[net("10.245.1.0/24")], ..Filter::default() };
         let selection = prefixes.select(filter, &grant(&["10.1.0.0/24", "10.244.0.0/15"]));
         let pods = prefixes.pods(&selection);
         assert_eq!(pods, ["10.244.3.0/24", "10.245.0.0/24"].map(net));
@@ -218,6 +242,23 @@ mod tests {
         assert_eq!(selection.announced, [net("192.168.1.0/24")]);
         assert!(selection.contains("192.168.1.10".parse().unwrap()));
         assert!(!selection.contains("192.0.2.5".parse().unwrap()), "it is not granted");
+    }
+
+    #[test]
+    fn of_a_pod_range_as_many_blocks_are_announced_as_the_grant_allows() {
+        let range = PodRange::new(net("10.244.0.0/16"), 24, 1, vec![net("10.244.9.0/24")]).unwrap();
+        let grant = Grant { pod_ranges: vec![range], ..grant(&["10.244.9.0/24"]) };
+        let select = |pods: &[&str]| {
+            prefixes(&[(PrefixSource::Kubernetes, pods)]).select(Filter::default(), &grant)
+        };
+        // The pinned block that is not announced any more makes room.
+        assert_eq!(select(&["10.244.3.0/24"]).announced, [net("10.244.3.0/24")]);
+        let both = select(&["10.244.3.0/24", "10.244.9.0/24"]);
+        assert_eq!(both.announced, [net("10.244.9.0/24")], "the pinned one stays");
+        let (prefix, range) = (net("10.244.3.0/24"), net("10.244.0.0/16"));
+        assert_eq!(both.problems, [NotAnnounced::BlocksUsed { prefix, range }]);
+        let wide = select(&["10.244.2.0/23"]).problems;
+        assert_eq!(wide, [NotAnnounced::NotGranted { prefix: net("10.244.2.0/23") }]);
     }
 
     #[test]

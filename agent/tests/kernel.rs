@@ -24,11 +24,12 @@ use towline_core::own_networks::OwnNetworks;
 use towline_core::peer_table::{PeerEntry, PeerTable};
 use towline_dataplane::{
     Config, DataPlane, Event, Fault, Feature, HostTunnels, OffReason, Offloads, OpenTunError,
-    OpenUdpError, Relay, open_tun, open_tun_queues, open_tun_with, open_udp, open_udp_group,
+    OpenUdpError, Probes, open_tun, open_tun_queues, open_tun_with, open_udp, open_udp_group,
     own_tun,
 };
 use towline_netlink::codec::Message;
 use towline_netlink::{AddressOptions, Connection, Protocol, Rtnetlink, VethPeer};
+use towline_proto::frame::ProbeVersion;
 use towline_proto::mtu::Mtu;
 use x25519_dalek::StaticSecret;
 
@@ -211,9 +212,10 @@ fn pair_with(offloads: Offloads, outer: [&str; 2], workers: usize) -> [Node; 2] 
             let sockets = open_udp_group(51830, 0, offloads, queues.len()).unwrap();
             let queues = queues.into_iter().map(|tun| tun.with_host_tunnels(tunnels.clone()));
             let (sender, events) = channel(1024);
+            let private_key = StaticSecret::from([number as u8; 32]);
             let config = Config {
-                private_key: StaticSecret::from([number as u8; 32]),
-                relay: Relay::default(),
+                probes: Probes::new(private_key.clone(), 1),
+                private_key,
                 link: None,
                 copy_dscp: false,
             };
@@ -229,10 +231,12 @@ fn pair_with(offloads: Offloads, outer: [&str; 2], workers: usize) -> [Node; 2] 
             fragment: false,
             is_single: false,
             prefixes: nodes[you].inner.map(IpNet::from).to_vec(),
+            shared_sources: Vec::new(),
             keepalive: None,
             preshared_key: None,
             boot_epoch: 0,
             is_static: false,
+            probe_version: ProbeVersion::OWN,
         };
         let peers = BTreeMap::from([(nodes[you].plane.public_key(), entry)]);
         let own = OwnNetworks::new(nodes[me].inner, [], []);

@@ -83,7 +83,8 @@ codes! {
 }
 
 impl MeshEvent {
-    /// Returns the event of a stored change. `None` for those of tokens, administrators and the configuration.
+    /// Returns the event of a stored change. `None` for those of tokens, administrators, the configuration and
+    /// roles, which operators made.
     pub fn of(event: Event) -> Option<Self> {
         match event {
             Event::Joined { name, .. } => Some(Self::NodeJoined { node: name }),
@@ -94,6 +95,7 @@ impl MeshEvent {
             | Event::LaterHistory { .. }
             | Event::TokenCreated { .. }
             | Event::TokenRevoked { .. }
+            | Event::RelayDecided { .. }
             | Event::AdminAdded { .. }
             | Event::AdminRevoked { .. } => None,
         }

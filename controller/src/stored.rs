@@ -292,6 +292,7 @@ pub(crate) fn decode_token(id: TokenId, bytes: &[u8]) -> Result<Token, String> {
 fn parse_token(secret_hash: SecretHash, token: pb::Token) -> Result<Token, Invalid> {
     let malformed = |_| Invalid::Malformed("token");
     let optional = |text: String| Some(text).filter(|text| !text.is_empty());
+    let allowed_prefixes = convert::prefixes(&token.allowed_prefixes)?;
     Ok(Token {
         id: token.id.parse()?,
         terms: TokenTerms {
@@ -301,10 +302,14 @@ fn parse_token(secret_hash: SecretHash, token: pb::Token) -> Result<Token, Inval
                 .transpose()?,
             site: convert::site(token.site)?,
             labels: convert::labels(token.labels)?,
-            allowed_prefixes: convert::prefixes(&token.allowed_prefixes)?,
+            shared: convert::shared_prefixes(&token.shared, &allowed_prefixes)?,
+            allowed_prefixes,
+            pod_ranges: convert::pod_ranges(&token.pod_ranges)?,
             replace: optional(token.replace).map(NodeName::try_from).transpose()?,
             ephemeral: token.ephemeral,
             ephemeral_after: convert::seconds(token.ephemeral_after_seconds),
+            relay: token.relay.into(),
+            control_plane: token.control_plane,
         },
         created_at: token.created_at,
         expires_at: token.expires_at,
@@ -340,9 +345,13 @@ pub(crate) fn token_message(token: &Token) -> pb::Token {
         site: terms.site.as_ref().map(ToString::to_string).unwrap_or_default(),
         labels: terms.labels.iter().map(|(k, v)| (k.to_string(), v.clone())).collect(),
         allowed_prefixes: terms.allowed_prefixes.iter().map(Into::into).collect(),
+        pod_ranges: terms.pod_ranges.iter().map(Into::into).collect(),
+        shared: terms.shared.iter().map(Into::into).collect(),
         replace: terms.replace.as_ref().map(NodeName::to_string).unwrap_or_default(),
         ephemeral: terms.ephemeral,
         ephemeral_after_seconds: convert::whole_seconds(terms.ephemeral_after),
+        relay: terms.relay.decision(),
+        control_plane: terms.control_plane,
         nodes: Vec::new(),
     }
 }

@@ -311,6 +311,9 @@ fn log(event: &Event) {
             tracing::warn!(generation, "mesh configuration received from a node");
         }
         Event::Removed { name, node, why } => tracing::info!(%name, %node, why, "node removed"),
+        Event::RelayDecided { name, node, may_relay } => {
+            tracing::info!(%name, %node, may_relay, "relay role decided");
+        }
         Event::PrefixMoved { prefix, from, to } => {
             tracing::warn!(%prefix, %from, %to, "prefix moved");
         }

@@ -188,11 +188,15 @@ fn tokens_are_created_listed_and_revoked() {
     created["token"].as_str().unwrap().parse::<JoinToken>().unwrap();
     let id = created["id"].as_str().unwrap();
     assert_eq!(created["labels"]["rack"], "7");
+    assert_eq!(created["relay"], false);
+    let args = ["token", "create", "--state-dir", dir, "-o", "json", "--relay", "--ttl", "1m"];
+    let relay: serde_json::Value = serde_json::from_str(&stdout(&run(&args))).unwrap();
+    assert_eq!(relay["relay"], true);
 
     run(&["token", "revoke", id, "--state-dir", dir]);
     let revoked = tokens(dir).into_iter().find(|token| token["id"] == id).unwrap();
     assert_eq!(revoked["state"], "revoked");
-    assert_eq!(tokens(dir).len(), 2);
+    assert_eq!(tokens(dir).len(), 3);
     for format in ["table", "wide", "yaml"] {
         let text = stdout(&run(&["token", "list", "--state-dir", dir, "-o", format]));
         assert!(text.contains(id), "{text}");
@@ -200,6 +204,9 @@ fn tokens_are_created_listed_and_revoked() {
     assert_eq!(stdout(&run(&["node", "list", "-o", "json", "--state-dir", dir])), "[]\n");
     let line = failure(&run(&["node", "show", "nobody", "--state-dir", dir]));
     assert!(line.contains("no node `nobody`"), "{line}");
+    let line = failure(&run(&["node", "set", "nobody", "--relay", "--state-dir", dir]));
+    assert!(line.contains("no node `nobody`"), "{line}");
+    assert_eq!(run(&["node", "set", "nobody", "--state-dir", dir]).status.code(), Some(2));
     let line = failure(&run(&["node", "remove", "nobody", "--state-dir", dir]));
     assert!(line.contains("no node `nobody`"), "{line}");
     let line = failure(&run(&["token", "create", "--prefix", "10.0.0.1/8", "--state-dir", dir]));

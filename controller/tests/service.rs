@@ -20,6 +20,7 @@ use towline_proto::health::HealthCheckRequest;
 use towline_proto::health::health_check_response::ServingStatus;
 use towline_proto::health::health_client::HealthClient;
 use towline_proto::id::NodeId;
+use towline_proto::node::RelayRole;
 use towline_proto::pb::admin_client::AdminClient;
 use towline_proto::pb::discovery_client::DiscoveryClient;
 use towline_proto::token::TokenSecret;
@@ -225,6 +226,8 @@ async fn a_slow_watcher_gets_the_newest_state_and_no_queue() {
                 version: String::new(),
                 relay: false,
                 lans: Vec::new(),
+                probe_version: 0,
+                api_port: 0,
             };
             watch.heartbeat().await;
             publisher.heartbeat().await;
@@ -321,6 +324,30 @@ async fn a_removed_node_is_told_so_with_its_tombstone() {
     assert_eq!(signed::tombstone(left.tombstone.as_ref(), &ca).unwrap().node_id, b.id());
     let nodes = controller.admin().await.list_nodes(pb::ListNodesRequest::default()).await;
     assert!(nodes.unwrap().into_inner().nodes.is_empty());
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn an_operator_decides_who_relays_and_watchers_get_the_grant() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let ca = controller.ca_key();
+    let a = controller.node("a", &[]).await;
+    assert_eq!(a.grant.relay, RelayRole::Denied);
+    let mut watch = a.watch(&controller).await;
+    watch.synced().await;
+    let mut request = pb::SetNodeRequest { name: "a".into(), relay: Some(true) };
+    let set = controller.admin().await.set_node(request.clone()).await.unwrap().into_inner();
+    assert_eq!(signed::grant(set.grant.as_ref(), &ca).unwrap().relay, RelayRole::Granted);
+    let granted = |kind: &pb::change::Kind| {
+        let pb::change::Kind::Upsert(entry) = kind else { return None };
+        let grant = signed::grant(entry.grant.as_ref(), &ca).ok()?;
+        (grant.relay == RelayRole::Granted).then_some(grant.node_id)
+    };
+    assert_eq!(watch.until(granted).await, a.id());
+    request.name = "b".into();
+    let unknown = controller.admin().await.set_node(request).await.unwrap_err();
+    assert_eq!(unknown.code(), Code::NotFound);
     controller.stop().await;
 }
 

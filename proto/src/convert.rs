@@ -5,16 +5,20 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU16;
 use std::time::Duration;
 
 use ipnet::IpNet;
 
+use crate::frame::ProbeVersion;
 use crate::id::{InvalidId, Label, NodeName, WireguardKey};
 use crate::limits;
 use crate::node::{
-    Candidate, CandidateKind, Grant, Head, MeshConfig, OverlayAddresses, Record, Tombstone,
+    Candidate, CandidateKind, Grant, Head, MeshConfig, OverlayAddresses, Record, SharedPrefix,
+    Tombstone,
 };
 use crate::pb;
+use crate::pod_range::{InvalidPodRange, PodRange};
 use crate::summary::{MeshSummary, PeerCounts, PeerSummary, Tunnel};
 use crate::token::ControllerAddress;
 
@@ -42,6 +46,9 @@ pub enum Invalid {
     /// A name, an id or a key has the wrong form.
     #[error(transparent)]
     Id(#[from] InvalidId),
+    /// A pod range has numbers that do not fit.
+    #[error(transparent)]
+    PodRange(#[from] InvalidPodRange),
 }
 
 /// Checks that `len`, in items or bytes, is at most `limit`.
@@ -90,6 +97,29 @@ pub fn prefixes(list: &[pb::Prefix]) -> Result<Vec<IpNet>, Invalid> {
     list.iter().map(IpNet::try_from).collect()
 }
 
+/// Parses a list of at most [`limits::POD_RANGES`] pod ranges.
+pub fn pod_ranges(list: &[pb::PodRange]) -> Result<Vec<PodRange>, Invalid> {
+    bounded("list of pod ranges", list.len(), limits::POD_RANGES)?;
+    list.iter().map(PodRange::try_from).collect()
+}
+
+/// Parses a list of shared prefixes, each of which must be in `allowed`.
+pub fn shared_prefixes(
+    list: &[pb::SharedPrefix],
+    allowed: &[IpNet],
+) -> Result<Vec<SharedPrefix>, Invalid> {
+    let what = "shared prefix";
+    bounded("list of shared prefixes", list.len(), limits::PREFIXES)?;
+    let parse = |shared: &pb::SharedPrefix| {
+        let prefix = IpNet::try_from(shared.prefix.as_ref().ok_or(Invalid::Missing(what))?)?;
+        if !allowed.contains(&prefix) {
+            return Err(Invalid::Prefix(what));
+        }
+        Ok(SharedPrefix { prefix, group: shared.group.parse()? })
+    };
+    list.iter().map(parse).collect()
+}
+
 /// Parses the name of a site. An empty one means no site.
 pub fn site(text: String) -> Result<Option<Label>, Invalid> {
     if text.is_empty() { Ok(None) } else { Ok(Some(text.parse()?)) }
@@ -122,6 +152,12 @@ pub fn labels(
         .collect::<Result<BTreeMap<_, _>, Invalid>>()?;
     bounded("list of labels", labels.len(), limits::LABELS)?;
     Ok(labels)
+}
+
+/// Parses the port of an API server. 0 means that there is none.
+fn port(number: u32) -> Result<Option<NonZeroU16>, Invalid> {
+    let port = u16::try_from(number).map_err(|_| Invalid::Malformed("port of the API server"))?;
+    Ok(NonZeroU16::new(port))
 }
 
 fn wireguard_keys<B: AsRef<[u8]>>(keys: &[B]) -> Result<Vec<WireguardKey>, Invalid> {
@@ -165,10 +201,38 @@ fn overlay<B: AsRef<[u8]>>(addresses: &[B]) -> Result<OverlayAddresses, Invalid>
     }
 }
 
+impl TryFrom<&pb::PodRange> for PodRange {
+    type Error = Invalid;
+
+    fn try_from(range: &pb::PodRange) -> Result<Self, Invalid> {
+        let net = IpNet::try_from(range.range.as_ref().ok_or(Invalid::Missing("range"))?)?;
+        Ok(Self::new(net, range.block_len, range.blocks, prefixes(&range.pinned)?)?)
+    }
+}
+
+impl From<&PodRange> for pb::PodRange {
+    fn from(range: &PodRange) -> Self {
+        Self {
+            range: Some((&range.range()).into()),
+            block_len: range.block_len().into(),
+            blocks: range.blocks(),
+            pinned: range.pinned().iter().map(Into::into).collect(),
+        }
+    }
+}
+
+impl From<&SharedPrefix> for pb::SharedPrefix {
+    fn from(shared: &SharedPrefix) -> Self {
+        Self { prefix: Some((&shared.prefix).into()), group: shared.group.to_string() }
+    }
+}
+
 impl TryFrom<pb::Grant> for Grant {
     type Error = Invalid;
 
     fn try_from(grant: pb::Grant) -> Result<Self, Invalid> {
+        let allowed_prefixes = prefixes(&grant.allowed_prefixes)?;
+        let shared = shared_prefixes(&grant.shared, &allowed_prefixes)?;
         Ok(Self {
             mesh_id: id(&grant.mesh_id)?,
             node_id: id(&grant.node_id)?,
@@ -176,12 +240,16 @@ impl TryFrom<pb::Grant> for Grant {
             identity_key: id(&grant.identity_key)?,
             wireguard_keys: wireguard_keys(&grant.wireguard_keys)?,
             overlay: overlay(&grant.overlay_addresses)?,
-            allowed_prefixes: prefixes(&grant.allowed_prefixes)?,
+            allowed_prefixes,
+            pod_ranges: pod_ranges(&grant.pod_ranges)?,
+            shared,
             site: site(grant.site)?,
             labels: labels(grant.labels)?,
             issued_at: grant.issued_at,
             ephemeral: grant.ephemeral,
             ephemeral_after: seconds(grant.ephemeral_after_seconds),
+            relay: grant.relay.into(),
+            control_plane: grant.control_plane,
         })
     }
 }
@@ -196,11 +264,15 @@ impl From<&Grant> for pb::Grant {
             wireguard_keys: grant.wireguard_keys.iter().map(|key| key.0.to_vec()).collect(),
             overlay_addresses: grant.overlay.iter().map(ip_bytes).collect(),
             allowed_prefixes: grant.allowed_prefixes.iter().map(Into::into).collect(),
+            pod_ranges: grant.pod_ranges.iter().map(Into::into).collect(),
+            shared: grant.shared.iter().map(Into::into).collect(),
             site: grant.site.as_ref().map(Label::to_string).unwrap_or_default(),
             labels: grant.labels.iter().map(|(k, v)| (k.to_string(), v.clone())).collect(),
             issued_at: grant.issued_at,
             ephemeral: grant.ephemeral,
             ephemeral_after_seconds: whole_seconds(grant.ephemeral_after),
+            relay: grant.relay.decision(),
+            control_plane: grant.control_plane,
         }
     }
 }
@@ -264,6 +336,8 @@ impl TryFrom<pb::Record> for Record {
             version: record.version.chars().filter(|c| !c.is_control()).collect(),
             relay: record.relay,
             lans: prefixes(&record.lans)?,
+            probe_version: ProbeVersion::of_record(record.probe_version),
+            api_port: port(record.api_port)?,
         })
     }
 }
@@ -280,6 +354,8 @@ impl From<&Record> for pb::Record {
             version: record.version.clone(),
             relay: record.relay,
             lans: record.lans.iter().map(Into::into).collect(),
+            probe_version: record.probe_version.record_number(),
+            api_port: record.api_port.map_or(0, |port| port.get().into()),
         }
     }
 }
@@ -472,6 +548,30 @@ impl From<&Head> for pb::Head {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::node::RelayRole;
+
+    #[test]
+    fn a_grant_of_an_earlier_version_does_not_decide_who_relays() {
+        let grant = |relay| pb::Grant {
+            mesh_id: vec![1; 16],
+            node_id: vec![1; 16],
+            name: "a".into(),
+            identity_key: vec![1; 32],
+            wireguard_keys: vec![vec![1; 32]],
+            overlay_addresses: vec![vec![1; 16], vec![1; 4]],
+            relay,
+            ..pb::Grant::default()
+        };
+        for (decision, role) in [
+            (None, RelayRole::Undecided),
+            (Some(false), RelayRole::Denied),
+            (Some(true), RelayRole::Granted),
+        ] {
+            let parsed = Grant::try_from(grant(decision)).unwrap();
+            assert_eq!(parsed.relay, role);
+            assert_eq!(pb::Grant::from(&parsed).relay, decision);
+        }
+    }
 
     fn peer(node: u8, state: pb::TunnelState) -> pb::PeerSummary {
         pb::PeerSummary { node_id: vec![node; 16], state: state.into(), ..Default::default() }
@@ -549,5 +649,20 @@ mod tests {
         assert!(Record::try_from(last.clone()).is_ok());
         let beyond = pb::Record { generation: limits::GENERATION + 1, ..last };
         assert_eq!(Record::try_from(beyond), Err(Invalid::TooLarge("generation")));
+    }
+
+    #[test]
+    fn the_port_of_an_api_server_reads_back_and_older_records_have_none() {
+        let record = |api_port| pb::Record {
+            node_id: vec![1; 16],
+            wireguard_keys: vec![vec![2; 32]],
+            api_port,
+            ..pb::Record::default()
+        };
+        let parsed = Record::try_from(record(6443)).unwrap();
+        assert_eq!(parsed.api_port, NonZeroU16::new(6443));
+        assert_eq!(pb::Record::from(&parsed).api_port, 6443);
+        assert_eq!(Record::try_from(record(0)).unwrap().api_port, None);
+        assert!(Record::try_from(record(65_536)).is_err());
     }
 }

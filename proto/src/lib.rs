@@ -7,8 +7,8 @@
 #![forbid(unsafe_code)]
 
 pub use towline_types::{
-    backoff, code, codes, cursor, frame, id, limits, mtu, node, ownership, rate, source_limiter,
-    stun, summary, token,
+    backoff, code, codes, cursor, frame, id, limits, mtu, node, ownership, pod_range, rate,
+    source_limiter, stun, summary, token,
 };
 
 mod changes;

@@ -44,6 +44,11 @@ impl ClusterCa {
         &self.pem
     }
 
+    /// Returns the CA's private key, in PEM (PKCS #8): a cluster's controller manager signs with it.
+    pub fn key_pem(&self) -> String {
+        pem::private_key(self.issuer.key().serialized_der()).to_string()
+    }
+
     /// Issues a client certificate of `user` in `group`. With `names` it is a server certificate
     /// too. It is valid for one day, beginning an hour ago.
     pub fn issue(&self, user: &str, group: &str, names: &[&str]) -> anyhow::Result<Pair> {

@@ -6,7 +6,8 @@ use towline_tests::lab::scenario_test::figures;
 
 #[test]
 fn attempts_fail_and_what_has_to_work_does_without_root() {
-    let cases = "inward/to/overlay,inward/to/loopback,sources/stranger,oversized/end";
+    let cases =
+        "inward/to/overlay,inward/to/loopback,sources/stranger,oversized/end,probes/register";
     let lab = env!("CARGO_BIN_EXE_lab");
     let Some(attack) = figures(lab, &["attack", "--case", cases]).unwrap() else { return };
     assert_eq!(attack["failed"].as_array().map(Vec::len), Some(0));

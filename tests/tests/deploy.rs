@@ -104,6 +104,32 @@ fn every_switch_and_value_of_the_chart_is_there() {
     assert_eq!(chart["appVersion"], env!("CARGO_PKG_VERSION"));
 }
 
+/// Checks that a schema describes exactly the keys of these values, with their types.
+fn describes(schema: &Value, values: &Value, place: &str) {
+    assert!(schema["description"].is_string() || place == "values", "{place} has no description");
+    let kind = match values {
+        Value::Bool(_) => "boolean",
+        Value::String(_) => "string",
+        Value::Object(_) => "object",
+        Value::Null | Value::Number(_) | Value::Array(_) => panic!("{place}: {values}"),
+    };
+    assert_eq!(schema["type"], kind, "{place}");
+    let Some(values) = values.as_object() else { return };
+    assert_eq!(schema["additionalProperties"], false, "{place}");
+    let properties = schema["properties"].as_object().unwrap();
+    let described: Vec<&String> = properties.keys().filter(|key| *key != "global").collect();
+    assert_eq!(described.len(), values.len(), "{place}: {described:?}");
+    for (key, value) in values {
+        describes(&properties[key], value, &format!("{place}.{key}"));
+    }
+}
+
+#[test]
+fn the_schema_of_the_chart_knows_every_value_and_no_other() {
+    let schema = serde_json::from_str(&read("helm/towline/values.schema.json")).unwrap();
+    describes(&schema, &yaml(&read("helm/towline/values.yaml")), "values");
+}
+
 #[test]
 fn no_container_is_privileged_and_the_exceptions_are_the_documented_ones() {
     let mut workloads = 0;

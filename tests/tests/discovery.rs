@@ -17,7 +17,7 @@ use towline_fixtures::ca::Ca;
 use towline_fixtures::controller::TestController;
 use towline_fixtures::node::{candidate, mesh_config, node};
 use towline_proto::id::{Fingerprint, NodeId, TokenId};
-use towline_proto::node::{MeshConfig, Record};
+use towline_proto::node::{MeshConfig, Record, RelayRole};
 use towline_proto::pb::change::Kind::{Mesh, Tombstone, Upsert};
 use towline_proto::signed::Domain;
 use towline_proto::summary::{MeshSummary, PeerSummary, Tunnel};
@@ -130,6 +130,7 @@ impl Daemon {
             prefixes: Vec::new(),
             lans: Vec::new(),
             relay: false,
+            api_port: None,
         }));
     }
 }
@@ -710,6 +711,28 @@ async fn agents_that_joined_a_controller_see_each_other_until_one_leaves() {
         }
     };
     assert_eq!(removed, a.membership.grant.node_id);
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn a_connected_node_gets_the_role_that_an_operator_gives_it() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let node = Node::join(&controller, "a").await;
+    assert_eq!(node.membership.grant.relay, RelayRole::Denied);
+    let mut daemon = node.start();
+    daemon.announce(1000);
+    daemon.event(|event| matches!(event, Event::Published(Ok(_))).then_some(())).await;
+    let request = pb::SetNodeRequest { name: "a".into(), relay: Some(true) };
+    controller.admin().await.set_node(request).await.unwrap();
+    let grant = daemon
+        .event(|event| match event {
+            Event::Grant(grant) => Some(grant),
+            _ => None,
+        })
+        .await;
+    assert_eq!(grant.relay, RelayRole::Granted);
+    assert_eq!(node.state.membership().unwrap().unwrap().grant, *grant, "the next start knows it");
     controller.stop().await;
 }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 use towline_core::mesh::PeerState;
 use towline_core::reason::PeerReason;
 use towline_tests::sim::Sim;
+use towline_tests::sim::evil_relay::{EvilRelay, Misdeed};
 use towline_tests::sim::nat::{Behaviour, Nat};
 use towline_tests::sim::net::{Conditions, HostId, INTERNET, RealmId, Uplink};
 
@@ -397,6 +398,32 @@ fn a_clock_that_jumps_while_the_agents_run_interrupts_nothing() {
             let gap = pair.traffic(Duration::from_secs(500));
             println!("{jump} s, both {both}: {gap:?}");
             assert!(gap < Duration::from_secs(1), "{jump} s, both {both}: {gap:?}");
+        }
+    }
+}
+
+#[test]
+fn an_evil_relay_cuts_nobody_off_that_has_another_one_or_a_direct_path() {
+    for (n, misdeed) in Misdeed::ALL.into_iter().enumerate() {
+        for (other, kind) in [(Place::Symmetric, Kind::Relay), (Place::Open, Kind::Direct)] {
+            let (place, family) = (Place::PortRestricted, Family::V4);
+            let seed = 120 + 2 * n as u64 + u64::from(kind == Kind::Relay);
+            let mut pair = Pair::new(seed, FAR, (place, family), (other, family));
+            pair.first_packet().unwrap();
+            pair.traffic(Duration::from_secs(8));
+            assert_eq!(pair.kinds(), [kind; 2]);
+            // The relay in use turns evil, or any.
+            let mesh = &pair.sim.hosts[pair.a].agent.as_ref().unwrap().mesh;
+            let used = mesh.peer(pair.sim.hosts[pair.b].id()).unwrap().relay;
+            let is_used = |relay: &HostId| {
+                used.as_ref().is_none_or(|used| pair.sim.hosts[*relay].grant.name == *used)
+            };
+            let evil = pair.relays.into_iter().find(is_used).unwrap();
+            pair.sim.hosts[evil].evil = Some(EvilRelay::new(misdeed));
+            let gap = pair.traffic(Duration::from_secs(60));
+            println!("{misdeed:?}, {kind:?}: {gap:?}");
+            assert!(gap < Duration::from_secs(5), "{misdeed:?}, {kind:?}: {gap:?}");
+            assert_eq!(pair.kinds(), [kind; 2], "{misdeed:?}");
         }
     }
 }

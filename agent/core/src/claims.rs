@@ -1,5 +1,5 @@
-//! The holders of WireGuard keys and prefixes: each has one node only. A name that two nodes use is
-//! only reported.
+//! The holders of WireGuard keys and prefixes: each has one node only, except for prefixes that the grants
+//! of several nodes share. A name that two nodes use is only reported.
 //!
 //! The controller refuses a second claim. Should two claims reach us all the same (a restored
 //! backup, a stolen store), every node decides alike, from signed input alone: the node that was
@@ -12,11 +12,13 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use towline_types::id::{NodeId, NodeName, WireguardKey};
+use towline_types::limits;
 use towline_types::node::{Grant, Node};
 use towline_types::ownership::{self, Refused};
 
 use crate::config::Membership;
 use crate::conflict::{Conflict, Holder};
+use crate::local_limits::LocalLimits;
 use crate::prefixes::PrefixMap;
 
 /// Prefixes and key that one node holds, and its claims that were refused.
@@ -39,8 +41,10 @@ pub(crate) struct Claims {
     by_node: BTreeMap<NodeId, (Arc<Node>, Claim)>,
     names: BTreeMap<NodeName, NodeId>,
     keys: BTreeMap<WireguardKey, Owner>,
-    held: PrefixMap<Owner>,
-    /// True if a claim was refused: then the change of one node may decide the claim of another.
+    /// Holders of each prefix: several only where their grants share it.
+    held: PrefixMap<Vec<Owner>>,
+    /// True if a claim was refused because of another one: then the change of one node may decide the
+    /// claim of another.
     is_disputed: bool,
 }
 
@@ -54,6 +58,7 @@ impl Claims {
     /// Resolves the claims of `nodes` and our own.
     pub(crate) fn resolve<'a>(
         membership: &Membership,
+        limits: &LocalLimits,
         own_prefixes: &[IpNet],
         nodes: impl Iterator<Item = &'a Arc<Node>>,
     ) -> Self {
@@ -65,22 +70,27 @@ impl Claims {
         claims.names.insert(own.name.clone(), own.node_id);
         claims.keys.extend(own.wireguard_keys.iter().map(|key| (*key, Owner::Us)));
         for prefix in own.overlay.prefixes().chain(own_prefixes.iter().copied()) {
-            claims.held.insert(prefix, Owner::Us);
+            claims.hold(prefix, Owner::Us);
         }
         for node in by_age {
-            claims.admit(membership, node);
+            claims.admit(membership, limits, node);
         }
         claims
     }
 
     /// Resolves the claims of one node that is new or changed. Returns false if that may concern
     /// other nodes, so that all claims have to be resolved.
-    pub(crate) fn change(&mut self, membership: &Membership, node: &Arc<Node>) -> bool {
+    pub(crate) fn change(
+        &mut self,
+        membership: &Membership,
+        limits: &LocalLimits,
+        node: &Arc<Node>,
+    ) -> bool {
         if self.is_disputed {
             return false;
         }
         self.forget(node.id());
-        self.admit(membership, node);
+        self.admit(membership, limits, node);
         !self.is_disputed
     }
 
@@ -100,12 +110,22 @@ impl Claims {
             self.keys.remove(key);
         }
         for prefix in &claim.prefixes {
-            self.held.remove(prefix);
+            let mut holders = self.held.remove(prefix).unwrap_or_default();
+            holders.retain(|holder| holder.id() != Some(node.id()));
+            if !holders.is_empty() {
+                self.held.insert(*prefix, holders);
+            }
         }
     }
 
-    /// Gives a node those of its claims that no other node holds.
-    fn admit(&mut self, membership: &Membership, node: &Arc<Node>) {
+    fn hold(&mut self, prefix: IpNet, owner: Owner) {
+        let mut holders = self.held.remove(&prefix).unwrap_or_default();
+        holders.push(owner);
+        self.held.insert(prefix, holders);
+    }
+
+    /// Gives a node those of its claims that no other node holds and this host does not refuse.
+    fn admit(&mut self, membership: &Membership, limits: &LocalLimits, node: &Arc<Node>) {
         let own = &membership.grant;
         let mut claim = Claim::default();
         let grant = node.grant();
@@ -124,10 +144,20 @@ impl Claims {
                 self.keys.insert(*key, Owner::Node(node.clone()));
             }
             let announced = node.record().prefixes.iter().copied();
+            let mut room = limits::GUARDED_PREFIXES;
             for prefix in grant.overlay.prefixes().chain(announced) {
-                match self.refused(membership, prefix, grant) {
+                let is_own_address = grant.overlay.prefixes().any(|own| own == prefix);
+                let is_lan = node.record().lans.contains(&prefix);
+                let covered = limits
+                    .refuses(grant, &prefix, is_lan)
+                    .filter(|_| !is_own_address)
+                    .map(|covered| Conflict::Covers { prefix, covered });
+                let is_alone = ownership::is_guarded_alone(prefix, &membership.mesh);
+                let full = (is_alone && room == 0).then_some(Conflict::TooMany { prefix });
+                match self.refused(membership, prefix, grant).or(covered).or(full) {
                     None => {
-                        self.held.insert(prefix, Owner::Node(node.clone()));
+                        room -= usize::from(is_alone);
+                        self.hold(prefix, Owner::Node(node.clone()));
                         claim.prefixes.push(prefix);
                     }
                     Some(why) => claim.conflicts.push(why),
@@ -138,7 +168,7 @@ impl Claims {
             let is_lan = |net: &&IpNet| node.record().lans.contains(net);
             claim.lans = claim.prefixes.iter().filter(is_lan).copied().collect();
         }
-        self.is_disputed |= !claim.conflicts.is_empty();
+        self.is_disputed |= claim.conflicts.iter().any(Conflict::is_with_others);
         self.by_node.insert(node.id(), (node.clone(), claim));
     }
 
@@ -154,7 +184,17 @@ impl Claims {
 
     /// Returns whether another node holds exactly this network.
     pub(crate) fn holds(&self, net: IpNet) -> bool {
-        matches!(self.held.get(&net), Some(Owner::Node(_)))
+        self.holders(&net).next().is_some()
+    }
+
+    /// Returns the other nodes that hold exactly this network: several only where their grants share it.
+    pub(crate) fn holders(&self, net: &IpNet) -> impl Iterator<Item = NodeId> {
+        self.held.get(net).into_iter().flatten().filter_map(Owner::id)
+    }
+
+    /// Returns whether we hold exactly this network, perhaps with others.
+    pub(crate) fn is_ours(&self, net: &IpNet) -> bool {
+        self.held.get(net).into_iter().flatten().any(|holder| holder.id().is_none())
     }
 
     /// Returns whether a node (or we) holds this network, one around it or a part of it.
@@ -177,6 +217,7 @@ impl Claims {
         let held = self
             .held
             .overlapping(prefix)
+            .flat_map(|(other, holders)| holders.iter().map(move |holder| (other, holder)))
             .map(|(other, holder)| ownership::Claim { grant: holder.grant(own), prefix: *other });
         let other = match ownership::check(claim, &membership.mesh, held) {
             Ok(()) => return None,
@@ -191,6 +232,14 @@ impl Claims {
 }
 
 impl Owner {
+    /// Returns the other node; `None` for us.
+    fn id(&self) -> Option<NodeId> {
+        match self {
+            Self::Us => None,
+            Self::Node(node) => Some(node.id()),
+        }
+    }
+
     fn grant<'a>(&'a self, own: &'a Grant) -> &'a Grant {
         match self {
             Self::Us => own,

@@ -29,10 +29,22 @@ pub struct Config {
     pub rules: RulePlan,
     /// Name of our nftables table.
     pub firewall_table: String,
-    /// True if this node relays for others: then it registers with no relay itself.
-    pub relay: bool,
+    /// Limits of this node's relay. Set if it relays for others, unless its grant denies it: then it
+    /// registers with no relay itself.
+    pub relay: Option<RelayLimits>,
     /// Number that grows with every start of the agent, as in our record.
     pub boot_epoch: u64,
+}
+
+/// Limits of this node's relay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RelayLimits {
+    /// Largest number of registered nodes.
+    pub nodes: usize,
+    /// Largest number of channels of one node.
+    pub channels_per_node: usize,
+    /// Largest number of bits that one node may send per second, on all of its channels together.
+    pub bits_per_second: u64,
 }
 
 /// A change of the network map. Signatures and grants were verified before.

@@ -5,7 +5,10 @@ use std::fmt;
 use ipnet::IpNet;
 use towline_types::codes;
 use towline_types::id::{NodeId, NodeName};
+use towline_types::limits;
 use towline_types::ownership::Unusable;
+
+use crate::local_limits::Covered;
 
 /// Claim of a peer that was refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,8 +39,20 @@ pub enum Conflict {
         /// Holder of that prefix.
         holder: Holder,
     },
+    /// The node holds the largest number of prefixes already.
+    TooMany {
+        /// Claimed prefix.
+        prefix: IpNet,
+    },
     /// No node may hold the prefix.
     Unusable(Unusable),
+    /// The prefix covers something that this host needs. It is refused here only.
+    Covers {
+        /// Claimed prefix.
+        prefix: IpNet,
+        /// What it covers.
+        covered: Covered,
+    },
 }
 
 codes! {
@@ -46,11 +61,23 @@ codes! {
         Key => "key-conflict",
         Prefix => "prefix-conflict",
         Overlap => "prefix-overlap",
+        TooMany => "too-many-prefixes",
         Unusable(Unusable),
+        Covers { covered: Covered },
     }
 }
 
 impl Conflict {
+    /// Returns whether the claims of other nodes caused it, so that it may end when they change.
+    pub(crate) fn is_with_others(&self) -> bool {
+        match self {
+            Self::Name { .. } | Self::Key { .. } | Self::Prefix { .. } | Self::Overlap { .. } => {
+                true
+            }
+            Self::Unusable(_) | Self::Covers { .. } | Self::TooMany { .. } => false,
+        }
+    }
+
     /// Returns the conflict of a claim to `prefix` with `held`, which overlaps it.
     pub(crate) fn over(prefix: IpNet, held: IpNet, holder: Holder) -> Self {
         if prefix == held {
@@ -91,7 +118,15 @@ impl fmt::Display for Conflict {
             Self::Overlap { prefix, held, holder } => {
                 write!(f, "prefix {prefix} overlaps {held} of {holder}")
             }
+            Self::TooMany { prefix } => write!(
+                f,
+                "prefix {prefix} is refused: the node announces more than {} outside protected ranges",
+                limits::GUARDED_PREFIXES
+            ),
             Self::Unusable(reason) => reason.fmt(f),
+            Self::Covers { prefix, covered } => {
+                write!(f, "prefix {prefix} is refused here: it covers {covered}")
+            }
         }
     }
 }

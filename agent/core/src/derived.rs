@@ -45,9 +45,13 @@ fn peer_table(input: &RoutingInput<'_>) -> PeerTable {
     let entries = nodes.filter_map(|peer| {
         let claim = input.roster.claim(peer.id()).filter(|claim| claim.key_holder.is_none())?;
         let (mtu, fragment) = clamped(peer.applied_mtu(), link);
+        let grant = peer.node().grant();
+        let (prefixes, shared_sources) =
+            claim.prefixes.iter().copied().partition(|net| input.carries(grant, net));
         let entry = PeerEntry {
             endpoint: peer.endpoint(),
-            prefixes: claim.prefixes.clone(),
+            prefixes,
+            shared_sources,
             // The core's own pings keep mappings open.
             keepalive: None,
             mtu,
@@ -56,6 +60,7 @@ fn peer_table(input: &RoutingInput<'_>) -> PeerTable {
             preshared_key: None,
             boot_epoch: peer.node().record().boot_epoch,
             is_static: false,
+            probe_version: peer.node().record().probe_version,
         };
         Some((peer.key(), entry))
     });

@@ -71,6 +71,8 @@ impl Effects {
             | Output::Train { .. }
             | Output::Stun { .. }
             | Output::PeerTable(_)
+            | Output::ForwardingTable(_)
+            | Output::ReportChannels
             | Output::Plan(_)
             | Output::SecondPort { .. }
             | Output::Advertise(_)

@@ -5,7 +5,8 @@
 //! also while the controller is away, and load spreads by itself. A home that does not answer is
 //! passed over, and asked now and then whether it is back.
 //!
-//! A relay is a node whose record says that it relays. Requests and answers are sealed for the pair
+//! A relay is a node whose record says that it relays and whose grant does not deny it: its own word
+//! is not enough. Requests and answers are sealed for the pair
 //! of node and relay, so a relay serves nodes of its mesh alone:
 //!
 //! - [`Probe::Register`] says that we can be reached at the address that it comes from. It is
@@ -25,7 +26,7 @@ use rand::Rng;
 use towline_types::backoff::{Backoff, Jitter};
 use towline_types::frame::Probe;
 use towline_types::id::{NodeId, NodeName, WireguardKey};
-use towline_types::node::{CandidateKind, Node};
+use towline_types::node::{CandidateKind, Node, RelayRole};
 
 use crate::effects::Effects;
 use crate::local_node::LocalNode;
@@ -44,6 +45,10 @@ const RETRY: Backoff =
     Backoff::new(Duration::from_millis(250), Duration::from_secs(30), Jitter::Tenth);
 /// Unanswered registrations after which the next relay in the order is taken too.
 const MISSED: u32 = 3;
+/// Time within which a channel request is sent again after a challenge.
+const REPEAT_WITHIN: Duration = Duration::from_secs(2);
+/// Largest number of channel requests that are sent again after one challenge.
+const REPEATED_OPENS: usize = 4;
 /// Number of channel requests that are remembered; the oldest is forgotten first.
 const OPENS: usize = 1_024;
 
@@ -53,6 +58,7 @@ struct Relay {
     name: NodeName,
     key: WireguardKey,
     addresses: Vec<SocketAddr>,
+    role: RelayRole,
 }
 
 #[derive(Debug, Default)]
@@ -71,7 +77,15 @@ struct Home {
 struct Open {
     relay: NodeId,
     peer: NodeId,
+    /// Key of the peer.
+    key: WireguardKey,
     transaction: u64,
+    /// Path that the request was sent over.
+    to: Path,
+    /// Time of the request.
+    at: Instant,
+    /// True once the request was sent again after a challenge.
+    is_repeated: bool,
 }
 
 /// The peer at the other end of a channel that a relay opened.
@@ -106,10 +120,11 @@ impl HomeRelays {
         id: NodeId,
         node: Option<&Node>,
     ) -> bool {
-        let relay = node.filter(|node| node.record().relay).map(|node| Relay {
+        let relay = node.filter(|node| node.is_relay()).map(|node| Relay {
             name: node.name().clone(),
             key: node.wireguard_key(),
             addresses: addresses(node),
+            role: node.grant().relay,
         });
         let changed = match relay.filter(|relay| !relay.addresses.is_empty()) {
             Some(relay) => self.relays.insert(id, relay.clone()) != Some(relay),
@@ -121,6 +136,16 @@ impl HomeRelays {
         changed
     }
 
+    /// Takes our own id, or `None` if we register nowhere from now on.
+    pub(crate) fn set_own(&mut self, fx: &mut Effects, own: Option<NodeId>) {
+        self.own = own;
+        if own.is_none() {
+            self.homes.clear();
+            self.schedule(fx);
+        }
+        self.follow(fx, false);
+    }
+
     /// Registers again, since our addresses changed.
     pub(crate) fn handle_local_change(&mut self, fx: &mut Effects) {
         self.follow(fx, true);
@@ -129,6 +154,12 @@ impl HomeRelays {
     /// Returns the addresses of all relays, which reflect too.
     pub(crate) fn addresses(&self) -> impl Iterator<Item = SocketAddr> {
         self.relays.values().flat_map(|relay| relay.addresses.iter().copied())
+    }
+
+    /// Returns the names of the relays that relay although nobody decided that they may.
+    pub(crate) fn undecided(&self) -> impl Iterator<Item = &NodeName> {
+        let undecided = self.relays.values().filter(|relay| relay.role == RelayRole::Undecided);
+        undecided.map(|relay| &relay.name)
     }
 
     /// Returns whether the mesh has no relay.
@@ -209,6 +240,11 @@ impl HomeRelays {
         from: Path,
         answer: &Probe,
     ) -> Option<(ChannelPeer, Path)> {
+        // What comes from another address than the relay's record names may have been redirected.
+        let is_at_home = |id: &NodeId| {
+            self.relays.get(id).is_some_and(|relay| relay.addresses.contains(&from.remote))
+        };
+        let relay = relay.filter(is_at_home);
         let (expected, peer) = match (relay, answer) {
             (Some(relay), Probe::Registered { transaction, lifetime }) => {
                 (self.registered(fx, relay, from, *transaction, *lifetime), None)
@@ -227,6 +263,27 @@ impl HomeRelays {
         };
         fx.counters.relay_answers_refused += u64::from(!expected);
         peer.map(|(peer, channel)| (peer, from.on_channel(ChannelId(channel))))
+    }
+
+    /// Handles a challenge of a relay: what it did not answer on this path is sent once more, after the
+    /// proof.
+    pub(crate) fn handle_challenge(&mut self, fx: &mut Effects, id: NodeId, from: Path) {
+        let relay = self.relays.get(&id);
+        let relay = relay.filter(|relay| relay.addresses.contains(&from.remote));
+        let Some(key) = relay.map(|relay| relay.key) else { return };
+        if let Some(transaction) = self.homes.get(&id).and_then(|home| home.asked) {
+            fx.transmit(key, from, Probe::Register { transaction });
+        }
+        let now = fx.now;
+        let waiting = self.opens.iter_mut().rev().filter(|open| {
+            let is_recent = now < open.at + REPEAT_WITHIN;
+            open.relay == id && !open.is_repeated && is_recent && open.to.is(&from)
+        });
+        for open in waiting.take(REPEATED_OPENS) {
+            open.is_repeated = true;
+            let (transaction, peer) = (open.transaction, open.key);
+            fx.transmit(key, open.to, Probe::Open { transaction, peer });
+        }
     }
 
     /// Handles a registration that a relay confirms. Returns whether we had asked for it.
@@ -278,10 +335,6 @@ impl HomeRelays {
             let Some(relay) = self.relays.get(&id) else { continue };
             let via = self.homes.get(&id).and_then(|home| home.via);
             let transaction = fx.rng.random();
-            if self.opens.len() == OPENS {
-                self.opens.pop_front();
-            }
-            self.opens.push_back(Open { relay: id, peer, transaction });
             let mut ways = ways(via, relay, local);
             ways.sort_by_key(|way| !local.has_family(way.remote));
             let usable = ways.iter().filter(|way| local.has_family(way.remote)).count();
@@ -290,6 +343,11 @@ impl HomeRelays {
                 continue;
             }
             let to = ways[turn as usize % turns];
+            if self.opens.len() == OPENS {
+                self.opens.pop_front();
+            }
+            let (at, is_repeated) = (fx.now, false);
+            self.opens.push_back(Open { relay: id, peer, key, transaction, to, at, is_repeated });
             fx.transmit(relay.key, to, Probe::Open { transaction, peer: key });
         }
     }
@@ -331,7 +389,10 @@ pub(crate) fn addresses(node: &Node) -> Vec<SocketAddr> {
 fn ways(via: Option<Path>, relay: &Relay, local: &LocalNode) -> Vec<Path> {
     match via {
         Some(via) => vec![via],
-        None => relay.addresses.iter().flat_map(|to| local.paths_to(*to)).collect(),
+        None => {
+            let addresses = relay.addresses.iter().filter(|to| local.can_send_to(**to));
+            addresses.flat_map(|to| local.paths_to(*to)).collect()
+        }
     }
 }
 

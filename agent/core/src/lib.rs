@@ -30,7 +30,7 @@
 //! let rules = RulePlan { priority: 100, mark: 0x10, mask: 0x30 };
 //! let (link, firewall_table) = ("towline0".into(), "towline".into());
 //! let membership = None; // no mesh: static peers are all there is
-//! let config = Config { membership, link, mtu: Mtu::DEFAULT, table: 100, rules, firewall_table, relay: false, boot_epoch: 1 };
+//! let config = Config { membership, link, mtu: Mtu::DEFAULT, table: 100, rules, firewall_table, relay: None, boot_epoch: 1 };
 //! let mut mesh = Mesh::new(config, [7; 32], now);
 //!
 //! // Inputs: the peers of the configuration, and a packet for one of them.
@@ -55,7 +55,8 @@
 //! - After each call: drain [`Mesh::poll_output`](mesh::Mesh::poll_output) until `None`, then look
 //!   at [`Mesh::poll_timeout`](mesh::Mesh::poll_timeout), and at that time (or later) call
 //!   [`Mesh::handle_timeout`](mesh::Mesh::handle_timeout).
-//! - The peer table and the plan come whole and are comparable: each replaces the last one.
+//! - The peer table, the forwarding table and the plan come whole and are comparable: each replaces
+//!   the last one.
 //! - Decisions are traced at debug level, in a span for each peer. A trace carries no time of the
 //!   core's own, and costs nothing while nobody listens.
 
@@ -71,7 +72,9 @@ pub mod conflict;
 pub mod counters;
 mod derived;
 mod effects;
+pub mod forwarding;
 mod home_relays;
+pub mod local_limits;
 pub mod local_networks;
 mod local_node;
 pub mod mesh;
@@ -85,8 +88,10 @@ mod peers;
 mod pings;
 pub mod plan;
 pub mod prefixes;
+pub mod probe_session;
 mod probing;
 pub mod reason;
+mod relay_server;
 mod roster;
 mod routing;
 mod rtt;
@@ -96,3 +101,4 @@ pub mod static_peers;
 pub mod status;
 pub mod stun_client;
 mod timers;
+mod withdrawn;

@@ -214,6 +214,12 @@ impl LocalNode {
             && !self.is_own(to)
     }
 
+    /// Returns whether we may send outer datagrams for a node of the mesh there. What others name as their
+    /// address must not make us send to this host or to services of its links.
+    pub(crate) fn can_send_to_node(&self, to: SocketAddr) -> bool {
+        self.can_send_to(to) && !is_host_local(to.ip())
+    }
+
     /// Returns whether it is an address of this host (not one of a NAT before it, behind which there
     /// may be other nodes).
     pub(crate) fn is_own(&self, address: SocketAddr) -> bool {
@@ -306,6 +312,15 @@ impl LocalNode {
     /// Returns whether this host is known to have an address of the family of `remote`.
     pub(crate) fn has_family(&self, remote: SocketAddr) -> bool {
         self.candidates[..self.own].iter().any(|c| c.address().is_ipv4() == remote.is_ipv4())
+    }
+}
+
+/// Returns whether an address means another host, or none, on each host or link: loopback or
+/// link-local. Services that trust their link listen there, such as a cloud's metadata service.
+fn is_host_local(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(v4) => v4.is_loopback() || v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_loopback() || v6.is_unicast_link_local(),
     }
 }
 

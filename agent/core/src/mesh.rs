@@ -10,6 +10,7 @@
 //! | `StaticPeers` | the peers of the configuration |
 //! | `LocalNode` | our own candidates and uplinks |
 //! | `HomeRelays` | the relays of the mesh, and where we are registered |
+//! | `RelayServer` | the nodes and channels that we relay for |
 //! | `StunClient` | the reflectors, and our addresses as they see them |
 //! | `SecondPort` | whether a second UDP port is to be used |
 //! | `Probing` | pings that wait for their pongs, and what bounds them |
@@ -23,17 +24,19 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use towline_types::frame::Probe;
-use towline_types::id::{NodeId, WireguardKey};
-use towline_types::node::{Candidate, Grant, MeshConfig};
+use towline_types::frame::{Probe, ProbeVersion};
+use towline_types::id::{NodeId, NodeName, WireguardKey};
+use towline_types::node::{Candidate, Grant, MeshConfig, RelayRole};
 
 use crate::counters::Counters;
 use crate::derived::Derived;
 use crate::effects::Effects;
+use crate::forwarding::ForwardingTable;
 use crate::home_relays::{ChannelPeer, HomeRelays};
+use crate::local_limits::{Covered, LocalLimits};
 use crate::local_networks::LocalNetworks;
 use crate::local_node::LocalNode;
-use crate::path::{LocalAddress, LocalPort, Path};
+use crate::path::{ChannelId, LocalAddress, LocalPort, Path};
 use crate::peer::{NetworkConditions, Peer, PeerContext};
 use crate::peer_history::PeerChange;
 use crate::peer_table::{Observation, PeerTable};
@@ -42,6 +45,7 @@ use crate::plan::{TransitPlan, UnderlayPlan};
 use crate::prefixes::is_private;
 use crate::probing::{CallOrder, Probing};
 use crate::reason::PeerReason;
+use crate::relay_server::{RelayServer, Source};
 use crate::roster::{Roster, RosterEvent};
 use crate::routing::{HostSettings, RoutingInput};
 use crate::second_port::SecondPort;
@@ -49,10 +53,13 @@ use crate::static_peers::{StaticPeer, StaticPeerStatus, StaticPeers};
 use crate::stun_client::StunClient;
 use crate::timers::Timer;
 
-pub use crate::config::{Config, MapChange, Membership};
+pub use crate::config::{Config, MapChange, Membership, RelayLimits};
 pub use crate::output::{Output, Transmit};
 pub use crate::peers::EAGER_PEERS;
-pub use crate::status::{PathStatus, PeerState, PeerStatus, ReflectorStatus, WakeReason};
+pub use crate::status::{
+    GuardReason, GuardedNetwork, PathStatus, PeerState, PeerStatus, ReflectorStatus, RelayStatus,
+    WakeReason,
+};
 pub use crate::stun_client::Mapping;
 
 /// Every peer of one node. See the crate's contract.
@@ -63,6 +70,10 @@ pub struct Mesh {
     static_peers: StaticPeers,
     local: LocalNode,
     relays: HomeRelays,
+    /// Limits of our relay; `None` if the configuration makes us none.
+    relay_limits: Option<RelayLimits>,
+    /// `None` if the configuration or our grant does not let this node relay.
+    relay_server: Option<RelayServer>,
     stun: StunClient,
     second_port: SecondPort,
     probing: Probing,
@@ -77,10 +88,14 @@ impl Mesh {
     pub fn new(mut config: Config, seed: [u8; 32], now: Instant) -> Self {
         let membership = config.membership.take();
         let own = membership.as_ref().map(|own| own.grant.node_id);
+        let grant = membership.as_ref().map(|own| &own.grant);
+        let limits = config.relay.filter(|_| can_relay(grant));
         let mut fx = Effects::new(seed, now);
         Self {
             local: LocalNode::new(membership.as_ref(), config.mtu),
-            relays: HomeRelays::new(own.filter(|_| !config.relay)),
+            relays: HomeRelays::new(own.filter(|_| limits.is_none())),
+            relay_limits: config.relay,
+            relay_server: limits.map(RelayServer::new),
             roster: Roster::new(membership),
             peers: Peers::default(),
             static_peers: StaticPeers::default(),
@@ -109,6 +124,7 @@ impl Mesh {
             }
             Some(RosterEvent::Removed(id)) => {
                 self.peers.handle_removal(&mut self.fx, id);
+                self.probing.unanswered.forget(id);
                 let changed = self.relays.handle_node(&mut self.fx, id, None);
                 let relays = changed.then_some(&self.relays);
                 self.stun.handle_node(&mut self.fx, &self.local, id, None, relays);
@@ -137,10 +153,9 @@ impl Mesh {
     }
 
     /// Handles a message that was opened with the key of the pair of us and `peer`, so it is
-    /// authentic. `from` is the path that it came over; `None`: a controller carried it, which holds
-    /// for a [`Probe::CallMe`] alone.
-    ///
-    /// Requests to a relay are not for the core: a node that relays answers them first.
+    /// authentic; [`ProbeSession`](crate::probe_session::ProbeSession) decided to deliver it. A ping
+    /// and a challenge are answered already. `from` is the path that it came over; `None`: a controller
+    /// carried it, which holds for a [`Probe::CallMe`] alone.
     pub fn handle_message(
         &mut self,
         now: Instant,
@@ -153,6 +168,11 @@ impl Mesh {
         if let Some(from) = from.filter(|_| node.is_some()) {
             self.answered(&from);
         }
+        // A relay serves nodes that reach it directly.
+        let is_served = node.is_some()
+            && from.is_some_and(|it| !it.is_relayed() && self.local.can_send_to(it.remote));
+        let record = node.and_then(|id| self.peers.get(id)).map(|peer| peer.node().record());
+        let is_proven = record.is_some_and(|record| record.probe_version == ProbeVersion::V2);
         match (message, from) {
             (Probe::CallMe { boot_epoch, number, candidates }, _) => {
                 let order = CallOrder { boot_epoch, number };
@@ -165,14 +185,42 @@ impl Mesh {
             }
             // Every other message is about the path that it came over.
             (_, None) => {}
-            (Probe::Ping { transaction }, Some(from)) => {
+            // The data plane answered a ping, and took a proof.
+            (Probe::Ping { .. } | Probe::Proof { .. }, Some(from)) => {
                 if let Some(id) = node {
-                    self.with_peer(id, |peer, cx| peer.handle_ping(cx, from, transaction));
+                    self.with_peer(id, |peer, cx| peer.handle_ping(cx, from));
+                }
+            }
+            (Probe::Challenge { .. }, Some(from)) => {
+                if let Some(id) = node {
+                    self.handle_challenge(id, peer, from);
                 }
             }
             (Probe::Pong { transaction, observed }, Some(from)) => {
-                if let Some(id) = node {
+                let Some(id) = node else { return };
+                let server = self.relay_server.as_mut();
+                let is_proof =
+                    server.is_some_and(|it| it.handle_pong(&mut self.fx, peer, from, transaction));
+                if !is_proof {
                     self.handle_pong(id, from, transaction, observed);
+                }
+            }
+            (Probe::Register { transaction }, Some(from)) => {
+                match self.relay_server.as_mut().filter(|_| is_served) {
+                    Some(server) => {
+                        let source = Source { path: from, is_proven };
+                        server.handle_register(&mut self.fx, peer, source, transaction);
+                    }
+                    None => self.fx.counters.relay_requests_refused += 1,
+                }
+            }
+            (Probe::Open { transaction, peer: other }, Some(from)) => {
+                match self.relay_server.as_mut().filter(|_| is_served) {
+                    Some(server) => {
+                        let source = Source { path: from, is_proven };
+                        server.handle_open(&mut self.fx, (peer, source), other, transaction);
+                    }
+                    None => self.fx.counters.relay_requests_refused += 1,
                 }
             }
             (answer, Some(from)) => {
@@ -186,6 +234,19 @@ impl Mesh {
                     self.with_peer(id, |peer, cx| peer.handle_channel(cx, path));
                 }
             }
+        }
+    }
+
+    /// Handles the channels that carried something since the last call: the answer to
+    /// [`Output::ReportChannels`].
+    pub fn handle_channels_used(
+        &mut self,
+        now: Instant,
+        used: impl IntoIterator<Item = ChannelId>,
+    ) {
+        self.fx.advance(now);
+        if let Some(server) = &mut self.relay_server {
+            server.handle_used(&mut self.fx, used);
         }
     }
 
@@ -229,7 +290,13 @@ impl Mesh {
                     }
                 }
                 Timer::HomeRelays => self.relays.handle_timeout(&mut self.fx, &self.local),
+                Timer::RelayServer => {
+                    if let Some(server) = &mut self.relay_server {
+                        server.handle_timeout(&mut self.fx);
+                    }
+                }
                 Timer::SecondPort => self.change_port(),
+                Timer::GuardRelease => self.roster.handle_release(&mut self.fx),
                 Timer::OperatorPing(id) => self.probing.handle_operator_timeout(&mut self.fx, id),
             }
         }
@@ -246,6 +313,7 @@ impl Mesh {
             && let Some(membership) = self.roster.membership()
         {
             self.local.set_grant(&membership.grant);
+            self.follow_role();
         }
     }
 
@@ -294,6 +362,12 @@ impl Mesh {
     pub fn set_local_networks(&mut self, now: Instant, networks: LocalNetworks) {
         self.fx.advance(now);
         self.settings.set_local_networks(&mut self.fx, networks);
+    }
+
+    /// Takes the limits that this host sets: networks that cover what it needs are refused.
+    pub fn set_local_limits(&mut self, now: Instant, limits: LocalLimits) {
+        self.fx.advance(now);
+        self.roster.set_local_limits(&mut self.fx, limits);
     }
 
     /// Takes the networks to which the host is connected now. Only those of [`Self::set_local_networks`]
@@ -395,6 +469,18 @@ impl Mesh {
         self.fx.advance(now);
         self.roster.add_withdrawn_lans(&mut self.fx, lans);
     }
+
+    /// Adds to [`Self::withdrawn_by_owner`] what an earlier start of the agent knew. The networks are among
+    /// those of [`Self::set_withdrawn`].
+    pub fn set_withdrawn_owner(
+        &mut self,
+        now: Instant,
+        owner: NodeId,
+        nets: impl IntoIterator<Item = IpNet>,
+    ) {
+        self.fx.advance(now);
+        self.roster.add_withdrawn_owner(&mut self.fx, owner, nets);
+    }
 }
 
 /// # Commands of an operator
@@ -410,11 +496,19 @@ impl Mesh {
         self.probing.begin_operator_ping(&mut self.fx, id, timeout);
         self.with_peer(peer, |peer, cx| peer.operator_ping(cx, id));
     }
+
+    /// Stops guarding a network that nobody holds now. Returns false if it is none of [`Self::withdrawn`].
+    pub fn release_withdrawn(&mut self, now: Instant, net: &IpNet) -> bool {
+        self.fx.advance(now);
+        self.resolve();
+        self.roster.release_withdrawn(&mut self.fx, net)
+    }
 }
 
 /// # Outputs
 impl Mesh {
-    /// The next thing to do. A changed peer table comes before what speaks of its peers.
+    /// The next thing to do. A changed peer table comes before what speaks of its peers, and a changed
+    /// forwarding table before what tells of its channels.
     pub fn poll_output(&mut self) -> Option<Output> {
         self.resolve();
         let input = RoutingInput {
@@ -423,7 +517,20 @@ impl Mesh {
             peers: &self.peers,
             static_peers: &self.static_peers,
         };
-        self.derived.poll(&mut self.fx, &input).or_else(|| self.fx.next_output())
+        let derived = self.derived.poll(&mut self.fx, &input);
+        if let Some(server) = &mut self.relay_server {
+            if let Some(Output::PeerTable(table)) = &derived {
+                let is_node =
+                    |key: &WireguardKey| table.peers.get(key).is_some_and(|entry| !entry.is_static);
+                server.retain(is_node);
+            }
+            if derived.is_none()
+                && let Some(table) = server.poll_table()
+            {
+                return Some(table);
+            }
+        }
+        derived.or_else(|| self.fx.next_output())
     }
 
     /// When [`Self::handle_timeout`] wants to be called, and why.
@@ -447,6 +554,16 @@ impl Mesh {
         self.roster.mesh()
     }
 
+    /// Returns the protected ranges of the mesh that this host does not guard, each with what it covers.
+    pub fn refused_ranges(&self) -> impl Iterator<Item = (IpNet, Covered)> {
+        self.roster.refused_ranges()
+    }
+
+    /// Returns the ranges of the mesh that this host guards.
+    pub fn guarded_ranges(&self) -> impl Iterator<Item = IpNet> {
+        self.roster.guarded_ranges()
+    }
+
     /// Returns whether this node itself was removed from the mesh. Its peer table then has static peers
     /// only; guards and routes stay.
     pub fn is_removed(&self) -> bool {
@@ -458,7 +575,30 @@ impl Mesh {
         self.derived.table()
     }
 
-    /// Networks that nobody holds now but somebody held once: they stay guarded. To be given back
+    /// Returns the forwarding table of this node's relay; `None` if it does not relay.
+    pub fn forwarding_table(&self) -> Option<&ForwardingTable> {
+        self.relay_server.as_ref().map(RelayServer::table)
+    }
+
+    /// Returns the state of this node's relay; `None` if it does not relay.
+    pub fn relay(&self) -> Option<RelayStatus> {
+        self.relay_server.as_ref().map(RelayServer::status)
+    }
+
+    /// Returns the relays, this node among them, that are used although no operator decided that they
+    /// may relay: the next version does not use them.
+    pub fn undecided_relays(&self) -> impl Iterator<Item = &NodeName> {
+        let grant = self.grant().filter(|_| self.relay_server.is_some());
+        let own = grant.filter(|grant| grant.relay == RelayRole::Undecided);
+        own.map(|grant| &grant.name).into_iter().chain(self.relays.undecided())
+    }
+
+    /// Returns whether the configuration makes this node a relay, but its grant denies it.
+    pub fn is_relay_denied(&self) -> bool {
+        self.relay_limits.is_some() && self.grant().is_some() && self.relay_server.is_none()
+    }
+
+    /// Networks that nobody holds now but a node held last: they stay guarded. To be given back
     /// by [`Self::set_withdrawn`] at the next start.
     pub fn withdrawn(&self) -> &BTreeSet<IpNet> {
         self.roster.withdrawn()
@@ -468,6 +608,39 @@ impl Mesh {
     /// [`Self::set_withdrawn_lans`] at the next start.
     pub fn withdrawn_lans(&self) -> &BTreeSet<IpNet> {
         self.roster.withdrawn_lans()
+    }
+
+    /// Returns those of [`Self::withdrawn`] whose last holder is known, by that node, the oldest first. Pass
+    /// them to [`Self::set_withdrawn_owner`] at the next start.
+    pub fn withdrawn_by_owner(&self) -> impl Iterator<Item = (NodeId, Vec<IpNet>)> {
+        self.roster.withdrawn_by_owner()
+    }
+
+    /// Returns the networks that this host guards, each with the reason, sorted by network.
+    pub fn guarded_networks(&self) -> Vec<GuardedNetwork> {
+        let network = |network, reason| GuardedNetwork { network, reason };
+        let overlays: Vec<IpNet> =
+            self.roster.mesh().into_iter().flat_map(MeshConfig::overlays).collect();
+        let of_mesh = |net: IpNet| {
+            let is_overlay = overlays.contains(&net);
+            network(net, if is_overlay { GuardReason::Overlay } else { GuardReason::Protected })
+        };
+        let mut all: Vec<GuardedNetwork> = self.roster.guarded_ranges().map(of_mesh).collect();
+        for (node, claim) in self.roster.claims().iter() {
+            let inside = |net: &&IpNet| !overlays.iter().any(|range| range.contains(*net));
+            let announced = claim.prefixes.iter().filter(inside);
+            let reason = || GuardReason::Announced(node.name().clone());
+            all.extend(announced.map(|net| network(*net, reason())));
+        }
+        let static_peers = self.static_peers.prefixes();
+        all.extend(static_peers.map(|net| network(*net, GuardReason::StaticPeer)));
+        for net in self.roster.withdrawn() {
+            let owner = self.roster.last_holder(net);
+            let name = owner.and_then(|owner| self.roster.name(owner)).cloned();
+            all.push(network(*net, GuardReason::Withdrawn { owner, name }));
+        }
+        all.sort_by_key(|guarded| guarded.network);
+        all
     }
 
     /// Every peer, by node id.
@@ -578,6 +751,14 @@ impl Mesh {
 
 /// # Between the parts
 impl Mesh {
+    /// Sends again what a peer answered by a challenge. The data plane has sent the proof.
+    fn handle_challenge(&mut self, node: NodeId, key: WireguardKey, from: Path) {
+        for (to, transaction) in self.probing.pings.repeat(self.fx.now, node, &from) {
+            self.fx.transmit(key, to, Probe::Ping { transaction });
+        }
+        self.relays.handle_challenge(&mut self.fx, node, from);
+    }
+
     fn handle_pong(&mut self, node: NodeId, from: Path, transaction: u64, observed: SocketAddr) {
         let Some(mut sent) = self.probing.pings.answered(node, from, transaction) else { return };
         if sent.to.local.is_none() {
@@ -591,6 +772,23 @@ impl Mesh {
             self.advertise();
         }
         self.probing.handle_operator_pong(&mut self.fx, &sent, from);
+    }
+
+    /// Begins or ceases to relay, as our grant says.
+    fn follow_role(&mut self) {
+        let limits = self.relay_limits.filter(|_| can_relay(self.grant()));
+        match (limits, self.relay_server.is_some()) {
+            (Some(limits), false) => self.relay_server = Some(RelayServer::new(limits)),
+            (None, true) => {
+                self.relay_server = None;
+                self.fx.timers.cancel(Timer::RelayServer);
+                self.fx.output(Output::ForwardingTable(Arc::default()));
+            }
+            (None, false) | (Some(_), true) => return,
+        }
+        let own = self.grant().map(|grant| grant.node_id);
+        let own = own.filter(|_| self.relay_server.is_none());
+        self.relays.set_own(&mut self.fx, own);
     }
 
     /// Handles a change of our addresses or uplinks: what others see of us changed, and perhaps every path.
@@ -692,4 +890,9 @@ impl Mesh {
         };
         (&mut self.peers, context)
     }
+}
+
+/// Returns whether a node with this grant may relay for others; `None`: it is in no mesh.
+fn can_relay(grant: Option<&Grant>) -> bool {
+    grant.is_some_and(|grant| grant.relay != RelayRole::Denied)
 }

@@ -7,6 +7,7 @@ use towline_types::frame::Probe;
 use towline_types::id::{NodeId, WireguardKey};
 use towline_types::node::Candidate;
 
+use crate::forwarding::ForwardingTable;
 use crate::path::Path;
 use crate::peer_history::PathChange;
 use crate::peer_table::PeerTable;
@@ -67,6 +68,12 @@ pub enum Output {
     },
     /// Apply this peer table: it replaces the last one.
     PeerTable(Arc<PeerTable>),
+    /// Apply this forwarding table: it replaces the last one. It comes only from a node that relays.
+    ForwardingTable(Arc<ForwardingTable>),
+    /// Report which channels of the forwarding table carried something since the last report. The
+    /// answer is [`Mesh::handle_channels_used`](crate::mesh::Mesh::handle_channels_used); channels
+    /// that it does not name for long enough are closed.
+    ReportChannels,
     /// Apply this plan: it replaces the last one.
     Plan(Arc<Plan>),
     /// Open a second UDP port that the kernel chooses, or close it. The answer to opening it is

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use ipnet::IpNet;
+use towline_types::frame::ProbeVersion;
 use towline_types::id::{PresharedKey, WireguardKey};
 use towline_types::mtu::Mtu;
 
@@ -32,6 +33,9 @@ pub struct PeerEntry {
     pub endpoint: Option<Path>,
     /// Inner networks that are reached through it, and from which alone it may send.
     pub prefixes: Vec<IpNet>,
+    /// Inner networks from which it may send too, although they are reached through another peer that shares
+    /// them.
+    pub shared_sources: Vec<IpNet>,
     /// Interval of WireGuard keepalives, which keep a NAT's mapping open; `None`: none are sent.
     pub keepalive: Option<Duration>,
     /// Key that is mixed into the handshake, for static peers.
@@ -47,20 +51,25 @@ pub struct PeerEntry {
     pub is_single: bool,
     /// Boot epoch of the peer's record. When it grows, handshake timestamps of earlier boots are forgotten.
     pub boot_epoch: u64,
-    /// True for a peer of the configuration: it may be sent packets from any source.
+    /// True for a peer of the configuration: it may be sent packets from any source, and it has no
+    /// probes.
     pub is_static: bool,
+    /// Version of the probes of the peer, from its record. Nothing else changes it.
+    pub probe_version: ProbeVersion,
 }
 
 /// An event of one peer that the data plane observed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Observation {
-    /// A handshake was completed; its last message came from `from`.
+    /// A handshake was completed over `from`: what this node sent there was answered. A static peer may
+    /// have answered from another address than that.
     Handshake {
-        /// Path that it came over.
+        /// Path that it was completed over.
         from: Path,
     },
     /// An authentic datagram came from another address than the peer's endpoint. The data plane
-    /// does not move by itself: the core decides.
+    /// does not move by itself: the core decides. Nothing shows that the peer receives there: anybody
+    /// on the way can change the source of a datagram.
     Roamed {
         /// Path that it came over.
         from: Path,
@@ -78,8 +87,10 @@ pub enum Observation {
     Active {
         /// True if packets went to the peer.
         sent: bool,
-        /// True if packets came from the peer: the way from it works.
+        /// True if packets came from the peer.
         received: bool,
+        /// True if some of them came over the peer's endpoint: the way from it works there.
+        by_endpoint: bool,
     },
     /// The kernel refused a datagram as too big for the path.
     TooBig {

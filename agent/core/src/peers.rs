@@ -11,6 +11,7 @@ use towline_types::node::Node;
 use crate::changes::Change;
 use crate::effects::Effects;
 use crate::peer::{Peer, PeerContext};
+use crate::status::PeerState;
 
 /// A mesh of up to this many peers is kept connected throughout, so that an operator sees each path
 /// before it is needed; in a larger one a peer is connected when there is traffic for it.
@@ -86,7 +87,8 @@ impl Peers {
 }
 
 /// Lets a peer handle something, in a tracing span of that peer. Marks its routes as changed if its
-/// state or path MTU did, and the peer table if the path MTU did, or whether datagrams are sent singly.
+/// state or path MTU did, and the peer table if the path MTU did, or whether it is down, or whether
+/// datagrams are sent singly.
 fn tracked(
     peer: &mut Peer,
     cx: &mut PeerContext<'_>,
@@ -99,7 +101,9 @@ fn tracked(
     if peer.state() != state || !is_same_mtu {
         cx.fx.mark(Change::Routes(peer.id()));
     }
-    if !is_same_mtu || peer.is_single() != is_single {
+    // Another peer may carry what a peer that is down shares with it.
+    let is_down_changed = (peer.state() == PeerState::Down) != (state == PeerState::Down);
+    if !is_same_mtu || peer.is_single() != is_single || is_down_changed {
         cx.fx.mark(Change::Endpoint);
     }
 }

@@ -15,6 +15,12 @@ use crate::path::Path;
 /// Time after which a pong is ignored. Far longer than any round trip.
 const FORGET_AFTER: Duration = Duration::from_secs(10);
 
+/// Number of pings that are searched for those to be sent again.
+const LATEST: usize = 512;
+/// Largest number of pings that are sent again after one challenge: one for the mesh, and one for an
+/// operator.
+const REPEATED: usize = 2;
+
 /// Purpose of a ping.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Purpose {
@@ -64,6 +70,27 @@ impl Pings {
         self.by_age.push_back((ping.at, transaction));
         self.by_transaction.insert(transaction, ping);
         transaction
+    }
+
+    /// Takes the latest pings that wait for a pong of a peer over a path, to be sent again: the peer
+    /// asked for a proof instead of answering them. Their round trips count from now on.
+    pub(crate) fn repeat(&mut self, now: Instant, peer: NodeId, from: &Path) -> Vec<(Path, u64)> {
+        let mut repeated = Vec::new();
+        for (_, transaction) in self.by_age.iter().rev().take(LATEST) {
+            let Some(sent) = self.by_transaction.get_mut(transaction) else { continue };
+            let is_small = match sent.purpose {
+                Purpose::Path | Purpose::Check | Purpose::Operator(_) => true,
+                Purpose::Size(_) | Purpose::Train => false,
+            };
+            if is_small && sent.peer == peer && sent.to.is(from) {
+                sent.at = now;
+                repeated.push((sent.to, *transaction));
+                if repeated.len() == REPEATED {
+                    break;
+                }
+            }
+        }
+        repeated
     }
 
     /// Removes and returns the ping that a pong answers: it has to come from the same peer, over the

@@ -4,24 +4,30 @@
 //!
 //! - A node that was removed never comes back, nor does its identity key under another id.
 //! - Of one node the newest record holds; an older one changes nothing.
+//! - The identity key of a node never changes. Its record, which that key signs, names its WireGuard keys.
 //! - Only a removal takes a node away.
-//! - What a node ever held stays guarded until another node holds it or its node is removed.
+//! - What a node held last stays guarded until another node holds it, or until some time after its node
+//!   was removed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use towline_types::id::{IdentityKey, NodeId, WireguardKey};
+use towline_types::id::{IdentityKey, NodeId, NodeName, WireguardKey};
 use towline_types::limits;
 use towline_types::node::{Grant, MeshConfig, Node, Tombstone};
+use towline_types::ownership::overlap;
 
 use crate::changes::{Change, Scope};
 use crate::claims::{Claim, Claims};
 use crate::config::{MapChange, Membership};
 use crate::conflict::Holder;
 use crate::effects::Effects;
-use crate::prefixes::covering;
+use crate::local_limits::{Covered, InClear, LocalLimits};
+use crate::prefixes::{covering, is_host};
 use crate::static_peers::StaticPeers;
+use crate::timers::Timer;
+use crate::withdrawn::{RELEASE, Withdrawn};
 
 /// Our own membership, and all that the map says of the other nodes.
 #[derive(Debug)]
@@ -30,6 +36,8 @@ pub(crate) struct Roster {
     membership: Option<Membership>,
     /// Prefixes that we announce; none lies inside another.
     own_prefixes: Vec<IpNet>,
+    /// Networks that others may not cover on this host.
+    limits: LocalLimits,
     /// The other nodes, each by its newest record.
     nodes: BTreeMap<NodeId, Arc<Node>>,
     /// Nodes that were removed, this one perhaps among them. Never shrinks.
@@ -39,32 +47,6 @@ pub(crate) struct Roster {
     withdrawn: Withdrawn,
     /// Who holds what, as of the last [`Self::resolve`].
     claims: Claims,
-}
-
-/// Networks that a node held once and none holds now.
-#[derive(Debug, Default)]
-struct Withdrawn {
-    nets: BTreeSet<IpNet>,
-    /// Those of `nets` that the last holder called networks of machines rather than of pods.
-    lans: BTreeSet<IpNet>,
-}
-
-impl Withdrawn {
-    fn add(&mut self, claim: &Claim) {
-        for net in &claim.prefixes {
-            self.nets.insert(*net);
-            if claim.lans.contains(net) {
-                self.lans.insert(*net);
-            } else {
-                self.lans.remove(net);
-            }
-        }
-    }
-
-    fn remove(&mut self, net: &IpNet) {
-        self.nets.remove(net);
-        self.lans.remove(net);
-    }
 }
 
 /// What a change of the map came to.
@@ -83,6 +65,7 @@ impl Roster {
         Self {
             membership,
             own_prefixes: Vec::new(),
+            limits: LocalLimits::default(),
             nodes: BTreeMap::new(),
             removed: BTreeSet::new(),
             removed_keys: BTreeSet::new(),
@@ -144,13 +127,21 @@ impl Roster {
         }
     }
 
+    /// Takes the limits that this host sets, whole.
+    pub(crate) fn set_local_limits(&mut self, fx: &mut Effects, limits: LocalLimits) {
+        if self.limits != limits {
+            self.limits = limits;
+            fx.mark(Change::Ownership);
+        }
+    }
+
     /// Adds networks that were held once.
     pub(crate) fn add_withdrawn(
         &mut self,
         fx: &mut Effects,
         nets: impl IntoIterator<Item = IpNet>,
     ) {
-        self.withdrawn.nets.extend(nets);
+        nets.into_iter().for_each(|net| self.withdrawn.add(net, None, false));
         fx.mark(Change::Ownership);
     }
 
@@ -160,12 +151,50 @@ impl Roster {
         fx: &mut Effects,
         nets: impl IntoIterator<Item = IpNet>,
     ) {
-        self.withdrawn.lans.extend(nets);
+        nets.into_iter().for_each(|net| self.withdrawn.mark_lan(net));
         fx.mark(Change::Ownership);
     }
 
+    /// Adds the last holder of networks of [`Self::add_withdrawn`], the oldest first.
+    pub(crate) fn add_withdrawn_owner(
+        &mut self,
+        fx: &mut Effects,
+        owner: NodeId,
+        nets: impl IntoIterator<Item = IpNet>,
+    ) {
+        for net in nets {
+            if self.withdrawn.nets().contains(&net) {
+                let is_lan = self.withdrawn.lans().contains(&net);
+                self.withdrawn.add(net, Some(owner), is_lan);
+            }
+        }
+        self.withdrawn.bound(owner, limits::GUARDED_PREFIXES, &[]);
+        if self.removed.contains(&owner) {
+            self.release_later(fx, owner);
+        }
+    }
+
+    /// Releases a withdrawn network, on behalf of the operator. Returns false if it is not withdrawn.
+    pub(crate) fn release_withdrawn(&mut self, fx: &mut Effects, net: &IpNet) -> bool {
+        let is_released = self.withdrawn.remove(net);
+        if is_released {
+            fx.mark(Change::Host);
+        }
+        is_released
+    }
+
+    /// Releases what nodes announced that were removed some time ago.
+    pub(crate) fn handle_release(&mut self, fx: &mut Effects) {
+        if self.withdrawn.release_due(fx.now) {
+            fx.mark(Change::Host);
+        }
+        if let Some(at) = self.withdrawn.next_release() {
+            fx.timers.set(Timer::GuardRelease, at);
+        }
+    }
+
     /// Decides again who holds what, where something changed. What a node held and none holds now
-    /// stays guarded, unless its node was removed.
+    /// stays guarded, for a while also if its node was removed.
     pub(crate) fn resolve(&mut self, fx: &mut Effects, static_peers: &mut StaticPeers) {
         let are_resolved = match fx.changes.take_claims() {
             None => true,
@@ -187,6 +216,33 @@ impl Roster {
         self.membership.as_ref().map(|membership| &membership.mesh)
     }
 
+    /// Returns what of the mesh's configuration may let traffic leave the tunnel.
+    pub(crate) fn in_clear(&self) -> InClear {
+        self.limits.in_clear
+    }
+
+    /// Returns the ranges of the mesh that this host guards: the overlay, and the protected ranges that
+    /// cover nothing that it needs.
+    pub(crate) fn guarded_ranges(&self) -> impl Iterator<Item = IpNet> {
+        let overlays = self.mesh().into_iter().flat_map(MeshConfig::overlays);
+        let protected = self.mesh().into_iter().flat_map(|mesh| &mesh.protected);
+        overlays
+            .chain(protected.filter(|range| self.limits.refuses_range(range).is_none()).copied())
+    }
+
+    /// Returns the protected ranges that this host does not guard, each with what it covers.
+    pub(crate) fn refused_ranges(&self) -> impl Iterator<Item = (IpNet, Covered)> {
+        let protected = self.mesh().into_iter().flat_map(|mesh| &mesh.protected);
+        protected.filter_map(|range| Some((*range, self.limits.refuses_range(range)?)))
+    }
+
+    /// Returns the networks outside the overlay that the operator of this host refuses.
+    pub(crate) fn refused_networks(&self) -> impl Iterator<Item = IpNet> {
+        let overlays: Vec<IpNet> = self.mesh().into_iter().flat_map(MeshConfig::overlays).collect();
+        let is_outside = move |net: &&IpNet| !overlays.iter().any(|range| overlap(range, net));
+        self.limits.refused.iter().filter(is_outside).copied()
+    }
+
     /// Whether this node itself was removed from the mesh: then it has no tunnels to its nodes.
     pub(crate) fn is_removed(&self) -> bool {
         let own = self.membership.as_ref().map(|membership| membership.grant.node_id);
@@ -198,11 +254,26 @@ impl Roster {
     }
 
     pub(crate) fn withdrawn(&self) -> &BTreeSet<IpNet> {
-        &self.withdrawn.nets
+        self.withdrawn.nets()
     }
 
     pub(crate) fn withdrawn_lans(&self) -> &BTreeSet<IpNet> {
-        &self.withdrawn.lans
+        self.withdrawn.lans()
+    }
+
+    /// Returns the withdrawn networks of each node, the oldest first.
+    pub(crate) fn withdrawn_by_owner(&self) -> impl Iterator<Item = (NodeId, Vec<IpNet>)> {
+        self.withdrawn.by_owner()
+    }
+
+    /// Returns the node that held a withdrawn network last, if it is known.
+    pub(crate) fn last_holder(&self, net: &IpNet) -> Option<NodeId> {
+        self.withdrawn.owner(net)
+    }
+
+    /// Returns the name of a node.
+    pub(crate) fn name(&self, id: NodeId) -> Option<&NodeName> {
+        self.nodes.get(&id).map(|node| node.name())
     }
 
     /// Who holds what, as of the last [`Self::resolve`].
@@ -235,7 +306,11 @@ impl Roster {
             None => self.nodes.len() < limits::NODES,
             // Of equal age is also what differs only by the prefixes that the controller withholds:
             // the one that came last holds.
-            Some(known) => age(known) <= age(node) && **known != *node,
+            Some(known) => {
+                known.grant().identity_key == node.grant().identity_key
+                    && age(known) <= age(node)
+                    && **known != *node
+            }
         }
     }
 
@@ -251,6 +326,7 @@ impl Roster {
         if self.removed.insert(id) && is_own {
             fx.mark(Change::OwnRemoval);
         }
+        self.release_later(fx, id);
         self.nodes.remove(&id).map(|_| id)
     }
 
@@ -259,10 +335,11 @@ impl Roster {
     fn resolve_nodes(&mut self, fx: &mut Effects, nodes: &BTreeSet<NodeId>) -> bool {
         for id in nodes {
             let held = self.claims.of(*id).cloned();
+            let held = held.unwrap_or_default();
+            self.withdraw(fx, *id, &held);
             let alone = match (self.nodes.get(id), &self.membership) {
                 (Some(node), Some(membership)) => {
-                    self.withdrawn.add(&held.unwrap_or_default());
-                    self.claims.change(membership, node)
+                    self.claims.change(membership, &self.limits, node)
                 }
                 _ => self.claims.remove(*id),
             };
@@ -270,9 +347,12 @@ impl Roster {
             if !alone {
                 return false;
             }
-            for held in self.claims.of(*id).into_iter().flat_map(|claim| &claim.prefixes) {
-                self.withdrawn.remove(held);
+            let now = self.claims.of(*id).into_iter().flat_map(|claim| &claim.prefixes);
+            // Another node of a group may still hold what this one held.
+            for net in now.chain(held.prefixes.iter().filter(|net| self.claims.holds(**net))) {
+                self.withdrawn.remove(net);
             }
+            self.bound_withdrawn(fx, *id);
         }
         true
     }
@@ -280,15 +360,14 @@ impl Roster {
     fn resolve_all(&mut self, fx: &mut Effects, static_peers: &mut StaticPeers) {
         let claims = match &self.membership {
             Some(membership) => {
-                Claims::resolve(membership, &self.own_prefixes, self.nodes.values())
+                let nodes = self.nodes.values();
+                Claims::resolve(membership, &self.limits, &self.own_prefixes, nodes)
             }
             None => Claims::default(),
         };
         let before = std::mem::replace(&mut self.claims, claims);
         for (node, claim) in before.iter() {
-            if self.nodes.contains_key(&node.id()) {
-                self.withdrawn.add(claim);
-            }
+            self.withdraw(fx, node.id(), claim);
             if self.claims.of(node.id()) != Some(claim) {
                 fx.mark(Change::Routes(node.id()));
             }
@@ -307,6 +386,61 @@ impl Roster {
         }
         for held in static_peers.prefixes() {
             self.withdrawn.remove(held);
+        }
+        self.prune_withdrawn(fx);
+        for (owner, _) in self.withdrawn.by_owner().collect::<Vec<_>>() {
+            self.bound_withdrawn(fx, owner);
+        }
+    }
+
+    /// Keeps what a node held guarded. Ranges of the mesh are guarded anyway.
+    fn withdraw(&mut self, fx: &mut Effects, node: NodeId, held: &Claim) {
+        let ranges: Vec<IpNet> = self.guarded_ranges().collect();
+        for net in &held.prefixes {
+            if !ranges.iter().any(|range| range.contains(net)) {
+                self.withdrawn.add(*net, Some(node), held.lans.contains(net));
+            }
+        }
+        if self.removed.contains(&node) {
+            self.release_later(fx, node);
+        }
+    }
+
+    /// Bounds what is guarded for a node: what it holds outside the ranges of the mesh, and what it held
+    /// there last.
+    fn bound_withdrawn(&mut self, fx: &mut Effects, node: NodeId) {
+        let ranges: Vec<IpNet> = self.guarded_ranges().collect();
+        let is_outside = |net: &&IpNet| !ranges.iter().any(|range| range.contains(*net));
+        let held = self.claims.of(node).into_iter().flat_map(|claim| &claim.prefixes);
+        let room = limits::GUARDED_PREFIXES.saturating_sub(held.filter(is_outside).count());
+        let known = self.nodes.get(&node);
+        let pod_ranges = known.map_or(&[][..], |node| node.grant().pod_ranges.as_slice());
+        if self.withdrawn.bound(node, room, pod_ranges) {
+            // No change of a node tells the plan of it.
+            fx.mark(Change::Host);
+        }
+    }
+
+    /// Has what a removed node announced released after some time.
+    fn release_later(&mut self, fx: &mut Effects, node: NodeId) {
+        self.withdrawn.release_at(node, fx.now + RELEASE);
+        if let Some(at) = self.withdrawn.next_release() {
+            fx.timers.set(Timer::GuardRelease, at);
+        }
+    }
+
+    /// Releases withdrawn networks that this host would refuse now, and those in ranges that the mesh guards
+    /// anyway. One address may be a node's own, whose grant named it.
+    fn prune_withdrawn(&mut self, fx: &mut Effects) {
+        let Some(membership) = &self.membership else { return };
+        let (limits, grant) = (&self.limits, &membership.grant);
+        let ranges: Vec<IpNet> = self.guarded_ranges().collect();
+        let is_pruned = self.withdrawn.prune(|net, is_lan| {
+            let is_refused = !is_host(net) && limits.refuses(grant, net, is_lan).is_some();
+            is_refused || ranges.iter().any(|range| range.contains(net))
+        });
+        if is_pruned {
+            fx.mark(Change::Host);
         }
     }
 

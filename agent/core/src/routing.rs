@@ -14,6 +14,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use towline_types::id::NodeId;
 use towline_types::mtu::Mtu;
+use towline_types::node::Grant;
 use towline_types::ownership::overlap;
 
 use crate::changes::{Change, Scope};
@@ -181,7 +182,10 @@ impl Routing {
         changed: &Scope,
     ) -> Option<Arc<Plan>> {
         let patched = match (&self.plan, changed) {
-            (Some(plan), Scope::Nodes(nodes)) => self.patch(plan.clone(), input, nodes),
+            (Some(plan), Scope::Nodes(nodes)) => {
+                let nodes = self.with_sharers(input, nodes);
+                self.patch(plan.clone(), input, &nodes)
+            }
             _ => None,
         };
         let plan = patched.unwrap_or_else(|| self.build(input));
@@ -205,11 +209,13 @@ impl Routing {
         // addresses need no hole: the local table comes before ours.
         let holes: Vec<IpNet> =
             roster.own_prefixes().iter().filter(|net| !input.is_node_ip(net)).copied().collect();
+        let unguarded: Vec<IpNet> =
+            holes.iter().copied().chain(roster.refused_networks()).collect();
         let held = entries.iter().map(|entry| entry.net);
         let ever = input.guarded_by_mesh().chain(held).chain(roster.withdrawn().iter().copied());
         let ever: BTreeSet<IpNet> = ever.filter(|net| net.prefix_len() > 0).collect();
         let local = input.local_networks(&entries);
-        let guarded = without(local_networks::guarded(&ever, &local), &holes);
+        let guarded = without(local_networks::guarded(&ever, &local), &unguarded);
 
         let nowhere =
             guarded.iter().map(|net| ((*net, RouteVia::Unreachable), RoutePlan::default()));
@@ -250,6 +256,15 @@ impl Routing {
                 masquerade: settings.masquerade,
             },
         })
+    }
+
+    /// Adds the nodes that share a network with one of these: they may carry it from now on.
+    fn with_sharers(&self, input: &RoutingInput<'_>, nodes: &BTreeSet<NodeId>) -> BTreeSet<NodeId> {
+        let claims = input.roster.claims();
+        let before = nodes.iter().filter_map(|node| self.by_node.get(node)).flatten();
+        let now = nodes.iter().filter_map(|node| claims.of(*node));
+        let nets = before.map(|entry| &entry.net).chain(now.flat_map(|claim| &claim.prefixes));
+        nets.flat_map(|net| claims.holders(net)).chain(nodes.iter().copied()).collect()
     }
 
     /// Returns the plan with the changes of some nodes; `None`: it must be built again.
@@ -321,7 +336,9 @@ impl RoutingInput<'_> {
             return Vec::new();
         };
         let (mesh, grant) = (&ours.mesh, peer.node().grant());
-        let trusted_site = grant.site.is_some()
+        let allowed = self.roster.in_clear();
+        let trusted_site = allowed.trusted_sites
+            && grant.site.is_some()
             && grant.site == ours.grant.site
             && grant.site.as_ref().is_some_and(|site| mesh.trusted_sites.contains(site));
         let down = peer.state() == PeerState::Down;
@@ -331,8 +348,9 @@ impl RoutingInput<'_> {
         let entry = |net: &IpNet| {
             let overlay = grant.overlay.prefixes().any(|own| own == *net);
             let trusted = trusted_site && !overlay && is_host(net);
-            let in_clear =
-                !overlay && mesh.bypass_when_down.iter().any(|range| range.contains(net));
+            let in_clear = allowed.bypass_when_down
+                && !overlay
+                && mesh.bypass_when_down.iter().any(|range| range.contains(net));
             let native = trusted || (in_clear && down);
             let route = if native {
                 RoutePlan::default()
@@ -349,7 +367,26 @@ impl RoutingInput<'_> {
                 is_other_node_ip: !overlay && is_host(net),
             }
         };
-        claim.prefixes.iter().filter(|net| net.prefix_len() > 0).map(entry).collect()
+        let is_carried = |net: &&IpNet| net.prefix_len() > 0 && self.carries(grant, net);
+        claim.prefixes.iter().filter(is_carried).map(entry).collect()
+    }
+
+    /// Returns whether packets to a network that a node holds go to that node. Of several that share it, it
+    /// is one that is not down. Each node of the mesh chooses by its own id, so that all of them are used
+    /// alike. None of them carries it where we hold it too.
+    pub(crate) fn carries(&self, grant: &Grant, net: &IpNet) -> bool {
+        if grant.sharing(net).is_none() {
+            return true;
+        }
+        let claims = self.roster.claims();
+        if claims.is_ours(net) {
+            return false;
+        }
+        let is_down =
+            |id: NodeId| self.peers.get(id).is_none_or(|peer| peer.state() == PeerState::Down);
+        let own = self.roster.membership().map(|ours| ours.grant.node_id);
+        let rank = |id: &NodeId| (is_down(*id), weight(own, *id), *id);
+        claims.holders(net).min_by_key(rank) == Some(grant.node_id)
     }
 
     /// What a static peer gets is routed and guarded like what a node holds.
@@ -408,7 +445,7 @@ impl RoutingInput<'_> {
     }
 
     fn guarded_by_mesh(&self) -> impl Iterator<Item = IpNet> {
-        self.roster.membership().into_iter().flat_map(|ours| ours.mesh.guarded())
+        self.roster.guarded_ranges()
     }
 
     /// Returns the local networks that stay as they are, see [`local_networks`].
@@ -444,9 +481,21 @@ impl RoutingInput<'_> {
     }
 }
 
+/// Returns a number that depends on both ids, for rendezvous hashing.
+fn weight(own: Option<NodeId>, holder: NodeId) -> u64 {
+    let own = own.map_or([0; 16], |own| own.0);
+    // FNV-1a. No attacker gains by choosing an id: the controller draws it.
+    own.iter().chain(&holder.0).fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
+
 /// Guards one more network; `None` where it meets a hole.
 fn guard(plan: &mut Plan, input: &RoutingInput<'_>, net: IpNet) -> Option<()> {
-    if input.roster.own_prefixes().iter().any(|own| overlap(own, &net)) {
+    let is_unguarded = |hole: &IpNet| overlap(hole, &net);
+    if input.roster.own_prefixes().iter().any(is_unguarded)
+        || input.roster.refused_networks().any(|hole| is_unguarded(&hole))
+    {
         return None;
     }
     let guarded = &mut plan.firewall.guarded;

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use rand::Rng as _;
+use towline_types::frame::ProbeVersion;
 use towline_types::id::{PresharedKey, WireguardKey};
 use towline_types::mtu::Mtu;
 
@@ -155,6 +156,7 @@ impl StaticPeers {
             let entry = PeerEntry {
                 endpoint: peer.endpoint,
                 prefixes: peer.prefixes.clone(),
+                shared_sources: Vec::new(),
                 keepalive: peer.config.keepalive,
                 preshared_key: peer.config.preshared_key.clone(),
                 mtu,
@@ -162,6 +164,7 @@ impl StaticPeers {
                 is_single: false,
                 boot_epoch: 0,
                 is_static: true,
+                probe_version: ProbeVersion::default(),
             };
             (*key, entry)
         })

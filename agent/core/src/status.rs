@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use towline_types::codes;
-use towline_types::id::NodeName;
+use towline_types::id::{NodeId, NodeName};
 use towline_types::node::Node;
 
 use crate::conflict::Conflict;
@@ -69,6 +69,44 @@ pub struct PeerStatus {
     pub prefixes: Vec<IpNet>,
     /// Claims that it did not get.
     pub conflicts: Vec<Conflict>,
+}
+
+/// A network that this host guards, as the operator sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GuardedNetwork {
+    /// The network.
+    pub network: IpNet,
+    /// Reason why it is guarded.
+    pub reason: GuardReason,
+}
+
+/// Reason why a network is guarded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum GuardReason {
+    /// It is a range of the overlay.
+    Overlay,
+    /// It is a protected range of the mesh.
+    Protected,
+    /// A node holds it.
+    Announced(NodeName),
+    /// A static peer holds it.
+    StaticPeer,
+    /// A node held it last, and nobody holds it now.
+    Withdrawn {
+        /// Id of that node, if it is known.
+        owner: Option<NodeId>,
+        /// Name of that node, unless it was removed.
+        name: Option<NodeName>,
+    },
+}
+
+/// This node's relay as the operator sees it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RelayStatus {
+    /// Number of registered nodes.
+    pub nodes: usize,
+    /// Number of open channels.
+    pub channels: usize,
 }
 
 /// A path to a peer that was tried or can be tried, as the operator sees it.

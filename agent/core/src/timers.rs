@@ -23,8 +23,12 @@ pub(crate) enum Timer {
     StunClient,
     /// The next registration with a relay.
     HomeRelays,
+    /// The next report of the channels of our relay that were used.
+    RelayServer,
     /// The next look at whether the second port is to be used.
     SecondPort,
+    /// The release of what a removed node announced.
+    GuardRelease,
     /// The end of an operator's ping; the number is the caller's.
     OperatorPing(u64),
 }
@@ -38,7 +42,9 @@ impl Timer {
             Self::Mtu(_) => "mtu",
             Self::StunClient => "reflex",
             Self::HomeRelays => "homes",
+            Self::RelayServer => "relay",
             Self::SecondPort => "second-port",
+            Self::GuardRelease => "guard-release",
             Self::OperatorPing(_) => "operator-ping",
         }
     }

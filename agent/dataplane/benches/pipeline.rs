@@ -29,7 +29,8 @@ use towline_dataplane::drops::Drops;
 use towline_dataplane::switch::Switch;
 use towline_dataplane::udp::TooBig;
 use towline_dataplane::vnet::VnetHeader;
-use towline_dataplane::{Config, DataPlane, Event, Ready, Relay, TunIo, UdpIo};
+use towline_dataplane::{Config, DataPlane, Event, Probes, Ready, TunIo, UdpIo};
+use towline_types::frame::ProbeVersion;
 use towline_types::mtu::Mtu;
 use x25519_dalek::StaticSecret;
 
@@ -168,7 +169,8 @@ impl End {
         let wire = Wire { own: own.clone(), other: other.clone(), from: address(3 - number) };
         let (sender, events) = tokio::sync::mpsc::channel(256);
         let private_key = StaticSecret::from([number; 32]);
-        let config = Config { private_key, relay: Relay::default(), link: None, copy_dscp: false };
+        let probes = Probes::new(private_key.clone(), 1);
+        let config = Config { private_key, probes, link: None, copy_dscp: false };
         let plane = DataPlane::start(config, [(link, wire)], sender).expect("a data plane");
         Self { plane, host, events, address: address(number) }
     }
@@ -182,10 +184,12 @@ impl End {
             fragment: false,
             is_single: false,
             prefixes: vec![ipnet::IpNet::from(IpAddr::from(theirs))],
+            shared_sources: Vec::new(),
             keepalive: None,
             preshared_key: None,
             boot_epoch: 0,
             is_static: false,
+            probe_version: ProbeVersion::OWN,
         };
         let peers = BTreeMap::from([(peer.plane.public_key(), entry)]);
         let own = OwnNetworks::new([IpAddr::from(own)], [], []);

@@ -65,8 +65,20 @@ reasons! {
     UnknownKind = "unknown_kind",
     /// Datagram from the network with the type of a WireGuard message and an impossible length.
     Malformed = "malformed",
-    /// Initiation, probe or STUN response beyond the rate of its source address.
+    /// Initiation or STUN response beyond the rate of its source address.
     SourceLimited = "source_limited",
+    /// Probe of no known version, or of no pair of this node and a peer in that version.
+    ProbeUnknown = "probe_unknown",
+    /// Probe that does not decrypt, or whose content is invalid.
+    ProbeNotAuthentic = "probe_not_authentic",
+    /// Probe that may be a replay: it was seen before, or its sender has not proven that it is of the
+    /// current start. It is answered by a challenge.
+    ProbeStale = "probe_stale",
+    /// Request to the relay from an address at which its sender has not proven to receive. It is
+    /// answered by a challenge.
+    ProbeUnvalidated = "probe_unvalidated",
+    /// Probe beyond the rate of its peer.
+    ProbeLimited = "probe_limited",
     /// Datagram from the network that arrived through the TUN link, where no outer datagram may
     /// come from.
     TunnelInTunnel = "tunnel_in_tunnel",
@@ -76,6 +88,8 @@ reasons! {
     ReflectorRefused = "reflector_refused",
     /// Datagram on a relay channel whose sender is neither of its two ends.
     RelayStranger = "relay_stranger",
+    /// Datagram on a relay channel whose receiver has not proven its address yet.
+    RelayUnproven = "relay_unproven",
     /// Datagram on a relay channel whose sender exceeds its rate.
     RelayLimited = "relay_limited",
     /// Initiation under load that was answered with a cookie.
@@ -111,7 +125,7 @@ reasons! {
     TunRefused = "tun_refused",
     /// Packet from the TUN that the kernel could not deliver.
     TunUnreadable = "tun_unreadable",
-    /// Probe or STUN message that was not reported because the channel of events was full.
+    /// Message of a probe, or STUN message, that was not reported because the channel of events was full.
     EventsFull = "events_full",
     /// Command, such as a probe to send, that was dropped because the worker's queue was full.
     OrdersFull = "orders_full",

@@ -3,7 +3,7 @@
 //! | report | transport | when the receiver is slow |
 //! |---|---|---|
 //! | observations of a peer | the channel | they wait here; the last per peer and kind is kept |
-//! | probes and STUN messages | the channel | they are dropped and counted |
+//! | messages of probes, and STUN messages | the channel | they are dropped and counted |
 //! | a fault | a state ([`FaultState`]) | it stays until it is read |
 //!
 //! The channel is bounded. A worker never blocks on it.
@@ -18,6 +18,7 @@ use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::watch;
 use towline_core::path::Path;
 use towline_core::peer_table::Observation;
+use towline_types::frame::Probe;
 use towline_types::id::WireguardKey;
 
 use super::drops::{DropReason, Drops};
@@ -32,12 +33,15 @@ pub enum Event {
         /// The observation.
         what: Observation,
     },
-    /// A datagram that looks like a probe (see `towline_types::frame`). Not authenticated.
+    /// An authentic, fresh message of a peer (see `towline_types::frame`). Pings and challenges are
+    /// answered already.
     Probe {
+        /// Public key of the peer.
+        peer: WireguardKey,
         /// Path that the datagram came by.
         from: Path,
-        /// The whole datagram.
-        datagram: Box<[u8]>,
+        /// The message.
+        message: Probe,
     },
     /// A datagram that looks like STUN. Not authenticated.
     Stun {
@@ -135,12 +139,17 @@ impl EventSink {
                     kept.push((peer, what));
                 }
                 Entry::Occupied(place) => {
-                    if let Observation::Active { sent: was_sent, received: was_received } = what
-                        && let Some((_, Observation::Active { sent, received })) =
+                    if let Observation::Active {
+                        sent: was_sent,
+                        received: was_received,
+                        by_endpoint: was_by_endpoint,
+                    } = what
+                        && let Some((_, Observation::Active { sent, received, by_endpoint })) =
                             kept.get_mut(*place.get())
                     {
                         *sent |= was_sent;
                         *received |= was_received;
+                        *by_endpoint |= was_by_endpoint;
                     }
                 }
             }
@@ -195,7 +204,8 @@ mod tests {
         for round in 0..20 {
             for peer in 0..PEERS {
                 sink.observe(key(peer), Observation::Handshake { from: from(round) });
-                sink.observe(key(peer), Observation::Active { sent: round == 0, received: false });
+                let (sent, received, by_endpoint) = (round == 0, false, false);
+                sink.observe(key(peer), Observation::Active { sent, received, by_endpoint });
                 sink.observe(key(peer), Observation::Roamed { from: from(1_000 + round) });
                 if peer % 2 == 0 {
                     sink.observe(key(peer), Observation::SessionExpired);

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use arc_swap::ArcSwap;
 use tokio::sync::mpsc::{Receiver, channel};
+use towline_core::forwarding::ForwardingTable;
 use towline_core::path::Path;
 use towline_core::peer_table::PeerTable;
 use towline_types::id::WireguardKey;
@@ -16,10 +17,12 @@ use super::coalesce::Coalesce;
 use super::drops::{DropReason, Drops};
 use super::events::{Event, EventSink};
 use super::pipeline::Pipeline;
-use super::relay::Relay;
+use super::probes::Probes;
 use super::table::Table;
 use super::udp::UdpIo;
 use towline_wireguard::Secrets;
+
+pub use super::forwarding::{Forward, Forwarding};
 
 /// Largest number of events that are kept until they are drained.
 const EVENTS: usize = 4096;
@@ -28,7 +31,9 @@ const EVENTS: usize = 4096;
 #[derive(Debug)]
 pub struct PacketPath {
     secrets: Arc<Secrets>,
+    probes: Probes,
     table: Arc<ArcSwap<Table>>,
+    forwarding: Arc<ArcSwap<Forwarding>>,
     drops: Arc<Drops>,
     events: Receiver<Event>,
     pipeline: Pipeline,
@@ -36,15 +41,25 @@ pub struct PacketPath {
 
 impl PacketPath {
     /// Creates a packet path without peers.
-    pub fn new(private_key: StaticSecret, relay: Relay, link: Option<u32>, now: Instant) -> Self {
+    pub fn new(private_key: StaticSecret, link: Option<u32>, now: Instant) -> Self {
+        let probes = Probes::new(private_key.clone(), 1);
         let secrets = Arc::new(Secrets::new(private_key));
         let table = Arc::new(ArcSwap::from_pointee(Table::default()));
+        let forwarding = Arc::new(ArcSwap::from_pointee(Forwarding::default()));
         let drops = Arc::new(Drops::default());
         let (sender, events) = channel(EVENTS);
         let sink = EventSink::new(sender, drops.clone());
-        let pipeline =
-            Pipeline::new(secrets.clone(), table.clone(), drops.clone(), sink, relay, link, now);
-        Self { secrets, table, drops, events, pipeline }
+        let pipeline = Pipeline::new(
+            secrets.clone(),
+            probes.clone(),
+            table.clone(),
+            drops.clone(),
+            sink,
+            forwarding.clone(),
+            link,
+            now,
+        );
+        Self { secrets, probes, table, forwarding, drops, events, pipeline }
     }
 
     /// Returns the node's own public key.
@@ -54,7 +69,13 @@ impl PacketPath {
 
     /// Replaces the peer table.
     pub fn apply(&self, table: &PeerTable) {
+        self.probes.apply(table);
         self.table.store(Arc::new(self.table.load().next(table, &self.secrets)));
+    }
+
+    /// Replaces the forwarding table.
+    pub fn apply_forwarding(&self, table: &ForwardingTable) {
+        self.forwarding.store(Arc::new(self.forwarding.load().next(table)));
     }
 
     /// Sets the MTU in bytes. No inner packet is padded beyond it.

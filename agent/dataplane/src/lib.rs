@@ -11,6 +11,7 @@
 //! - [`DataPlane::apply`] replaces the whole table at once: one packet uses one table from lookup
 //!   to send. Peers that stay in the table keep their sessions, even when their pre-shared key or
 //!   boot epoch changes.
+//! - [`DataPlane::apply_forwarding`] replaces the channels that this node relays, at once too.
 //! - Batches of packets cross the two I/O traits ([`TunIo`], [`UdpIo`]), never single packets. The
 //!   order within a flow is kept.
 //! - A fault is a state ([`DataPlane::faults`]) that cannot be lost. Every worker counts its loop
@@ -18,7 +19,8 @@
 //! - Every dropped packet is counted under one [`DropReason`]. A datagram from outside never causes
 //!   a panic or a log line of this crate (the WireGuard engine's boringtun logs some).
 //! - Each datagram is classified by its first bytes (`towline_types::frame`): WireGuard messages
-//!   are handled here, probes and STUN messages are passed on as [`Event`]s.
+//!   are handled here. Probes are opened and, if they are pings, challenges or replays, answered
+//!   here; their messages and STUN messages are passed on as [`Event`]s.
 //!
 //! # Files
 //!
@@ -34,7 +36,8 @@
 //! | `tun`, `udp`, `memory` | the I/O traits and their implementations |
 //! | `steering` | which queue of the TUN receives a packet |
 //! | `switch` | which offloads of the kernel are in use |
-//! | `relay` | the forwarding table for relayed channels |
+//! | `probes` | keys of the pairs; which probes are delivered and which answered |
+//! | `forwarding` | lookup of relayed channels |
 //! | `events`, `drops`, `counters` | what is reported and counted |
 //! | `internals` | the packet path without its thread, for fuzzing |
 
@@ -47,12 +50,13 @@ mod counters;
 mod defects;
 pub mod drops;
 mod events;
+mod forwarding;
 pub mod headers;
 #[doc(hidden)]
 pub mod internals;
 pub mod memory;
 mod pipeline;
-pub mod relay;
+mod probes;
 pub mod split;
 mod steering;
 pub mod switch;
@@ -78,7 +82,8 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::Sender;
 use tokio::sync::watch;
-use towline_core::path::Path;
+use towline_core::forwarding::ForwardingTable;
+use towline_core::path::{ChannelId, Path};
 use towline_core::peer_table::PeerTable;
 use towline_types::id::WireguardKey;
 use towline_wireguard::Secrets;
@@ -86,7 +91,7 @@ use x25519_dalek::StaticSecret;
 
 pub use drops::{DropReason, ForeignSource};
 pub use events::{Event, Fault};
-pub use relay::Relay;
+pub use probes::Probes;
 pub use switch::{Feature, OffReason};
 pub use tun::{
     HostTunnels, NoTun, OpenTunError, Tun, TunIo, open_tun, open_tun_queues, open_tun_with, own_tun,
@@ -95,6 +100,7 @@ pub use udp::{OpenUdpError, Ready, Udp, UdpIo, open_udp, open_udp_group, open_ud
 
 use drops::Drops;
 use events::{EventSink, FaultState};
+use forwarding::Forwarding;
 use pipeline::Pipeline;
 use switch::Switch;
 use table::Table;
@@ -104,9 +110,9 @@ use worker::{Command, Inbox, Worker, WorkerShared};
 pub struct Config {
     /// The node's WireGuard key.
     pub private_key: StaticSecret,
-    /// Forwarding table and limits for datagrams of other nodes. The daemon holds a clone and
-    /// changes the table through it.
-    pub relay: Relay,
+    /// Keys and sessions of probes, which outlive this data plane. The daemon holds a clone and seals
+    /// with it.
+    pub probes: Probes,
     /// Index of the TUN link, from which no outer datagram may come. `None` if there is no link.
     pub link: Option<u32>,
     /// True if outer packets get the DSCP of the inner ones. Their ECN field follows RFC 6040 either
@@ -218,8 +224,12 @@ pub struct DataPlane(Arc<Running>);
 struct Running {
     /// Keys of the node, shared by all tunnels.
     secrets: Arc<Secrets>,
+    /// Keys and sessions of probes.
+    probes: Probes,
     /// Current peer table. Workers load it once per batch.
     table: Arc<ArcSwap<Table>>,
+    /// Channels that this node relays. Workers load the table once per run of relayed datagrams.
+    forwarding: Arc<ArcSwap<Forwarding>>,
     /// Lock that is held while the next table is built, so that updates are applied one after
     /// another.
     building: Mutex<()>,
@@ -292,7 +302,9 @@ impl DataPlane {
         let (alive, ended) = mpsc::channel();
         let mut running = Running {
             secrets: Arc::new(Secrets::new(config.private_key)),
+            probes: config.probes.clone(),
             table: Arc::new(ArcSwap::from_pointee(Table::default())),
+            forwarding: Arc::new(ArcSwap::from_pointee(Forwarding::default())),
             building: Mutex::new(()),
             building_drops: Drops::default(),
             inboxes: Vec::new(),
@@ -314,10 +326,11 @@ impl DataPlane {
             }
             let mut pipeline = Pipeline::new(
                 running.secrets.clone(),
+                config.probes.clone(),
                 running.table.clone(),
                 drops.clone(),
                 EventSink::new(events.clone(), drops.clone()),
-                config.relay.clone(),
+                running.forwarding.clone(),
                 config.link,
                 started,
             );
@@ -355,6 +368,7 @@ impl DataPlane {
     /// Replaces the peer table. Peers that stay in it keep their sessions.
     pub fn apply(&self, table: &PeerTable) {
         let _building = self.0.building.lock();
+        self.0.probes.apply(table);
         let before = self.0.table.load_full();
         self.0.table.store(Arc::new(before.next(table, &self.0.secrets)));
         for peer in before.peers.iter().filter(|peer| !table.peers.contains_key(&peer.key)) {
@@ -362,6 +376,23 @@ impl DataPlane {
             self.0.building_drops.add(DropReason::QueueExpired, lost as u64);
         }
         self.0.inboxes.iter().for_each(|inbox| inbox.wake());
+    }
+
+    /// Replaces the forwarding table. Until the first one, this node relays nothing.
+    pub fn apply_forwarding(&self, table: &ForwardingTable) {
+        let _building = self.0.building.lock();
+        let next = self.0.forwarding.load().next(table);
+        self.0.forwarding.store(Arc::new(next));
+    }
+
+    /// Returns the relayed channels on which something was forwarded since the last call.
+    pub fn take_used_channels(&self) -> Vec<ChannelId> {
+        self.0.forwarding.load().take_used()
+    }
+
+    /// Returns the number of bytes forwarded between other nodes since the start.
+    pub fn forwarded_bytes(&self) -> u64 {
+        self.0.forwarding.load().bytes()
     }
 
     /// Starts a handshake: sends one initiation, with the same bytes, on each path of `to`. It is

@@ -22,10 +22,11 @@ use super::arena::{
 use super::coalesce::{Coalesce, Coalescer};
 use super::drops::{DropReason, Drops};
 use super::events::{Event, EventSink};
+use super::forwarding::{Forward, Forwarding};
 use super::headers::{
     IpHeader, ecn, is_congested, mark_congestion, outer_traffic_class, traffic_class,
 };
-use super::relay::{Forward, Relay};
+use super::probes::{Probes, Received};
 use super::split::Split;
 use super::table::{Peer, Slot, Table};
 use super::tunnel::TunnelContext;
@@ -34,8 +35,12 @@ use towline_wireguard::{Admission, DATA_HEADER, HANDSHAKE_BYTES, MessageKind, Se
 
 /// Rate and burst of handshakes from one source address. Many nodes may share one address.
 const HANDSHAKES: Rate = Rate::per_second(64, 128);
-/// Rate and burst of probes and STUN responses from one source address.
-const PROBES: Rate = Rate::per_second(256, 512);
+/// Rate and burst of STUN responses from one source address.
+const STUN_RESPONSES: Rate = Rate::per_second(256, 512);
+/// Rate and burst of challenges and proofs that are sent to one address. Replays elicit them, so this
+/// bounds what an address gets that somebody forges. Hundreds of nodes behind one address need a
+/// challenge each after this node started.
+const CHALLENGES: Rate = Rate::per_second(512, 1024);
 /// Rate and burst of STUN requests from one source address. Each node behind a NAT sends a few, and
 /// again when its address changes.
 const REFLECTIONS: Rate = Rate::per_second(32, 128);
@@ -55,9 +60,13 @@ pub(super) struct Pipeline {
     handshakes: SourceLimiter,
     /// Limiter of initiations beyond `handshakes` that proved their address.
     proven_handshakes: SourceLimiter,
-    probes: SourceLimiter,
+    probes: Probes,
+    /// Buffer in which a probe is decrypted. Kept between calls for its capacity.
+    probe_buffer: Vec<u8>,
+    stun_responses: SourceLimiter,
+    challenges: SourceLimiter,
     reflections: SourceLimiter,
-    relay: Relay,
+    forwarding: Arc<ArcSwap<Forwarding>>,
     /// GSO batches in the receive buffer that are forwarded to another node.
     forwards: Vec<GsoBatch>,
     /// Index of the TUN link, from which no outer datagram may come. `None` if there is no link.
@@ -88,12 +97,14 @@ pub(super) struct Coalesced {
 }
 
 impl Pipeline {
+    #[expect(clippy::too_many_arguments, reason = "what the workers of a data plane share")]
     pub(super) fn new(
         secrets: Arc<Secrets>,
+        probes: Probes,
         table: Arc<ArcSwap<Table>>,
         drops: Arc<Drops>,
         events: EventSink,
-        relay: Relay,
+        forwarding: Arc<ArcSwap<Forwarding>>,
         link: Option<u32>,
         started: Instant,
     ) -> Self {
@@ -105,9 +116,12 @@ impl Pipeline {
             started,
             handshakes: SourceLimiter::new(HANDSHAKES),
             proven_handshakes: SourceLimiter::new(HANDSHAKES),
-            probes: SourceLimiter::new(PROBES),
+            probes,
+            probe_buffer: Vec::new(),
+            stun_responses: SourceLimiter::new(STUN_RESPONSES),
+            challenges: SourceLimiter::new(CHALLENGES),
             reflections: SourceLimiter::new(REFLECTIONS),
-            relay,
+            forwarding,
             forwards: Vec::with_capacity(RECEIVE_SLOTS * super::arena::GSO_MAX_SEGMENTS),
             link,
             mtu: usize::MAX,
@@ -315,7 +329,7 @@ impl Pipeline {
         let run = datagrams.one_send().min(datagrams.count());
         let datagrams = datagrams.take(run);
         let (start, len, segments) = (datagrams.start(), datagrams.bytes().len(), run.get());
-        match self.relay.forward(now, from, channel, len) {
+        match self.forwarding.load().forward(now, from, channel, len) {
             Forward::To(to) => {
                 let segment_size = datagrams.segment_size();
                 // What the path to this relay marked reaches the receiver.
@@ -350,6 +364,7 @@ impl Pipeline {
             (DatagramKind::WireGuard, Some(kind)) => {
                 self.handshake(now, table, from, kind, first, out);
             }
+            (DatagramKind::Probe, _) => self.probe(now, table, from, first, out),
             (kind, _) => self.other(now, from, kind, first, out),
         }
         NonZeroUsize::MIN
@@ -404,7 +419,7 @@ impl Pipeline {
                 _ => table.route(inner.source),
             };
             last = Some((inner.source, owner));
-            if owner != Some(slot) {
+            if owner != Some(slot) && !table.is_shared_source(slot, inner.source) {
                 self.drops.count(DropReason::WrongSource);
                 continue;
             }
@@ -485,6 +500,36 @@ impl Pipeline {
         }
     }
 
+    /// Handles a probe: opens it, answers it where that needs no decision of the mesh, and reports its
+    /// message.
+    fn probe(
+        &mut self,
+        now: Instant,
+        table: &Table,
+        from: Path,
+        datagram: &[u8],
+        out: &mut SendBatch,
+    ) {
+        let endpoint = |peer: &WireguardKey| table.by_key(peer)?.endpoint();
+        let received = self.probes.receive(now, from, datagram, &mut self.probe_buffer, endpoint);
+        let Received { peer, mut message, answer } = match received {
+            Ok(received) => received,
+            Err(reason) => return self.drops.count(reason),
+        };
+        if let Some(answer) = answer {
+            if answer.is_to_anybody && !self.challenges.admit(from.remote.ip(), now) {
+                // Without the proof the mesh has nothing to send again.
+                message = message.and(Err(DropReason::ProbeLimited));
+            } else if !out.push(from, &answer.datagram) {
+                message = message.and(Err(DropReason::SendBufferFull));
+            }
+        }
+        match message {
+            Ok(message) => self.events.datagram(|| Event::Probe { peer, from, message }),
+            Err(reason) => self.drops.count(reason),
+        }
+    }
+
     fn other(
         &mut self,
         now: Instant,
@@ -513,20 +558,17 @@ impl Pipeline {
                     }
                 }
             }
-            DatagramKind::Probe | DatagramKind::Stun
-                if !self.probes.admit(from.remote.ip(), now) =>
-            {
+            DatagramKind::Stun if !self.stun_responses.admit(from.remote.ip(), now) => {
                 DropReason::SourceLimited
-            }
-            DatagramKind::Probe => {
-                return self.events.datagram(|| Event::Probe { from, datagram: datagram.into() });
             }
             DatagramKind::Stun => {
                 return self.events.datagram(|| Event::Stun { from, datagram: datagram.into() });
             }
             DatagramKind::WireGuard => DropReason::Malformed,
             // No node sends a relayed datagram inside a relayed datagram.
-            DatagramKind::Relayed | DatagramKind::Unknown => DropReason::UnknownKind,
+            DatagramKind::Probe | DatagramKind::Relayed | DatagramKind::Unknown => {
+                DropReason::UnknownKind
+            }
         };
         self.drops.count(reason);
     }
@@ -586,6 +628,7 @@ impl Pipeline {
             events: &mut self.events,
             drops: &self.drops,
             counters: &peer.counters,
+            is_static: peer.entry.is_static,
         }
     }
 }

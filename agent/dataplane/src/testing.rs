@@ -199,7 +199,8 @@ impl Side {
         call: impl FnOnce(&mut Tunnel, &mut TunnelContext<'_>) -> R,
     ) -> R {
         let Self { tunnel, out, events, drops, counters, started, .. } = self;
-        call(tunnel, &mut TunnelContext { now, started: *started, out, events, drops, counters })
+        let (started, is_static) = (*started, false);
+        call(tunnel, &mut TunnelContext { now, started, out, events, drops, counters, is_static })
     }
 
     /// Returns the datagrams sent since the last call.

@@ -61,6 +61,9 @@ pub(super) struct TunnelContext<'a> {
     pub(super) events: &'a mut EventSink,
     pub(super) drops: &'a Drops,
     pub(super) counters: &'a PeerCounters,
+    /// True for a peer of the configuration, which is followed as WireGuard does: to wherever its last
+    /// authentic datagram came from.
+    pub(super) is_static: bool,
 }
 
 /// Tunnel with one peer. Owns its sessions and the packets that wait for one.
@@ -78,8 +81,9 @@ pub(super) struct Tunnel {
     retired: Option<(Box<Session>, u32)>,
     /// Handshake that this node started. Cleared when it is answered or given up.
     initiation: Option<Initiation>,
-    /// Receiver index of a session that the peer initiated and has not used yet.
-    unconfirmed: Option<u32>,
+    /// Receiver index of a session that the peer initiated and has not used yet, and the path on which
+    /// its initiation was answered.
+    unconfirmed: Option<(u32, Path)>,
     /// Time when the current session was established, and whether this node initiated it.
     established: Option<(Instant, bool)>,
     /// Time when a datagram was last sent to the peer.
@@ -89,7 +93,7 @@ pub(super) struct Tunnel {
     /// True once [`Observation::Wanted`] was reported. Cleared when a session is established or
     /// expires.
     wanted_reported: bool,
-    /// Path that the last authentic handshake came by, used while the core knows no endpoint.
+    /// Path over which the last handshake was completed, used while the core knows no endpoint.
     adopted: Option<Path>,
     /// Path of the last reported [`Observation::Roamed`], so that it is reported once.
     roamed_reported: Option<Path>,
@@ -108,6 +112,8 @@ pub(super) struct Tunnel {
 struct InnerTraffic {
     sent: bool,
     received: bool,
+    /// True if packets came by the endpoint.
+    by_endpoint: bool,
     reported: Option<Instant>,
 }
 
@@ -122,9 +128,9 @@ impl InnerTraffic {
             return None;
         }
         self.reported = Some(now);
-        let (sent, received) = (self.sent, self.received);
-        (self.sent, self.received) = (false, false);
-        Some(Observation::Active { sent, received })
+        let (sent, received, by_endpoint) = (self.sent, self.received, self.by_endpoint);
+        (self.sent, self.received, self.by_endpoint) = (false, false, false);
+        Some(Observation::Active { sent, received, by_endpoint })
     }
 }
 
@@ -137,6 +143,15 @@ struct Initiation {
     jitter: Duration,
     /// Paths that the initiation is sent on.
     to: Vec<Path>,
+    /// Paths of the initiation that this one replaced, which may still be answered.
+    before: Vec<Path>,
+}
+
+impl Initiation {
+    /// Returns whether an answer that came by `from` came from where an initiation went.
+    fn is_answered_by(&self, from: &Path) -> bool {
+        self.to.iter().chain(&self.before).any(|to| to.is(from))
+    }
 }
 
 impl Tunnel {
@@ -304,13 +319,18 @@ impl Tunnel {
         context.counters.received(authentic);
         if packets {
             self.inner_traffic.received = true;
+            let by_endpoint = self.endpoint(known).is_some_and(|endpoint| endpoint.is(&from));
+            self.inner_traffic.by_endpoint |= by_endpoint;
             if let Some(what) = self.inner_traffic.take_report(context.now) {
                 context.events.observe(self.peer, what);
             }
         }
-        if self.unconfirmed == Some(receiver) {
-            self.unconfirmed = None;
-            self.completed(from, false, context);
+        if let Some((_, answered)) = self.unconfirmed.take_if(|(index, _)| *index == receiver) {
+            // The peer received the response there. Its own datagram may have been redirected.
+            if known.is_none() {
+                self.adopted = Some(answered);
+            }
+            self.completed(answered, false, context);
         }
         self.seen(from, known, context);
         corrupted
@@ -334,26 +354,28 @@ impl Tunnel {
         match self.active().handshake(message, &mut reply) {
             Answered::Response { len, receiver } => {
                 context.counters.received(message.len());
-                self.unconfirmed = Some(receiver);
+                self.unconfirmed = Some((receiver, from));
                 self.live_for(context.now, SESSION_GONE);
                 self.send(&reply[..len], from, context);
-                if known.is_none() {
-                    self.adopted = Some(from);
-                    self.report_roamed(from, context);
-                }
                 self.seen(from, known, context);
             }
             Answered::Established { len } => {
                 context.counters.received(message.len());
-                self.initiation = None;
+                let begun = self.initiation.take();
+                let is_proven = begun.is_some_and(|begun| begun.is_answered_by(&from));
                 self.live_for(context.now, SESSION_GONE);
                 // The peer can use the session only after this datagram, so it takes the path that
                 // just worked.
                 self.send(&reply[..len], from, context);
-                if known.is_none() {
-                    self.adopted = Some(from);
+                if is_proven || context.is_static {
+                    if known.is_none() {
+                        self.adopted = Some(from);
+                    }
+                    self.completed(from, true, context);
+                } else {
+                    // Nothing was sent to this address before: the core validates it.
+                    self.established = Some((context.now, true));
                 }
-                self.completed(from, true, context);
                 self.seen(from, known, context);
             }
             Answered::Cookie => {}
@@ -512,7 +534,8 @@ impl Tunnel {
             self.send(message, *address, context);
         }
         let jitter = Duration::from_millis(super::random() % RETRY_JITTER_MS);
-        self.initiation = Some(Initiation { sent: context.now, jitter, to });
+        let before = self.initiation.take().map_or_else(Vec::new, |before| before.to);
+        self.initiation = Some(Initiation { sent: context.now, jitter, to, before });
         self.live_for(context.now, ATTEMPT_GONE);
     }
 
@@ -690,6 +713,55 @@ mod tests {
         let [a, b] = &mut sides;
         assert_eq!(a.observations(), [Observation::Handshake { from: b.address }]);
         assert_eq!(b.observations(), [Observation::Handshake { from: a.address }]);
+    }
+
+    #[test]
+    fn an_answer_from_where_nothing_was_sent_completes_no_handshake() {
+        let [mut a, mut b] = pair();
+        let (now, home) = (a.started, b.address);
+        let elsewhere = Path::direct(([192, 0, 2, 99], 1).into());
+        a.with(now, |tunnel, context| tunnel.enqueue(&[0x45; 32], context));
+        a.with(now, |tunnel, context| tunnel.initiate(vec![home], context));
+        let initiation = a.sent();
+        take_all(&mut b, now, a.address, &initiation);
+        for response in b.sent() {
+            a.take(now, elsewhere, home, &response);
+        }
+        let roamed = Observation::Roamed { from: elsewhere };
+        assert_eq!(a.observations(), [Observation::Wanted, roamed]);
+        assert_eq!(a.tunnel.waiting(), 1, "no packet goes there");
+    }
+
+    #[test]
+    fn an_answer_to_the_initiation_before_the_last_completes_the_handshake() {
+        let [mut a, mut b] = pair();
+        let (now, home) = (a.started, b.address);
+        let elsewhere = Path::direct(([192, 0, 2, 99], 1).into());
+        a.with(now, |tunnel, context| tunnel.initiate(vec![home], context));
+        let initiation = a.sent();
+        take_all(&mut b, now, a.address, &initiation);
+        let response = b.sent();
+        a.with(now, |tunnel, context| tunnel.initiate(vec![elsewhere], context));
+        take_all(&mut a, now, home, &response);
+        assert!(a.observations().contains(&Observation::Handshake { from: home }));
+    }
+
+    #[test]
+    fn a_handshake_is_reported_for_the_path_on_which_it_was_answered() {
+        let [mut a, mut b] = pair();
+        let (now, home) = (a.started, a.address);
+        let elsewhere = Path::direct(([192, 0, 2, 99], 1).into());
+        let to = vec![b.address];
+        a.with(now, |tunnel, context| tunnel.initiate(to, context));
+        let initiation = a.sent();
+        take_all(&mut b, now, home, &initiation);
+        let response = b.sent();
+        take_all(&mut a, now, b.address, &response);
+        for confirmation in a.sent() {
+            b.take(now, elsewhere, home, &confirmation);
+        }
+        let handshake = Observation::Handshake { from: home };
+        assert_eq!(b.observations(), [handshake, Observation::Roamed { from: elsewhere }]);
     }
 
     #[test]

@@ -150,6 +150,17 @@ Examples:
   # what towline-guard.service runs
   towline guard --watch";
 
+pub(super) const GUARD_LIST: &str = "\
+Examples:
+  # which networks are reached through the tunnel or not at all, and why?
+  towline guard list
+  towline guard list -o json";
+
+pub(super) const GUARD_RELEASE: &str = "\
+Examples:
+  # a node announced a network by mistake, and does no more
+  towline guard release 172.20.0.0/16";
+
 pub(super) const NODE_IP: &str = "\
 Examples:
   # the address for the kubelet's --node-ip

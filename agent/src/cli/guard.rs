@@ -4,22 +4,47 @@ use std::env::VarError;
 use std::net::IpAddr;
 
 use anyhow::{Context as _, bail};
-use clap::Args;
+use clap::{Args, Subcommand};
+use ipnet::IpNet;
 use serde::Serialize;
+use towline_proto::pb;
 use towline_service::log::LogArgs;
 use towline_service::output::{self, Format};
 
+use super::examples;
+use super::local::{status_error, with_agent};
 use crate::config::{Addressing, Config};
 use crate::guard::{self, Guarded};
 use crate::node_ip;
 
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(super) struct GuardArgs {
+    #[command(subcommand)]
+    command: Option<GuardCommand>,
     /// Keep running, and restore what other programs remove while no agent runs
     #[arg(long)]
     watch: bool,
     #[command(flatten)]
     log: LogArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum GuardCommand {
+    /// List the networks that are guarded, each with the reason
+    #[command(after_help = examples::GUARD_LIST)]
+    List {
+        /// Output format
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Format,
+    },
+    /// Stop guarding a network that a node announced last and nobody holds now
+    #[command(after_help = examples::GUARD_RELEASE)]
+    Release {
+        /// Network that `towline guard list` shows as withdrawn
+        #[arg(value_name = "CIDR")]
+        network: IpNet,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -54,6 +79,11 @@ struct NodeIp {
 }
 
 pub(super) fn guard(config: &Config, args: &GuardArgs) -> anyhow::Result<()> {
+    match &args.command {
+        None => {}
+        Some(GuardCommand::List { output }) => return list(config, *output),
+        Some(GuardCommand::Release { network }) => return release(config, *network),
+    }
     args.log.init(config.log, "info")?;
     if args.watch {
         return guard::watch(config);
@@ -63,6 +93,31 @@ pub(super) fn guard(config: &Config, args: &GuardArgs) -> anyhow::Result<()> {
         bail!("{guarded}");
     }
     eprintln!("{guarded}");
+    Ok(())
+}
+
+/// Prints what a running agent guards.
+fn list(config: &Config, output: Format) -> anyhow::Result<()> {
+    let networks = with_agent(&config.socket, async |mut agent| {
+        let answer = agent.guards(pb::GuardsRequest {}).await;
+        Ok(answer.map_err(|status| status_error(&status))?.into_inner().networks)
+    })?;
+    let row = |guarded: &pb::GuardedNetwork| {
+        let node = output::or_dash(Some(&guarded.node));
+        vec![guarded.network.clone(), guarded.reason.clone(), node]
+    };
+    let header = ["NETWORK", "REASON", "NODE"];
+    Ok(output::write(output, &networks, |_| output::table(&header, networks.iter().map(row)))?)
+}
+
+/// Has a running agent release a network.
+fn release(config: &Config, network: IpNet) -> anyhow::Result<()> {
+    let request = pb::ReleaseGuardRequest { network: network.to_string() };
+    with_agent(&config.socket, async |mut agent| {
+        agent.release_guard(request).await.map_err(|status| status_error(&status))?;
+        Ok(())
+    })?;
+    eprintln!("{network} is no longer guarded");
     Ok(())
 }
 

@@ -2,6 +2,7 @@
 //! people and for cloud-init.
 
 use std::net::SocketAddr;
+use std::num::NonZeroU16;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,7 @@ use towline_service::output;
 use super::join::{InstallArgs, JoinArgs, NameError, Parts};
 use super::local::{self, runtime};
 use super::{Global, wait};
+use crate::api_endpoint::DEFAULT_ADDRESS;
 use crate::config::{Addressing, Config, DEFAULT_PATH};
 use crate::confirm::{self, Confirmation, Moment, Unconfirmed};
 use crate::install::{Changes, TOKEN, Tree};
@@ -124,8 +126,10 @@ impl Machine {
     /// Writes the files that the machine needs, and reads its configuration.
     fn prepare(global: &Global, how: &InstallArgs) -> anyhow::Result<Self> {
         let tree = Tree::new(how.root.as_deref());
-        let options = !how.advertise.is_empty() || !how.plain_port.is_empty();
-        let changes = match tree.prepare(&configuration(how)?) {
+        let options =
+            !how.advertise.is_empty() || !how.plain_port.is_empty() || how.control_plane.is_some();
+        let has_kubelet = kubelet_files::has_kubelet(&tree);
+        let changes = match tree.prepare(&configuration(how, has_kubelet)?) {
             Ok(changes) => changes,
             // Without options, the configuration would have the defaults only.
             Err(error) if !options => {
@@ -137,7 +141,9 @@ impl Machine {
         report_written(&changes);
         let fresh = changes.written.iter().any(|path| path == Path::new(DEFAULT_PATH));
         if !fresh && options {
-            eprintln!("{DEFAULT_PATH} exists: --advertise and --plain-port are not applied");
+            eprintln!(
+                "{DEFAULT_PATH} exists: --advertise, --plain-port and --control-plane are not applied"
+            );
         }
         let file = global.config.clone().unwrap_or_else(|| tree.path(DEFAULT_PATH));
         let mut config = match &global.config {
@@ -298,8 +304,9 @@ fn warn_of_cloud_provider(machine: &Machine) {
     }
 }
 
-/// Returns the configuration of a new machine: the given options, and defaults for the rest.
-fn configuration(how: &InstallArgs) -> anyhow::Result<String> {
+/// Returns the configuration of a new machine: the given options, an API endpoint if it has a kubelet, and
+/// defaults for the rest.
+fn configuration(how: &InstallArgs, has_kubelet: bool) -> anyhow::Result<String> {
     let mut text =
         String::from("# Every key with its default: /usr/share/doc/towline/agent.toml\n");
     let mut section = |name: &str, key: &str, values: Vec<String>| {
@@ -310,9 +317,27 @@ fn configuration(how: &InstallArgs) -> anyhow::Result<String> {
     let quoted = |address: &SocketAddr| format!("\"{address}\"");
     section("node", "advertise", how.advertise.iter().map(quoted).collect());
     section("routing", "plain_ports", how.plain_port.iter().map(ToString::to_string).collect());
+    let mut kubernetes = Vec::new();
+    if has_kubelet {
+        kubernetes.push(format!("api_endpoint = \"{DEFAULT_ADDRESS}\""));
+    }
+    if let Some(port) = api_port(how)? {
+        kubernetes.push(format!("api_port = {port}"));
+    }
+    if !kubernetes.is_empty() {
+        text.push_str(&format!("\n[kubernetes]\n{}\n", kubernetes.join("\n")));
+    }
     // Invalid options fail here, before anything is written.
     Config::parse(&text, Path::new(DEFAULT_PATH))?;
     Ok(text)
+}
+
+/// Returns the port of `--control-plane`. The error does not repeat the value, which may be a token.
+fn api_port(how: &InstallArgs) -> anyhow::Result<Option<NonZeroU16>> {
+    let port = how.control_plane.as_ref().map(|text| text.parse::<NonZeroU16>());
+    port.transpose().ok().context(
+        "the value of --control-plane is no port: use 1 to 65535, and give a token with --token-file",
+    )
 }
 
 #[cfg(test)]
@@ -325,14 +350,20 @@ mod tests {
             root: None,
             advertise: vec!["203.0.113.10:51830".parse().unwrap()],
             plain_port: vec![6443, 7443],
+            control_plane: Some("6444".into()),
             timeout: 0,
             confirm: None,
         };
-        let config = Config::parse(&configuration(&how).unwrap(), Path::new("x")).unwrap();
+        let config = Config::parse(&configuration(&how, true).unwrap(), Path::new("x")).unwrap();
         assert_eq!(config.node.advertise, how.advertise);
         assert_eq!(config.routing.plain_ports, how.plain_port);
-        let bad = InstallArgs { plain_port: vec![0], ..how };
-        assert!(configuration(&bad).unwrap_err().to_string().contains("plain_ports"));
+        assert_eq!(config.kubernetes.api_endpoint, DEFAULT_ADDRESS.parse().ok());
+        assert_eq!(config.kubernetes.api_port, NonZeroU16::new(6444));
+        let bad = InstallArgs { control_plane: Some("tl1-secret".into()), ..how };
+        let line = configuration(&bad, true).unwrap_err().to_string();
+        assert!(line.contains("--token-file") && !line.contains("secret"), "{line}");
+        let bad = InstallArgs { plain_port: vec![0], control_plane: None, ..bad };
+        assert!(configuration(&bad, false).unwrap_err().to_string().contains("plain_ports"));
     }
 
     #[test]

@@ -12,6 +12,7 @@ use towline_service::output::{self, Format};
 use zeroize::Zeroizing;
 
 use super::local::runtime;
+use crate::api_endpoint::DEFAULT_API_PORT;
 use crate::config::Config;
 use crate::confirm;
 use crate::join::{Joined, Operator, join_as};
@@ -58,6 +59,12 @@ pub(super) struct InstallArgs {
     /// server's (can be repeated; only applied when the configuration is created)
     #[arg(long, value_name = "PORT", requires = "install")]
     pub(super) plain_port: Vec<u16>,
+    /// This machine is a control-plane node: other nodes may use its API server, at this port. Needs a token
+    /// of `token create --control-plane` (only applied when the configuration is created)
+    // Text, because clap repeats a value that it cannot parse: it could be a token that follows the flag.
+    #[arg(long, value_name = "PORT", num_args = 0..=1, default_missing_value = DEFAULT_API_PORT,
+          requires = "install")]
+    pub(super) control_plane: Option<String>,
     /// Try for this many seconds, then store the reason and start a timer that tries again
     #[arg(long, default_value_t = 300, value_name = "SECONDS", requires = "install")]
     pub(super) timeout: u64,

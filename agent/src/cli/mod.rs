@@ -131,7 +131,8 @@ enum Command {
     /// Make a join with --confirm permanent
     #[command(after_help = examples::CONFIRM)]
     Confirm,
-    /// Install the guards before any agent runs, from the stored state (for the boot)
+    /// Install the guards before any agent runs, from the stored state (for the boot); list and release what
+    /// is guarded
     #[command(after_help = examples::GUARD)]
     Guard(guard::GuardArgs),
     /// Show the address by which other nodes reach this one, for the kubelet's --node-ip

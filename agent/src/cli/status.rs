@@ -97,6 +97,12 @@ fn text(status: &pb::StatusResponse, health: String, wide: bool) -> String {
             line("cni", kubernetes.cni.clone());
         }
     }
+    if let Some(endpoint) = &status.api_endpoint {
+        line("api endpoint", api_endpoint(endpoint));
+        for server in endpoint.servers.iter().filter(|server| wide || !server.reason.is_empty()) {
+            line("api server", api_server(server));
+        }
+    }
     let relayed = match status.peers_relayed {
         0 => String::new(),
         relayed => format!(", {relayed} through a relay (run `towline peers` to see why)"),
@@ -143,6 +149,30 @@ fn text(status: &pb::StatusResponse, health: String, wide: bool) -> String {
     output::sheet(14, &lines)
 }
 
+/// Returns where the endpoint of the Kubernetes API leads.
+fn api_endpoint(endpoint: &pb::ApiEndpointStatus) -> String {
+    let address = &endpoint.address;
+    if !endpoint.listening {
+        return format!("{address}, not served");
+    }
+    let clients = endpoint.connections;
+    match endpoint.servers.len() {
+        0 => format!("{address}, no API server is known"),
+        known => format!("{address} to {} (of {known}), {clients} clients", endpoint.server),
+    }
+}
+
+/// Returns the state of an API server, with the reason if it is failing.
+fn api_server(server: &pb::ApiServerStatus) -> String {
+    let pb::ApiServerStatus { name, address, state, .. } = server;
+    let rtt = server.rtt_us.map(output::rtt);
+    match (server.reason.as_str(), rtt) {
+        ("", Some(rtt)) => format!("{name} ({address}) {state}, rtt {rtt}"),
+        ("", None) => format!("{name} ({address}) {state}"),
+        (reason, _) => format!("{name} ({address}) {state}: {reason}"),
+    }
+}
+
 pub(super) fn version(format: Format) -> anyhow::Result<()> {
     let version = Version::of_this_program();
     Ok(output::write(format, &version, |_| format!("towline {}", version.version))?)
@@ -187,5 +217,40 @@ mod tests {
         assert_eq!(line, "warning: clock: what: run `this`");
         let colored = health(&checks[..1], Palette::COLORED);
         assert_eq!(colored, "\x1b[33mwarning\x1b[0m: clock: what: run `this`");
+    }
+
+    #[test]
+    fn the_api_endpoint_says_where_it_leads_and_which_api_server_fails() {
+        let server = |name: &str, state: &str, reason: &str| pb::ApiServerStatus {
+            name: name.into(),
+            address: "198.19.0.1:6443".into(),
+            state: state.into(),
+            reason: reason.into(),
+            rtt_us: Some(1_500),
+            ..pb::ApiServerStatus::default()
+        };
+        let endpoint = pb::ApiEndpointStatus {
+            address: "127.0.0.1:7445".into(),
+            listening: true,
+            server: "cp-1".into(),
+            servers: vec![
+                server("cp-1", "healthy", ""),
+                server("cp-2", "failing", "it does not answer"),
+            ],
+            connections: 2,
+            ..pb::ApiEndpointStatus::default()
+        };
+        let status = |endpoint: pb::ApiEndpointStatus| pb::StatusResponse {
+            api_endpoint: Some(endpoint),
+            ..pb::StatusResponse::default()
+        };
+        let short = text(&status(endpoint.clone()), String::new(), false);
+        assert!(short.contains("127.0.0.1:7445 to cp-1 (of 2), 2 clients"), "{short}");
+        assert!(short.contains("cp-2 (198.19.0.1:6443) failing: it does not answer"), "{short}");
+        assert!(!short.contains("cp-1 (198.19.0.1:6443)"), "{short}");
+        let wide = text(&status(endpoint.clone()), String::new(), true);
+        assert!(wide.contains("cp-1 (198.19.0.1:6443) healthy, rtt 1.50 ms"), "{wide}");
+        let closed = pb::ApiEndpointStatus { listening: false, ..endpoint };
+        assert!(text(&status(closed), String::new(), false).contains("127.0.0.1:7445, not served"));
     }
 }

@@ -1,7 +1,8 @@
 //! What this node announces to the mesh: its candidates, the networks that are reached through it,
-//! and whether it relays. Keeps what the guards need of it for the next boot.
+//! and whether it relays or has an API server. Keeps what the guards need of it for the next boot.
 
 use std::net::IpAddr;
+use std::num::NonZeroU16;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -10,6 +11,7 @@ use tokio::sync::watch;
 use towline_core::mesh::Mesh;
 use towline_proto::node::Candidate;
 
+use crate::config::Config;
 use crate::discovery::Announcement;
 use crate::node_ip::NodeIps;
 use crate::prefixes::{Filter, NotAnnounced, PrefixSource, PrefixUpdate, Prefixes, Selection};
@@ -24,6 +26,8 @@ pub(super) struct Announcer {
     /// Announced prefixes, as of the last [`Self::select`].
     selection: Selection,
     is_relay: bool,
+    /// TCP port of this machine's Kubernetes API server, if it has one.
+    api_port: Option<NonZeroU16>,
     /// What is stored for the next boot.
     remembered: watch::Sender<CachedPrefixes>,
     /// What the discovery client publishes. `None` before the core named the first candidates.
@@ -36,6 +40,7 @@ impl Announcer {
     pub(super) fn new(
         state: Arc<StateDir>,
         cached: CachedPrefixes,
+        config: &Config,
         is_relay: bool,
     ) -> (Self, watch::Receiver<Option<Announcement>>) {
         let (announcements, announced) = watch::channel(None);
@@ -44,10 +49,23 @@ impl Announcer {
             node_ips: Vec::new(),
             selection: Selection::default(),
             is_relay,
+            api_port: config.kubernetes.api_port,
             remembered: store_changes(state, cached),
             announcements,
         };
         (announcer, announced)
+    }
+
+    /// Sets whether this node is a relay.
+    pub(super) fn set_relay(&mut self, is_relay: bool) {
+        self.is_relay = is_relay;
+        self.announcements.send_if_modified(|announcement| match announcement {
+            Some(announcement) if announcement.relay != is_relay => {
+                announcement.relay = is_relay;
+                true
+            }
+            _ => false,
+        });
     }
 
     /// Handles the networks of one source.
@@ -79,7 +97,8 @@ impl Announcer {
     pub(super) fn set_candidates(&self, candidates: Vec<Candidate>) {
         let prefixes = self.selection.announced.clone();
         let lans = self.selection.lans.clone();
-        let announcement = Announcement { candidates, prefixes, lans, relay: self.is_relay };
+        let (relay, api_port) = (self.is_relay, self.api_port);
+        let announcement = Announcement { candidates, prefixes, lans, relay, api_port };
         self.announcements.send_replace(Some(announcement));
     }
 
@@ -113,6 +132,7 @@ impl Announcer {
             node_ips: self.announced_node_ips(),
             withdrawn: mesh.withdrawn().iter().copied().collect(),
             withdrawn_lans: mesh.withdrawn_lans().iter().copied().collect(),
+            withdrawn_by_node: mesh.withdrawn_by_owner().collect(),
         };
         self.remembered.send_if_modified(|before| {
             let changed = *before != now;

@@ -13,11 +13,17 @@ use towline_proto::token::ControllerAddress;
 use super::problem::Problem;
 use super::report;
 use crate::discovery::{Command, Event};
+use crate::map_cache::IdentityAlert;
 use crate::not_connected::NotConnected;
 
 /// Maximum time to inform a controller that this node leaves. The discovery client may be opening a
 /// session, which takes up to 45 s with the renewal of a certificate.
 const LEAVE_LIMIT: Duration = Duration::from_secs(60);
+
+/// Greatest number of alerts that are kept.
+const ALERTS: usize = 16;
+/// Time for which an alert is shown: an operator should see it the next day.
+const ALERT_SHOWN: Duration = Duration::from_secs(24 * 3600);
 
 /// Connection of the daemon with the discovery client, and its last reports for status output.
 #[derive(Debug)]
@@ -37,6 +43,8 @@ pub(super) struct ControllerLink {
     published: Result<Vec<String>, String>,
     /// End of the client certificate that is in use, in seconds since 1970.
     certificate_expires_at: i64,
+    /// What a controller did with the identity of nodes, and when: at most [`ALERTS`], the oldest first.
+    alerts: Vec<(Instant, IdentityAlert)>,
 }
 
 /// Last known state of the session with a controller.
@@ -90,6 +98,7 @@ impl ControllerLink {
             session,
             published,
             certificate_expires_at,
+            alerts: Vec::new(),
         }
     }
 
@@ -133,6 +142,11 @@ impl ControllerLink {
                     tracing::error!("this node was removed from the mesh: run `towline leave`");
                 }
             }
+            Event::Identity(alerts) => {
+                for alert in alerts {
+                    self.take_alert(now, alert);
+                }
+            }
             Event::BootEpoch(boot_epoch) => mesh.set_boot_epoch(now, boot_epoch),
             Event::Published(result) => self.published = result,
             Event::Certificate { expires_at } => self.certificate_expires_at = expires_at,
@@ -153,6 +167,15 @@ impl ControllerLink {
             }
         }
         None
+    }
+
+    /// Keeps an alert, as the newest one.
+    fn take_alert(&mut self, now: Instant, alert: IdentityAlert) {
+        self.alerts.retain(|(_, other)| *other != alert);
+        if self.alerts.len() == ALERTS {
+            self.alerts.remove(0);
+        }
+        self.alerts.push((now, alert));
     }
 
     /// Returns the effective list of controllers.
@@ -231,13 +254,16 @@ impl ControllerLink {
         })
     }
 
-    /// Returns the problems of the record.
+    /// Returns the problems of the record, and what controllers did with the identity of nodes.
     pub(super) fn problems(&self) -> Vec<Problem> {
         let withheld = |reason: &String| Problem::PrefixWithheld { reason: reason.clone() };
-        match &self.published {
+        let mut problems: Vec<Problem> = match &self.published {
             Ok(remarks) => remarks.iter().map(withheld).collect(),
             Err(reason) => vec![Problem::RecordRefused { reason: reason.clone() }],
-        }
+        };
+        let recent = self.alerts.iter().filter(|(at, _)| at.elapsed() < ALERT_SHOWN);
+        problems.extend(recent.map(|(_, alert)| Problem::from(alert.clone())));
+        problems
     }
 
     pub(super) fn certificate_expires_at(&self) -> i64 {

@@ -24,13 +24,14 @@
 //! | `Prober` | keys of the pairs, and pings of the operator |
 //! | `Observer` | events, rates of traffic, and the problems that are known |
 //! | `SummarySchedule` | when the next summary of the tunnels goes to the controller |
-//! | `RelayServer` | requests of other nodes to this node's relay |
 //! | `RemovalExchange` | questions to peers about removed nodes, and answers |
 //! | `Leaving` | a `towline leave` that waits for a controller |
+//! | `ApiEndpoint` | the local port that leads to an API server |
 //! | `WireguardSocket` | the socket of `wg show`, and its server |
 //! | `Reporter` | nothing: it reads all of them for status output |
 
 mod announcer;
+mod api_servers;
 mod controller_link;
 mod firewall_search;
 mod host_controller;
@@ -40,7 +41,6 @@ mod metrics_server;
 mod observer;
 mod prober;
 mod problem;
-mod relay_server;
 mod removals;
 mod report;
 mod restorations;
@@ -79,6 +79,7 @@ use towline_proto::id::{NodeId, WireguardKey};
 use towline_proto::stun;
 use towline_service::notify::Notifier;
 
+use crate::api_endpoint::ApiEndpoint;
 use crate::config::{Addressing, Config};
 use crate::confirm::{self, Confirmation, Moment};
 use crate::control::{self, ControlServer, Request};
@@ -96,7 +97,6 @@ use kubernetes_node::KubernetesNode;
 use leave::Leaving;
 use observer::Observer;
 use prober::Prober;
-use relay_server::RelayServer;
 use removals::RemovalExchange;
 use report::Reporter;
 use signals::{SignalMeaning, Signals};
@@ -221,13 +221,14 @@ struct Daemon {
     kubernetes: KubernetesNode,
     firewalls: FirewallSearch,
     prober: Prober,
-    relay: RelayServer,
     observer: Observer,
     summaries: SummarySchedule,
     /// Set while `towline leave` waits for a controller.
     leaving: Option<Leaving>,
     /// Set while the daemon runs, if there is a link and the configuration does not disable it.
     wireguard_socket: Option<WireguardSocket>,
+    /// Set while the daemon runs, if the configuration has an address for it.
+    api_endpoint: Option<ApiEndpoint>,
 }
 
 /// # Inputs
@@ -252,6 +253,7 @@ impl Daemon {
         let commands = self.controller.commands().filter(|_| self.purpose == Purpose::Node);
         let _removals =
             commands.map(|commands| RemovalExchange::start(control.requests(), commands));
+        self.start_api_endpoint()?;
         // Pod networks are known before the uplinks are chosen: none of them is one.
         self.kubernetes_changed();
         self.configuration_changed();
@@ -336,8 +338,8 @@ impl Daemon {
             Report::Event(dataplane::Event::Peer { peer, what }) => {
                 self.mesh.handle_observation(now, peer, what);
             }
-            Report::Event(dataplane::Event::Probe { from, datagram }) => {
-                self.message_received(Some(from), &datagram);
+            Report::Event(dataplane::Event::Probe { peer, from, message }) => {
+                self.message_received(peer, from, message);
             }
             Report::Event(dataplane::Event::Stun { from, datagram }) => {
                 if let Some(stun::Message::Success { transaction, mapped }) =
@@ -350,11 +352,15 @@ impl Daemon {
                 tracing::error!(%fault, "data plane failed: restarting it");
                 let event = Event::DataPlaneRestarted { fault: fault.to_string() };
                 self.observer.happened(&event);
-                let relay = self.relay.handle_for_data_plane();
-                self.tunnels.restart(&self.config, self.prober.own_key(), relay, self.purpose)?;
+                let probes = self.prober.handle_for_data_plane();
+                let key = self.prober.own_key();
+                self.tunnels.restart(&self.config, key, probes, self.purpose)?;
                 self.host.restore();
                 if self.mesh.second_port().is_some() {
                     self.open_second_port();
+                }
+                if let Some(table) = self.mesh.forwarding_table() {
+                    self.tunnels.data_plane().apply_forwarding(table);
                 }
                 if let Some(table) = self.mesh.peer_table().cloned() {
                     self.tunnels.apply(&table);
@@ -367,19 +373,15 @@ impl Daemon {
         Ok(())
     }
 
-    /// Handles a datagram that looks like a sealed message: requests to a relay are answered here,
-    /// every other message goes to the core. `from` is `None` if it came through a controller.
-    fn message_received(&mut self, from: Option<NetworkPath>, datagram: &[u8]) {
-        let Some((peer, message)) = self.prober.open(datagram) else { return };
-        let now = Instant::now();
-        match (message, from) {
-            (request @ (Probe::Register { .. } | Probe::Open { .. }), Some(from)) => {
-                for answer in self.relay.handle(now, peer, from, &request) {
-                    self.transmit(answer);
-                }
-            }
-            (message, from) => self.mesh.handle_message(now, peer, from, message),
-        }
+    /// Handles a message that the data plane opened.
+    fn message_received(&mut self, peer: WireguardKey, from: NetworkPath, message: Probe) {
+        self.mesh.handle_message(Instant::now(), peer, Some(from), message);
+    }
+
+    /// Handles a message that a controller carried. Only a call does not depend on its path.
+    fn signal_received(&mut self, datagram: &[u8]) {
+        let Some((peer, message)) = self.prober.open_signal(datagram) else { return };
+        self.mesh.handle_message(Instant::now(), peer, None, message);
     }
 
     fn controller_event(&mut self, event: discovery::Event) {
@@ -396,8 +398,9 @@ impl Daemon {
         }
         match self.controller.handle(Instant::now(), &mut self.mesh, event) {
             None => {}
-            Some(Received::Signal(datagram)) => self.message_received(None, &datagram),
+            Some(Received::Signal(datagram)) => self.signal_received(&datagram),
             Some(Received::Grant) => {
+                self.announcer.set_relay(self.mesh.relay().is_some());
                 self.kubernetes_changed();
                 self.announcer.select(&mut self.mesh, self.config.prefix_filter());
             }
@@ -405,6 +408,7 @@ impl Daemon {
                 let mut underlay = start::underlay(&self.config, self.controller.controllers());
                 underlay.controllers.extend(self.controller.resolved());
                 self.mesh.set_underlay(Instant::now(), underlay);
+                self.update_limits();
             }
         }
     }
@@ -443,6 +447,14 @@ impl Daemon {
     fn kubernetes_changed(&mut self) {
         let update = self.kubernetes.handle_change(self.mesh.grant());
         self.announcer.handle(&mut self.mesh, self.config.prefix_filter(), update);
+    }
+
+    /// Updates the limits of this machine after its configuration or the list of controllers changed.
+    fn update_limits(&mut self) {
+        let (joined, host) = (self.state.connected_networks(), self.state.host_addresses());
+        let controllers = self.controller.controllers();
+        let limits = self.config.local_limits(joined, host.unwrap_or_default(), controllers);
+        self.mesh.set_local_limits(Instant::now(), limits);
     }
 
     /// Updates what follows from `[node]` of the configuration.
@@ -501,6 +513,13 @@ impl Daemon {
             Request::Leave { force, reply } => self.leave(force, reply),
             Request::Up(reply) => {
                 let _ = reply.send(Ok(true));
+            }
+            Request::Guards(reply) => {
+                let _ = reply.send(Reporter(self).guards());
+            }
+            Request::ReleaseGuard { network, reply } => {
+                let is_released = self.mesh.release_withdrawn(Instant::now(), &network);
+                let _ = reply.send(control::released(network, is_released));
             }
             Request::Confirm(reply) => {
                 let _ = reply.send(self.state.confirm().map_err(|error| error.to_string()));
@@ -566,20 +585,23 @@ impl Daemon {
         kept.node = self.config.node.clone();
         kept.peers.clone_from(&self.config.peers);
         kept.controller.clone_from(&self.config.controller);
+        kept.trust.clone_from(&self.config.trust);
         kept.state_dir.clone_from(&self.config.state_dir);
         kept.socket.clone_from(&self.config.socket);
         if kept != self.config {
             tracing::warn!(
-                "only [node], [controller] and [[peer]] were reloaded: restart the agent to apply \
-                 the rest"
+                "only [node], [controller], [trust] and [[peer]] were reloaded: restart the agent to \
+                 apply the rest"
             );
         }
         self.config.node = fresh.node;
         self.config.peers = fresh.peers;
         self.config.controller = fresh.controller;
+        self.config.trust = fresh.trust;
         self.controller.set_configured(self.config.controller.addresses.clone());
         let now = Instant::now();
         configure(&mut self.mesh, now, &self.config, self.state.connected_networks());
+        self.update_limits();
         self.mesh.set_static_peers(now, static_peers);
         self.configuration_changed();
         tracing::info!("configuration reloaded");
@@ -618,6 +640,13 @@ impl Daemon {
                 Output::SecondPort { open: false } => self.tunnels.data_plane().close_second_port(),
                 Output::Handshake { peer, to } => self.tunnels.data_plane().handshake(peer, to),
                 Output::PeerTable(table) => self.peer_table(&table),
+                Output::ForwardingTable(table) => {
+                    self.tunnels.data_plane().apply_forwarding(&table);
+                }
+                Output::ReportChannels => {
+                    let used = self.tunnels.data_plane().take_used_channels();
+                    self.mesh.handle_channels_used(Instant::now(), used);
+                }
                 Output::Plan(plan) => {
                     self.host.apply(plan);
                     self.announcer.remember(&self.mesh);
@@ -676,11 +705,10 @@ impl Daemon {
         self.mesh.set_second_port(Instant::now(), opened.ok());
     }
 
-    /// Applies a new peer table to the data plane, the keys of the pairs and the relay.
+    /// Applies a new peer table to the data plane, which derives the keys of the pairs.
     fn peer_table(&mut self, table: &PeerTable) {
-        self.prober.set_peers(table);
         self.tunnels.apply(table);
-        self.relay.set_peers(table);
+        self.api_servers_changed();
     }
 
     fn static_state_changed(&mut self, peer: WireguardKey, from: PeerState, to: PeerState) {
@@ -708,7 +736,11 @@ impl Daemon {
         }
         let (peer, path) = (name.to_string(), status.path);
         let reason = status.reason.as_ref().map(observer::reason);
+        let is_api_server = status.node.api_port().is_some();
         self.observer.happened(&Event::PeerState { peer, from, to, path, reason });
+        if is_api_server {
+            self.api_servers_changed();
+        }
     }
 
     fn path_changed(
@@ -744,6 +776,8 @@ impl Daemon {
         let problems = Reporter(self).problems();
         let traffic = self.tunnels.data_plane().traffic();
         self.observer.look(Instant::now(), &problems, traffic);
+        // Round-trip times change without an event.
+        self.api_servers_changed();
     }
 }
 

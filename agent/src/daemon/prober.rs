@@ -1,5 +1,5 @@
-//! Sealed messages between this node and others: the keys of each pair, and the pings of
-//! `towline ping` that wait for their answers.
+//! Sealed messages between this node and others: the keys of each pair, which the data plane uses too,
+//! and the pings of `towline ping` that wait for their answers.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -7,37 +7,40 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 use towline_core::mesh::{Mesh, PeerStatus};
 use towline_core::path::Path;
-use towline_core::peer_table::PeerTable;
+use towline_dataplane::Probes;
 use towline_proto::frame::Probe;
 use towline_proto::id::WireguardKey;
 
 use crate::control::{NoPong, PathKind, PingAnswer};
 use crate::keys::Wireguard;
-use crate::probe::ProbeKeys;
 
 /// Keys of this node and of its pairs, and the operator's pings in flight.
 #[derive(Debug)]
 pub(super) struct Prober {
     own: Wireguard,
-    pairs: ProbeKeys,
+    probes: Probes,
+    /// Number of messages that a controller carried and that were not authentic, or replays.
+    refused: u64,
     /// Reply channel of each probe of `towline ping` in flight, by probe id.
     pings: BTreeMap<u64, oneshot::Sender<PingAnswer>>,
     next_ping: u64,
 }
 
 impl Prober {
-    pub(super) fn new(own: Wireguard) -> Self {
-        Self { own, pairs: ProbeKeys::default(), pings: BTreeMap::new(), next_ping: 0 }
+    /// Creates the keys of a node without peers. `boot_epoch` is the number of this start.
+    pub(super) fn new(own: Wireguard, boot_epoch: u64) -> Self {
+        let probes = Probes::new(own.secret().clone(), boot_epoch);
+        Self { own, probes, refused: 0, pings: BTreeMap::new(), next_ping: 0 }
+    }
+
+    /// Returns a handle to the keys and sessions for the data plane, which follows the peer table.
+    pub(super) fn handle_for_data_plane(&self) -> Probes {
+        self.probes.clone()
     }
 
     /// Returns the WireGuard key pair of this node.
     pub(super) fn own_key(&self) -> &Wireguard {
         &self.own
-    }
-
-    /// Derives the keys of the pairs with these peers.
-    pub(super) fn set_peers(&mut self, table: &PeerTable) {
-        self.pairs.follow(&self.own, table.peers.keys());
     }
 
     /// Returns the datagram of a message to `peer`, padded to `size` bytes if it is shorter. `None`
@@ -48,17 +51,20 @@ impl Prober {
         message: &Probe,
         size: usize,
     ) -> Option<Vec<u8>> {
-        self.pairs.seal(peer, message, size)
+        self.probes.seal(peer, message, size)
     }
 
-    /// Opens a datagram. Returns its sender and its message, or `None` if it is not authentic.
-    pub(super) fn open(&mut self, datagram: &[u8]) -> Option<(WireguardKey, Probe)> {
-        self.pairs.open(datagram)
+    /// Opens a message that a controller carried. Returns its sender and its content. `None` if it is
+    /// not authentic or a replay, which is counted.
+    pub(super) fn open_signal(&mut self, datagram: &[u8]) -> Option<(WireguardKey, Probe)> {
+        let opened = self.probes.open_signal(datagram);
+        self.refused += u64::from(opened.is_none());
+        opened
     }
 
-    /// Returns the number of datagrams that were not authentic.
+    /// Returns the number of messages that a controller carried and that were refused.
     pub(super) fn refused(&self) -> u64 {
-        self.pairs.refused()
+        self.refused
     }
 
     /// Sends one ping of `towline ping` to the node with this name or overlay address.

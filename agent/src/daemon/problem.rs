@@ -2,19 +2,23 @@
 //! repair, and the reason why the mesh must not be used yet. Each has a stable code.
 
 use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU16;
 use std::time::Duration;
 
 use ipnet::IpNet;
 use towline_core::conflict::Conflict;
+use towline_core::local_limits::Covered;
 use towline_host::{ApplyError, Obstacle, Overlap, PastNetfilter};
 use towline_proto::code::Coded;
 use towline_proto::codes;
-use towline_proto::id::NodeName;
+use towline_proto::id::{NodeId, NodeName};
 
 use super::wireguard_socket::NotServed;
+use crate::api_endpoint::EndpointProblem;
 use crate::confirm::Confirmation;
 use crate::conntrack::Conntrack;
 use crate::kubernetes::NodeProblem;
+use crate::map_cache::IdentityAlert;
 use crate::prefixes::NotAnnounced;
 use crate::state::{NotStored, StateError};
 
@@ -63,6 +67,30 @@ pub(super) enum Problem {
         /// Answer of the controller, which names the holder.
         reason: String,
     },
+    /// A controller sent other keys for a known node.
+    #[error(
+        "the controller sent another identity key for node `{name}` ({node}), which was refused: a node \
+         gets other keys only by a new join: check the controller"
+    )]
+    IdentityChanged {
+        /// Name of the node.
+        name: NodeName,
+        /// Id of the node.
+        node: NodeId,
+    },
+    /// A name is that of another node now.
+    #[error(
+        "the name `{name}` moved from node {from} to node {to} within the last day: check that an operator \
+         replaced the machine"
+    )]
+    NameMoved {
+        /// The name.
+        name: NodeName,
+        /// Id of the node that had it.
+        from: NodeId,
+        /// Id of the node that has it.
+        to: NodeId,
+    },
     /// A restart would lose files.
     #[error(transparent)]
     NotStored(#[from] NotStored),
@@ -84,6 +112,17 @@ pub(super) enum Problem {
         network: IpNet,
         /// Address of the gateway.
         gateway: IpAddr,
+    },
+    /// A protected range of the mesh is not guarded on this machine.
+    #[error(
+        "the mesh's protected range {range} is not guarded on this machine: it covers {covered}: change \
+         the range (`towline-controller mesh set --protected`)"
+    )]
+    RangeRefused {
+        /// Range of the mesh's configuration.
+        range: IpNet,
+        /// What it covers.
+        covered: Covered,
     },
     /// A firewall of another program drops traffic of the mesh.
     #[error("{0}")]
@@ -159,6 +198,15 @@ pub(super) enum Problem {
         /// Claim that was refused.
         conflict: Conflict,
     },
+    /// The configuration makes this node a relay, but its grant denies it.
+    #[error(
+        "this node does not relay: its grant does not let it: run `towline-controller node set {node} \
+         --relay` on the controller's machine, or unset [relay] enabled"
+    )]
+    RelayDenied {
+        /// Name of this node.
+        node: NodeName,
+    },
     /// This machine's Kubernetes Node cannot be used as it is.
     #[error(transparent)]
     Node(#[from] NodeProblem),
@@ -170,6 +218,18 @@ pub(super) enum Problem {
     NodeIpUnreached {
         /// Address of the Node.
         address: IpAddr,
+    },
+    /// Clients on this machine do not get an API server.
+    #[error(transparent)]
+    ApiEndpoint(#[from] EndpointProblem),
+    /// No other node uses this machine's API server.
+    #[error(
+        "no other node uses the API server on port {port}: this node's join token was not for the control \
+         plane: join again with one of `towline-controller token create --control-plane --replace NAME`"
+    )]
+    ApiPortWithoutRole {
+        /// Port of the configuration.
+        port: NonZeroU16,
     },
 }
 
@@ -183,11 +243,14 @@ codes! {
         Membership => "membership-unusable",
         RecordRefused => "record-refused",
         PrefixWithheld => "prefix-withheld",
+        IdentityChanged => "identity-changed",
+        NameMoved => "name-moved",
         NotStored(NotStored),
         NotApplied(NotApplied),
         Host(towline_host::Problem),
         NetworkCovered(Overlap),
         GatewayCovered => "gateway-covered",
+        RangeRefused { covered: Covered },
         Firewall(Obstacle),
         StateRemoved => "state-removed",
         ConntrackFull => "conntrack-full",
@@ -197,8 +260,11 @@ codes! {
         NotAnnounced(NotAnnounced),
         Peer { conflict: Conflict },
         StaticPeer { conflict: Conflict },
+        RelayDenied => "relay-denied",
         Node(NodeProblem),
         NodeIpUnreached => "node-ip-unreached",
+        ApiEndpoint(EndpointProblem),
+        ApiPortWithoutRole => "api-port-without-role",
     }
 }
 
@@ -249,6 +315,33 @@ pub(super) enum Note {
         /// Port that the kernel chose.
         second: u16,
     },
+    /// The mesh lets traffic leave in clear, and this machine does not allow it.
+    #[error(
+        "the mesh's {setting} is not applied on this machine: add it to [trust] allow_in_clear if its \
+         traffic may leave in clear"
+    )]
+    InClearNotAllowed {
+        /// Name of the setting.
+        setting: &'static str,
+    },
+    /// A relay is used that no operator granted its role. It joined with an earlier version.
+    #[error(
+        "relay {relay} is not granted, and the next version will not use it: run `towline-controller \
+         node set {relay} --relay` on the controller's machine"
+    )]
+    RelayNotGranted {
+        /// Name of the relay, which may be this node.
+        relay: NodeName,
+    },
+    /// The mesh has no API server for the endpoint on this machine.
+    #[error(
+        "the API endpoint {address} leads nowhere: no control-plane node is known: join those with a token of \
+         `token create --control-plane` and with `join --control-plane`"
+    )]
+    NoApiServers {
+        /// Address of the endpoint.
+        address: SocketAddr,
+    },
     /// `wg show` shows nothing of this agent.
     #[error(transparent)]
     NotServed(#[from] NotServed),
@@ -260,6 +353,9 @@ codes! {
         PastNetfilter(PastNetfilter),
         Firewall(Obstacle),
         SecondPort => "second-port-used",
+        InClearNotAllowed => "in-clear-not-allowed",
+        RelayNotGranted => "relay-not-granted",
+        NoApiServers => "api-servers-unknown",
         NotServed(NotServed),
     }
 }
@@ -304,6 +400,15 @@ impl Problem {
     pub(super) fn of_conntrack(table: Conntrack) -> Option<Self> {
         let Conntrack { count, max } = table;
         table.is_full().then_some(Self::ConntrackFull { count, max })
+    }
+}
+
+impl From<IdentityAlert> for Problem {
+    fn from(alert: IdentityAlert) -> Self {
+        match alert {
+            IdentityAlert::KeyChanged { node, name } => Self::IdentityChanged { name, node },
+            IdentityAlert::NameMoved { name, from, to } => Self::NameMoved { name, from, to },
+        }
     }
 }
 

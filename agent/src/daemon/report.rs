@@ -4,7 +4,10 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ipnet::IpNet;
-use towline_core::mesh::{Mapping, PathStatus, PeerState, PeerStatus, ReflectorStatus};
+use towline_core::mesh::{
+    GuardReason, GuardedNetwork, Mapping, PathStatus, PeerState, PeerStatus, ReflectorStatus,
+    RelayStatus,
+};
 use towline_core::peer_history::{Changed, PeerChange};
 use towline_core::static_peers::StaticPeerStatus;
 use towline_dataplane::{Feature, ForeignSource};
@@ -16,7 +19,8 @@ use towline_service::certificate;
 
 use super::Daemon;
 use super::problem::{Note, Problem};
-use crate::config::Config;
+use crate::api_endpoint::ApiEndpoint;
+use crate::config::{ClearSetting, Config};
 use crate::confirm::Confirmation;
 use crate::control::PathKind;
 use crate::down::MachineState;
@@ -50,7 +54,12 @@ impl Reporter<'_> {
         let configured = config.wireguard.port;
         let socket = daemon.wireguard_socket.as_ref();
         notes.extend(socket.and_then(|socket| socket.problem()).map(Note::from));
+        notes.extend(self.kept_in_tunnel());
+        let unused = daemon.api_endpoint.as_ref().and_then(|endpoint| endpoint.without_servers());
+        notes.extend(unused.map(|address| Note::NoApiServers { address }));
         notes.extend(mesh.second_port().map(|second| Note::SecondPort { configured, second }));
+        let relays = mesh.undecided_relays().cloned();
+        notes.extend(relays.map(|relay| Note::RelayNotGranted { relay }));
         let own_drops = [("probes_refused", daemon.prober.refused())];
         let drops = snapshot.drops.into_iter().chain(mesh.counters().named()).chain(own_drops);
         let feature = |feature: Feature| pb::Feature {
@@ -68,6 +77,7 @@ impl Reporter<'_> {
             candidates: daemon.announcer.candidates().iter().map(Into::into).collect(),
             controller: daemon.controller.status(),
             kubernetes: daemon.kubernetes.status(),
+            api_endpoint: daemon.api_endpoint.as_ref().map(ApiEndpoint::status),
             peers_up: up,
             peers_total: total,
             peers_relayed: relayed,
@@ -81,7 +91,7 @@ impl Reporter<'_> {
             applied_reason: text(blocked),
             applied_reason_code: code(blocked),
             drops: drops.map(|(name, count)| pb::Counter { name: name.into(), count }).collect(),
-            relay: config.relay.enabled.then(|| daemon.relay.status()),
+            relay: mesh.relay().map(|relay| self.relay(relay)),
             features: snapshot.features.into_iter().map(feature).collect(),
             state: MachineState::Running.code().into(),
             confirm_within_ms: confirm_within_ms(daemon.confirmation()),
@@ -89,6 +99,15 @@ impl Reporter<'_> {
             nat_mapping: mesh.mapping().map(mapping_word).unwrap_or_default().into(),
             second_port: mesh.second_port().map(u32::from),
             ..identity(mesh.grant(), config)
+        }
+    }
+
+    fn relay(&self, relay: RelayStatus) -> pb::RelayStatus {
+        let count = |number| u32::try_from(number).unwrap_or(u32::MAX);
+        pb::RelayStatus {
+            nodes: count(relay.nodes),
+            channels: count(relay.channels),
+            bytes: self.0.tunnels.data_plane().forwarded_bytes(),
         }
     }
 
@@ -108,6 +127,11 @@ impl Reporter<'_> {
         problems.extend(self.foreign_source());
         problems.extend(daemon.announcer.problems().iter().cloned().map(Problem::from));
         problems.extend(daemon.kubernetes.problems(mesh.grant()));
+        let denied = mesh.grant().filter(|_| mesh.is_relay_denied());
+        problems.extend(denied.map(|grant| Problem::RelayDenied { node: grant.name.clone() }));
+        let endpoint = daemon.api_endpoint.as_ref();
+        problems.extend(endpoint.and_then(ApiEndpoint::problem).map(Problem::from));
+        problems.extend(daemon.api_port_without_role());
         for status in mesh.peers() {
             let peer = status.node.name();
             problems.extend(
@@ -118,16 +142,29 @@ impl Reporter<'_> {
             );
             problems.extend(self.covered_gateways(&status.prefixes, &format!("peer {peer}'s")));
         }
-        if let Some(mesh) = mesh.config() {
-            let ranges: Vec<_> = mesh.guarded().collect();
-            problems.extend(self.covered_gateways(&ranges, "the mesh's"));
-        }
+        let ranges: Vec<_> = mesh.guarded_ranges().collect();
+        problems.extend(self.covered_gateways(&ranges, "the mesh's"));
+        let refused = mesh.refused_ranges();
+        problems.extend(refused.map(|(range, covered)| Problem::RangeRefused { range, covered }));
         problems.extend(mesh.static_peers().flat_map(|status| {
             let peer = status.name;
             let of_peer = move |conflict| Problem::StaticPeer { peer: peer.clone(), conflict };
             status.conflicts.into_iter().map(of_peer)
         }));
         problems
+    }
+
+    /// Returns a note for each setting of the mesh that lets traffic leave in clear and is not applied here.
+    fn kept_in_tunnel(&self) -> Vec<Note> {
+        let Some(mesh) = self.0.mesh.config() else { return Vec::new() };
+        let allowed = &self.0.config.trust.allow_in_clear;
+        let settings = [
+            (ClearSetting::TrustedSites, "trusted_sites", mesh.trusted_sites.is_empty()),
+            (ClearSetting::BypassWhenDown, "bypass_when_down", mesh.bypass_when_down.is_empty()),
+        ];
+        let refused =
+            settings.into_iter().filter(|(kind, _, unset)| !unset && !allowed.contains(kind));
+        refused.map(|(_, setting, _)| Note::InClearNotAllowed { setting }).collect()
     }
 
     /// Returns a problem if a packet with a foreign source was dropped lately.
@@ -159,6 +196,26 @@ impl Reporter<'_> {
             .filter(|gateway| host.is_guarded(gateway))
             .filter_map(problem)
             .collect()
+    }
+
+    /// Returns the answer to `towline guard list`.
+    pub(super) fn guards(&self) -> pb::GuardsResponse {
+        let network = |guarded: GuardedNetwork| {
+            let (reason, node) = match guarded.reason {
+                GuardReason::Overlay => ("overlay", String::new()),
+                GuardReason::Protected => ("protected", String::new()),
+                GuardReason::Announced(name) => ("announced", name.to_string()),
+                GuardReason::StaticPeer => ("static-peer", String::new()),
+                GuardReason::Withdrawn { name: Some(name), .. } => ("withdrawn", name.to_string()),
+                GuardReason::Withdrawn { name: None, owner } => {
+                    ("withdrawn", owner.map(|id| id.to_string()).unwrap_or_default())
+                }
+            };
+            let (network, reason) = (guarded.network.to_string(), reason.to_owned());
+            pb::GuardedNetwork { network, reason, node }
+        };
+        let networks = self.0.mesh.guarded_networks().into_iter().map(network).collect();
+        pb::GuardsResponse { networks }
     }
 
     /// Returns the answer to `towline peers`.

@@ -171,6 +171,13 @@ impl Standby {
                     (lasts, None) => Ok(DownAnswer::new(true, lasts)),
                 });
             }
+            // Nothing is guarded.
+            Request::Guards(reply) => {
+                let _ = reply.send(pb::GuardsResponse::default());
+            }
+            Request::ReleaseGuard { reply, .. } => {
+                let _ = reply.send(Err(self.down().to_string()));
+            }
             Request::Confirm(reply) => {
                 let _ = reply.send(self.state.confirm().map_err(|error| error.to_string()));
             }

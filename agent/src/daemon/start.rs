@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use rand::Rng as _;
 use tokio::sync::{mpsc, watch};
+use towline_core::local_limits::HostAddresses;
 use towline_core::mesh::{self, Mesh};
 use towline_core::plan::UnderlayPlan;
 use towline_core::static_peers::StaticPeer;
@@ -20,7 +21,6 @@ use super::host_controller::HostController;
 use super::kubernetes_node::KubernetesNode;
 use super::observer::Observer;
 use super::prober::Prober;
-use super::relay_server::RelayServer;
 use super::summary::SummarySchedule;
 use super::tunnels::Tunnels;
 use super::{Daemon, Purpose, report};
@@ -28,7 +28,7 @@ use crate::config::Config;
 use crate::discovery::{self, Announcement, Discovery};
 use crate::map_cache::MapCache;
 use crate::state::{CachedPrefixes, Counters, Keys, Membership, StateDir};
-use crate::{join, kubernetes, reserved_port, static_peers};
+use crate::{host_addresses, join, kubernetes, reserved_port, static_peers};
 
 /// State that a start reads from the state directory.
 pub(super) struct Stored {
@@ -40,6 +40,8 @@ pub(super) struct Stored {
     map: Option<MapCache>,
     /// Networks to which the machine was connected when it joined.
     connected: Vec<IpNet>,
+    /// Addresses that the machine needed when it joined.
+    host: HostAddresses,
 }
 
 impl Stored {
@@ -58,7 +60,8 @@ impl Stored {
             membership.update(map);
         }
         let connected = state.connected_networks();
-        Ok(Self { static_peers, membership, keys, counters, map, connected })
+        let host = host_addresses(state, membership.as_ref());
+        Ok(Self { static_peers, membership, keys, counters, map, connected, host })
     }
 
     /// Returns the mesh that the state describes.
@@ -67,9 +70,15 @@ impl Stored {
         let mut mesh = Mesh::new(core_config, rand::rng().random(), now);
         mesh.set_underlay(now, underlay(config, &self.controllers(config)));
         configure(&mut mesh, now, config, self.connected.clone());
+        let (connected, host) = (self.connected.clone(), self.host.clone());
+        let limits = config.local_limits(connected, host, &self.controllers(config));
+        mesh.set_local_limits(now, limits);
         mesh.set_static_peers(now, self.static_peers.clone());
         mesh.set_withdrawn(now, cached.withdrawn.iter().copied());
         mesh.set_withdrawn_lans(now, cached.withdrawn_lans.iter().copied());
+        for (node, networks) in &cached.withdrawn_by_node {
+            mesh.set_withdrawn_owner(now, *node, networks.iter().copied());
+        }
         for change in self.map.iter().flat_map(MapCache::changes) {
             mesh.handle_map_change(now, change);
         }
@@ -124,6 +133,20 @@ impl Stored {
     }
 }
 
+/// Returns the addresses that this machine needed when it joined. If an earlier version joined, these are
+/// its present ones from now on.
+fn host_addresses(state: &StateDir, membership: Option<&Membership>) -> HostAddresses {
+    let Some(membership) = membership else { return HostAddresses::default() };
+    if let Some(stored) = state.host_addresses() {
+        return stored;
+    }
+    let found = host_addresses::read(&membership.mesh);
+    if let Err(error) = state.store_host_addresses(found.clone()) {
+        tracing::warn!(%error, "addresses of this machine not stored");
+    }
+    found
+}
+
 impl Daemon {
     /// Opens the UDP port and the TUN device, and starts the parts.
     pub(super) fn start(
@@ -140,15 +163,15 @@ impl Daemon {
         if let Err(error) = reserved_port::reserve(config.wireguard.port) {
             tracing::debug!(%error, "UDP port not reserved");
         }
-        let prober = Prober::new(stored.keys.wireguard.clone());
-        let relay = RelayServer::new(config.relay(), now);
-        let handle = relay.handle_for_data_plane();
-        let tunnels = Tunnels::start(&config, prober.own_key(), handle, purpose)?;
+        let prober = Prober::new(stored.keys.wireguard.clone(), stored.counters.boot_epoch);
+        let probes = prober.handle_for_data_plane();
+        let tunnels = Tunnels::start(&config, prober.own_key(), probes, purpose)?;
         let cached = state.prefixes()?;
         let observer = Observer::new(now, stored.counters.boot_epoch);
 
         let mesh = stored.mesh(&config, &cached, now);
-        let (announcer, announced) = Announcer::new(state.clone(), cached, config.relay.enabled);
+        let is_relay = mesh.relay().is_some();
+        let (announcer, announced) = Announcer::new(state.clone(), cached, &config, is_relay);
         tokio::spawn(save_again(state.clone()));
         tracing::info!(
             node = mesh.grant().map(|grant| tracing::field::display(&grant.name)),
@@ -182,11 +205,11 @@ impl Daemon {
             kubernetes,
             firewalls: FirewallSearch::new(now),
             prober,
-            relay,
             observer,
             summaries: SummarySchedule::default(),
             leaving: None,
             wireguard_socket: None,
+            api_endpoint: None,
         })
     }
 }
@@ -232,7 +255,7 @@ pub(crate) fn core_config(
         table: config.routing.table,
         rules: config.rules(),
         firewall_table: config.routing.nftables_table.clone(),
-        relay: config.relay.enabled,
+        relay: config.relay_limits(),
         boot_epoch,
     }
 }

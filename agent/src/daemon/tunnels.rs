@@ -3,7 +3,7 @@
 use anyhow::Context as _;
 use tokio::sync::{mpsc, watch};
 use towline_core::peer_table::PeerTable;
-use towline_dataplane::{self as dataplane, DataPlane, HostTunnels, Relay};
+use towline_dataplane::{self as dataplane, DataPlane, HostTunnels, Probes};
 
 use super::Purpose;
 use crate::config::Config;
@@ -35,11 +35,11 @@ impl Tunnels {
     pub(super) fn start(
         config: &Config,
         key: &Wireguard,
-        relay: Relay,
+        probes: Probes,
         purpose: Purpose,
     ) -> anyhow::Result<Self> {
         let host_tunnels = HostTunnels::default();
-        let (data_plane, events) = start_data_plane(config, key, relay, &host_tunnels, purpose)?;
+        let (data_plane, events) = start_data_plane(config, key, probes, &host_tunnels, purpose)?;
         let faults = data_plane.faults();
         Ok(Self { data_plane, events, faults, host_tunnels })
     }
@@ -64,14 +64,14 @@ impl Tunnels {
         &mut self,
         config: &Config,
         key: &Wireguard,
-        relay: Relay,
+        probes: Probes,
         purpose: Purpose,
     ) -> anyhow::Result<()> {
         // A hanging worker keeps the link and the port open. Only the end of the process releases
         // them.
         self.data_plane.stop()?;
         (self.data_plane, self.events) =
-            start_data_plane(config, key, relay, &self.host_tunnels, purpose)?;
+            start_data_plane(config, key, probes, &self.host_tunnels, purpose)?;
         self.faults = self.data_plane.faults();
         Ok(())
     }
@@ -95,7 +95,7 @@ impl Tunnels {
 fn start_data_plane(
     config: &Config,
     key: &Wireguard,
-    relay: Relay,
+    probes: Probes,
     host_tunnels: &HostTunnels,
     purpose: Purpose,
 ) -> anyhow::Result<(DataPlane, mpsc::Receiver<dataplane::Event>)> {
@@ -103,7 +103,7 @@ fn start_data_plane(
     let (events, receiver) = mpsc::channel(1024);
     let settings = dataplane::Config {
         private_key: key.secret().clone(),
-        relay,
+        probes,
         link: None,
         copy_dscp: config.wireguard.copy_dscp,
     };

@@ -15,6 +15,7 @@ mod session;
 mod stored_map;
 
 use std::net::SocketAddr;
+use std::num::NonZeroU16;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -26,6 +27,7 @@ use tonic::transport::Channel;
 use towline_core::mesh::MapChange;
 use towline_proto::backoff::{Backoff, Jitter};
 use towline_proto::code::Coded as _;
+use towline_proto::frame::ProbeVersion;
 use towline_proto::id::NodeId;
 use towline_proto::node::{Candidate, Grant, Record};
 use towline_proto::pb::watch_response::Kind;
@@ -35,7 +37,7 @@ use towline_proto::{limits, pb, refusal, signed};
 use towline_service::certificate;
 
 use crate::join::{self, status_message};
-use crate::map_cache::MapCache;
+use crate::map_cache::{IdentityAlert, MapCache};
 use crate::not_connected::NotConnected;
 pub use crate::removals::Removals;
 use crate::state::{Counters, Keys, Membership, StateDir, StateError};
@@ -71,6 +73,8 @@ pub struct Announcement {
     pub lans: Vec<ipnet::IpNet>,
     /// True if the node relays for others.
     pub relay: bool,
+    /// TCP port of the node's Kubernetes API server, if it has one.
+    pub api_port: Option<NonZeroU16>,
 }
 
 /// Event that the task sends to the daemon.
@@ -97,6 +101,8 @@ pub enum Event {
     },
     /// These parts of the map changed.
     Map(Vec<MapChange>),
+    /// The controller changed the identity of nodes, or tried to.
+    Identity(Vec<IdentityAlert>),
     /// The controller sent a message, so it is alive.
     Heard {
         /// Current revision of the map.
@@ -364,7 +370,7 @@ impl Discovery {
         })
     }
 
-    /// Takes over a new grant, for example after an operator changed it.
+    /// Takes over a new grant, for example after the controller pinned a block of a pod range.
     async fn take_grant(&mut self, signed_grant: pb::Signed) -> Result<(), Ended> {
         if signed_grant == self.membership.signed_grant {
             return Ok(());
@@ -373,6 +379,12 @@ impl Discovery {
             .map_err(|error| NotConnected::InvalidStatement(error.to_string()))?;
         if grant.node_id != self.membership.grant.node_id {
             return Err(NotConnected::InvalidResponse("it sent another node's grant").into());
+        }
+        // No controller may give this node's id other keys.
+        if grant.identity_key != self.keys.identity.public()
+            || !grant.wireguard_keys.contains(&self.keys.wireguard.public())
+        {
+            return Err(NotConnected::InvalidResponse("it sent a grant for other keys").into());
         }
         self.membership.grant = grant.clone();
         self.membership.signed_grant = signed_grant;
@@ -507,6 +519,18 @@ impl Discovery {
             kept(self.state.store_membership(&self.membership));
             self.update_controllers().await?;
         }
+        if !applied.alerts.is_empty() {
+            let event = Event::Identity(applied.alerts);
+            self.events.send(event).await.map_err(|_| Ended::Stop)?;
+        }
+        if let Some(grant) = applied.own_grant {
+            match self.take_grant(grant).await {
+                Err(Ended::Because(reason)) => {
+                    tracing::warn!(%reason, "grant of this node in the map ignored");
+                }
+                taken => taken?,
+            }
+        }
         if applied.changes.is_empty() {
             return Ok(());
         }
@@ -590,6 +614,8 @@ impl Discovery {
             version: towline_proto::VERSION.to_owned(),
             relay: announcement.relay,
             lans: announcement.lans.iter().copied().take(limits::PREFIXES).collect(),
+            probe_version: ProbeVersion::OWN,
+            api_port: announcement.api_port,
         };
         let signed = self.keys.identity.sign_record(&pb::Record::from(&record));
         self.current = Some((announcement, signed.clone()));

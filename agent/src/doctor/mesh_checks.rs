@@ -86,10 +86,14 @@ fn subject(code: &str) -> Subject {
         | "prefix-conflict"
         | "prefix-overlap"
         | "prefix-in-overlay"
-        | "prefix-not-unicast" => Subject::Overlaps,
-        "record-refused" | "prefix-withheld" | "prefix-not-granted" | "too-many-prefixes" => {
-            Subject::Announcements
-        }
+        | "prefix-not-unicast"
+        | "covers-controller"
+        | "covers-gateway"
+        | "covers-dns-server"
+        | "covers-uplink"
+        | "refused-here" => Subject::Overlaps,
+        "record-refused" | "prefix-withheld" | "prefix-not-granted" | "pod-blocks-used"
+        | "too-many-prefixes" => Subject::Announcements,
         "own-source-foreign" | "source-not-announced" => Subject::Sources,
         "rp-filter-strict" => Subject::ReversePath,
         "ipv6-absent" | "ipv6-disabled" | "ipv6-rules-missing" => Subject::Ipv6,
@@ -121,8 +125,15 @@ fn severity(code: &str) -> CheckState {
         | "prefix-not-unicast"
         | "prefix-withheld"
         | "prefix-not-granted"
+        | "pod-blocks-used"
         | "too-many-prefixes"
+        | "name-moved"
         | "gateway-covered"
+        | "covers-controller"
+        | "covers-gateway"
+        | "covers-dns-server"
+        | "covers-uplink"
+        | "refused-here"
         | "ipv6-rules-missing"
         | "reflector-silent"
         | "state-not-stored"

@@ -218,9 +218,15 @@ fn plan(
     mesh.set_node_ips(now, cached.node_ips);
     mesh.set_withdrawn(now, cached.withdrawn);
     mesh.set_withdrawn_lans(now, cached.withdrawn_lans);
+    for (node, networks) in cached.withdrawn_by_node {
+        mesh.set_withdrawn_owner(now, node, networks);
+    }
     if let Some(membership) = membership {
         let controllers = join::controllers(&config.controller.addresses, membership);
         mesh.set_underlay(now, config.underlay(&controllers));
+        let host = state.host_addresses().unwrap_or_default();
+        let joined = state.connected_networks();
+        mesh.set_local_limits(now, config.local_limits(joined, host, &controllers));
         for change in state.map(membership)?.changes() {
             mesh.handle_map_change(now, change);
         }
@@ -238,6 +244,7 @@ fn plan(
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
     use std::net::{Ipv4Addr, UdpSocket};
     use std::path::Path;
 
@@ -283,6 +290,7 @@ mod tests {
                 node_ips: Vec::new(),
                 withdrawn: vec!["172.21.0.0/16".parse().unwrap()],
                 withdrawn_lans: Vec::new(),
+                withdrawn_by_node: BTreeMap::new(),
             })
             .unwrap();
     }

@@ -235,9 +235,16 @@ impl Files {
             Some((metadata.ino(), metadata.mtime(), metadata.mtime_nsec()))
         };
         Self(
-            ["membership.json", "map.bin", "map.journal", "prefixes.json", "networks.json"]
-                .map(of)
-                .into(),
+            [
+                "membership.json",
+                "map.bin",
+                "map.journal",
+                "prefixes.json",
+                "networks.json",
+                "host.json",
+            ]
+            .map(of)
+            .into(),
         )
     }
 }

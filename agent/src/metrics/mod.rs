@@ -108,6 +108,24 @@ fn of_agent(text: &mut Exposition, status: &pb::StatusResponse) {
     if let Some(kubernetes) = &status.kubernetes {
         text.one(&KUBERNETES_CONNECTED, kubernetes.connected);
     }
+    if let Some(endpoint) = &status.api_endpoint {
+        of_api_endpoint(text, endpoint);
+    }
+}
+
+/// The number of servers is bounded, so their names may be labels.
+fn of_api_endpoint(text: &mut Exposition, endpoint: &pb::ApiEndpointStatus) {
+    text.one(&API_ENDPOINT_LISTENING, endpoint.listening);
+    text.one(&API_ENDPOINT_CONNECTIONS, endpoint.connections);
+    text.one(&API_ENDPOINT_REFUSED, endpoint.refused);
+    let mut chosen = text.family(&API_SERVER_CHOSEN);
+    for server in &endpoint.servers {
+        chosen.sample(&[server.name.as_str()], server.name == endpoint.server);
+    }
+    let mut failing = text.family(&API_SERVER_FAILING);
+    for server in &endpoint.servers {
+        failing.sample(&[server.name.as_str()], server.state == "failing");
+    }
 }
 
 fn of_controller(text: &mut Exposition, status: &pb::StatusResponse) {
@@ -234,6 +252,20 @@ mod tests {
                 ..pb::ControllerStatus::default()
             }),
             kubernetes: Some(pb::KubernetesStatus::default()),
+            api_endpoint: Some(pb::ApiEndpointStatus {
+                listening: true,
+                server: "cp-1".into(),
+                servers: [("cp-1", "healthy"), ("cp-2", "failing")]
+                    .map(|(name, state)| pb::ApiServerStatus {
+                        name: name.into(),
+                        state: state.into(),
+                        ..pb::ApiServerStatus::default()
+                    })
+                    .into(),
+                connections: 3,
+                refused: 4,
+                ..pb::ApiEndpointStatus::default()
+            }),
             relay: Some(pb::RelayStatus { nodes: 2, channels: 1, bytes: 10 }),
             drops: vec![pb::Counter { name: "no_route".into(), count: 3 }],
             features: vec![pb::Feature {
@@ -269,6 +301,12 @@ mod tests {
             "towline_feature_active{feature=\"tun-tcp\"} 1",
             "towline_relay_forwarded_bytes_total 10",
             "towline_kubernetes_connected 0",
+            "towline_api_endpoint_listening 1",
+            "towline_api_endpoint_connections 3",
+            "towline_api_endpoint_refused_clients_total 4",
+            "towline_api_server_chosen{node=\"cp-1\"} 1",
+            "towline_api_server_chosen{node=\"cp-2\"} 0",
+            "towline_api_server_failing{node=\"cp-2\"} 1",
         ] {
             assert!(has(&text, line), "{line}\n{text}");
         }

@@ -25,6 +25,21 @@ towline_service::metrics! {
     /// Connection to Kubernetes.
     KUBERNETES_CONNECTED: Gauge "towline_kubernetes_connected" []
         "1 while the agent watches its Node object; absent on machines without Kubernetes.";
+    /// Endpoint of the Kubernetes API.
+    API_ENDPOINT_LISTENING: Gauge "towline_api_endpoint_listening" []
+        "1 while the node-local endpoint of the Kubernetes API is served; absent without one.";
+    /// Clients of the endpoint.
+    API_ENDPOINT_CONNECTIONS: Gauge "towline_api_endpoint_connections" []
+        "Clients of the endpoint of the Kubernetes API.";
+    /// Clients that the endpoint closed.
+    API_ENDPOINT_REFUSED: Counter "towline_api_endpoint_refused_clients_total" []
+        "Clients that were closed: too many, or no API server took the connection.";
+    /// API server of the next client.
+    API_SERVER_CHOSEN: Gauge "towline_api_server_chosen" ["node"]
+        "1 for the control-plane node whose API server the next client gets, else 0.";
+    /// API server that fails.
+    API_SERVER_FAILING: Gauge "towline_api_server_failing" ["node"]
+        "1 while the last TLS handshake with the API server failed; checked while clients are connected.";
     /// Connection to a controller.
     CONTROLLER_CONNECTED: Gauge "towline_session_connected" []
         "1 while a session with a controller is open; tunnels keep working without one.";

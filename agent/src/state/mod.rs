@@ -9,6 +9,7 @@
 //! | `counters.json` | boot epoch and record generation | before each use of a new value |
 //! | `prefixes.json` | prefixes that this node announced, and withdrawn ones that are still guarded | when they change |
 //! | `networks.json` | the networks to which the machine was connected when it joined | at the join |
+//! | `host.json` | gateways, DNS servers and uplink addresses of the machine when it joined | at the join |
 //! | `map.bin` | the signed network map, as last received | at the start, and when the journal is as large |
 //! | `map.journal` | changes of the map since then | after changes, debounced |
 //! | `kubernetes.json` | the last valid facts of this machine's Node object | when they change |
@@ -29,6 +30,7 @@ mod lock;
 mod tests;
 mod unsaved;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
 use std::net::IpAddr;
@@ -40,7 +42,8 @@ use ipnet::IpNet;
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 use serde::{Deserialize, Serialize};
-use towline_proto::id::{IdentityKey, NodeName};
+use towline_core::local_limits::HostAddresses;
+use towline_proto::id::{IdentityKey, NodeId, NodeName};
 use towline_proto::node::{Grant, MeshConfig};
 use towline_proto::token::ControllerAddress;
 use towline_proto::{pb, signed};
@@ -193,12 +196,24 @@ pub struct CachedPrefixes {
     pub pods: Vec<IpNet>,
     /// Node IPs of this node among the announced prefixes.
     pub node_ips: Vec<IpAddr>,
-    /// Prefixes that other nodes formerly announced and no node announces now.
+    /// Prefixes that other nodes announced last and no node announces now.
     pub withdrawn: Vec<IpNet>,
     /// Those of `withdrawn` that are networks of machines rather than of pods. Left out of the file when
     /// empty, because versions before 0.2.0 refuse the field.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub withdrawn_lans: Vec<IpNet>,
+    /// Those of `withdrawn` whose last node is known, by that node, the oldest first. Left out of the file
+    /// when empty, because versions before 0.2.0 refuse the field.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub withdrawn_by_node: BTreeMap<NodeId, Vec<IpNet>>,
+}
+
+/// Content of `host.json`.
+#[derive(Debug, Serialize, Deserialize)]
+struct HostFile {
+    gateways: BTreeSet<IpAddr>,
+    dns_servers: BTreeSet<IpAddr>,
+    uplinks: BTreeSet<IpAddr>,
 }
 
 /// An open state directory. Only one process at a time can lock it exclusively.
@@ -493,6 +508,31 @@ impl StateDir {
         self.replace("networks.json", &json)
     }
 
+    /// Returns the addresses that the machine needed when it joined. `None` if an earlier version joined. A
+    /// file that is damaged or cannot be read is logged and treated as absent: with it, this machine only
+    /// refuses more.
+    pub fn host_addresses(&self) -> Option<HostAddresses> {
+        let name = "host.json";
+        let parsed = self.read(name).map_err(|error| error.to_string()).and_then(|bytes| {
+            let parse = |bytes: Vec<u8>| serde_json::from_slice::<HostFile>(&bytes);
+            bytes.map(parse).transpose().map_err(|error| error.to_string())
+        });
+        let file = parsed.unwrap_or_else(|error| {
+            tracing::warn!(path = %self.path.join(name).display(), %error, "addresses ignored");
+            None
+        })?;
+        let HostFile { gateways, dns_servers, uplinks } = file;
+        Some(HostAddresses { gateways, dns_servers, uplinks })
+    }
+
+    /// Stores the addresses that the machine needs as it joins.
+    pub fn store_host_addresses(&self, addresses: HostAddresses) -> Result<(), StateError> {
+        let HostAddresses { gateways, dns_servers, uplinks } = addresses;
+        let json = serde_json::to_vec(&HostFile { gateways, dns_servers, uplinks })
+            .map_err(|error| self.damaged("host.json", &error.to_string()))?;
+        self.replace("host.json", &json)
+    }
+
     /// Returns the stored facts of the Kubernetes Node object, in encoded form.
     pub fn kubernetes(&self) -> Result<Option<Vec<u8>>, StateError> {
         self.read("kubernetes.json")
@@ -561,6 +601,7 @@ impl StateDir {
             "map.journal",
             "prefixes.json",
             "networks.json",
+            "host.json",
             "counters.json",
             "kubernetes.json",
             "wireguard.key",

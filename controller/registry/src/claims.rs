@@ -7,17 +7,23 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use towline_types::id::NodeId;
 
-/// Held prefixes, by prefix and by node. A prefix has at most one holder.
+/// Held prefixes, by prefix and by node. A prefix has several holders only where their grants share it.
 #[derive(Debug, Default)]
 pub(super) struct Claims {
-    holders: BTreeMap<IpNet, NodeId>,
+    holders: BTreeMap<IpNet, BTreeSet<NodeId>>,
     held: BTreeMap<NodeId, BTreeSet<IpNet>>,
 }
 
 impl Claims {
-    /// Returns the node that holds exactly this prefix.
+    /// Returns the first node that holds exactly this prefix.
+    #[cfg(test)]
     pub(super) fn holder(&self, prefix: &IpNet) -> Option<NodeId> {
-        self.holders.get(prefix).copied()
+        self.holders.get(prefix)?.first().copied()
+    }
+
+    /// Returns whether a node holds exactly this prefix.
+    pub(super) fn holds(&self, prefix: &IpNet, node: NodeId) -> bool {
+        self.holders.get(prefix).is_some_and(|holders| holders.contains(&node))
     }
 
     /// Returns the prefixes that a node holds.
@@ -29,31 +35,38 @@ impl Claims {
     pub(super) fn overlapping(&self, prefix: &IpNet) -> Vec<(IpNet, NodeId)> {
         let wider = (0..prefix.prefix_len()).filter_map(|length| {
             let wider = IpNet::new(prefix.addr(), length).ok()?.trunc();
-            self.holders.get(&wider).map(|holder| (wider, *holder))
+            self.holders.get(&wider).map(|holders| (wider, holders))
         });
         // Networks sort by address, then by length, so those inside `prefix` are adjacent.
         let inside = self
             .holders
             .range(first(prefix)..=last(prefix))
             .filter(|(other, _)| prefix.contains(*other))
-            .map(|(other, holder)| (*other, *holder));
-        wider.chain(inside).collect()
+            .map(|(other, holders)| (*other, holders));
+        let each = |(net, holders): (IpNet, &BTreeSet<NodeId>)| -> Vec<(IpNet, NodeId)> {
+            holders.iter().map(|holder| (net, *holder)).collect()
+        };
+        wider.chain(inside).flat_map(each).collect()
     }
 
-    /// Makes `node` the holder of the prefix.
+    /// Makes `node` a holder of the prefix.
     pub(super) fn hold(&mut self, prefix: IpNet, node: NodeId) {
-        self.release(&prefix);
-        self.holders.insert(prefix, node);
+        self.holders.entry(prefix).or_default().insert(node);
         self.held.entry(node).or_default().insert(prefix);
     }
 
-    /// Removes the holder of the prefix.
-    pub(super) fn release(&mut self, prefix: &IpNet) {
-        let Some(holder) = self.holders.remove(prefix) else { return };
-        if let Some(held) = self.held.get_mut(&holder) {
+    /// Removes a holder of the prefix.
+    pub(super) fn release(&mut self, prefix: &IpNet, node: NodeId) {
+        if let Some(holders) = self.holders.get_mut(prefix) {
+            holders.remove(&node);
+            if holders.is_empty() {
+                self.holders.remove(prefix);
+            }
+        }
+        if let Some(held) = self.held.get_mut(&node) {
             held.remove(prefix);
             if held.is_empty() {
-                self.held.remove(&holder);
+                self.held.remove(&node);
             }
         }
     }

@@ -77,11 +77,15 @@ impl Registry {
             wireguard_keys: vec![join.wireguard_key],
             overlay,
             allowed_prefixes: terms.allowed_prefixes,
+            pod_ranges: terms.pod_ranges,
+            shared: terms.shared,
             site: terms.site,
             labels: terms.labels,
             issued_at: now.unix,
             ephemeral: terms.ephemeral,
             ephemeral_after: terms.ephemeral_after,
+            relay: terms.relay,
+            control_plane: terms.control_plane,
         };
         self.members.insert(Member {
             grant,

@@ -24,7 +24,9 @@
 //!
 //! - No two nodes share a name, an identity key, a WireGuard key or an overlay address.
 //! - No two nodes hold the same or an overlapping prefix, unless the grant of the one that holds
-//!   the nested prefix names exactly that prefix. What a record claims beyond that is withheld.
+//!   the nested prefix names exactly that prefix, or their grants share the prefix in one group. What a
+//!   record claims beyond that is withheld.
+//! - A node announces at most as many blocks of a pod range as its token allows.
 //! - The identity key of a removed node can never join again; a tombstone is never deleted.
 //! - Revisions only grow, and each change of a node, a tombstone or the mesh has its own.
 //! - A node is removed by an operator, by itself, or by a machine that replaces it. An ephemeral
@@ -53,8 +55,9 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use towline_types::id::{IdentityKey, NodeId, NodeName, TokenId};
 use towline_types::limits;
-use towline_types::node::{Head, MeshConfig, Node, Tombstone};
+use towline_types::node::{Head, MeshConfig, Node, RelayRole, Tombstone};
 use towline_types::ownership;
+use towline_types::pod_range::PodRange;
 
 pub use admins::Admin;
 use claims::Claims;
@@ -236,6 +239,15 @@ pub enum Event {
         node: NodeId,
         /// Reason, for the log.
         why: &'static str,
+    },
+    /// An operator decided whether a node may relay.
+    RelayDecided {
+        /// Name of the node.
+        name: NodeName,
+        /// Id of the node.
+        node: NodeId,
+        /// True if it may.
+        may_relay: bool,
     },
     /// A prefix moved from an offline node to a connected one.
     PrefixMoved {
@@ -466,9 +478,11 @@ impl Registry {
         if let Some(after) = terms.ephemeral_after.filter(|after| *after < least || *after > most) {
             return Err(CreateTokenError::EphemeralAfter(after));
         }
-        let useless = |prefix: &&IpNet| ownership::is_useless_grant(**prefix, &self.mesh.config);
-        if let Some(prefix) = terms.allowed_prefixes.iter().find(useless) {
-            return Err(CreateTokenError::Unusable(*prefix));
+        let ranges = terms.pod_ranges.iter().map(PodRange::range);
+        let mut granted = terms.allowed_prefixes.iter().copied().chain(ranges);
+        let useless = |prefix: &IpNet| ownership::is_useless_grant(*prefix, &self.mesh.config);
+        if let Some(prefix) = granted.find(useless) {
+            return Err(CreateTokenError::Unusable(prefix));
         }
         let token = Token {
             id,
@@ -513,6 +527,22 @@ impl Registry {
         };
         self.remove_node(tombstone, why);
         self.reconsider(sessions, now);
+        Ok(())
+    }
+
+    /// Decides whether a node may relay for others. Does nothing if that was decided before.
+    pub fn set_relay(&mut self, node: NodeId, may_relay: bool, now: Now) -> Result<(), NodeAbsent> {
+        let grant = &self.member(node)?.grant;
+        if grant.relay.decision() == Some(may_relay) {
+            return Ok(());
+        }
+        // Of two grants with one record, agents keep the one that was issued later.
+        let issued_at = now.unix.max(grant.issued_at.saturating_add(1));
+        let name = grant.name.clone();
+        self.members.set_relay(node, RelayRole::of(may_relay), issued_at);
+        self.unsigned.insert(Unsigned::Grant(node));
+        self.touch(node);
+        self.events.push(Event::RelayDecided { name, node, may_relay });
         Ok(())
     }
 
@@ -677,7 +707,7 @@ impl Registry {
         let id = tombstone.node_id;
         if let Some(member) = self.members.remove(id) {
             for prefix in self.claims.held_by(id) {
-                self.claims.release(&prefix);
+                self.claims.release(&prefix, id);
             }
             self.problems.remove(id);
             self.dirty.insert(Key::Node(id));

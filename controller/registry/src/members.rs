@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use ipnet::IpNet;
 use towline_types::id::{IdentityKey, NodeId, NodeName, TokenId, WireguardKey};
-use towline_types::node::{Grant, Record};
+use towline_types::node::{Grant, Record, RelayRole};
 
 /// A node of the mesh.
 #[derive(Debug, Clone, PartialEq)]
@@ -98,6 +98,22 @@ impl Members {
     /// Replaces the record of a node.
     pub(super) fn set_record(&mut self, id: NodeId, record: Record) {
         self.edit(id, |member| member.record = Some(record));
+    }
+
+    /// Replaces the networks that a node may announce by those of `grant`. All else of its grant stays.
+    pub(super) fn set_allowed(&mut self, id: NodeId, grant: Grant) {
+        self.edit(id, |member| {
+            member.grant.allowed_prefixes = grant.allowed_prefixes;
+            member.grant.pod_ranges = grant.pod_ranges;
+        });
+    }
+
+    /// Replaces the relay role of a node, in a grant that is issued at `issued_at`.
+    pub(super) fn set_relay(&mut self, id: NodeId, role: RelayRole, issued_at: i64) {
+        self.edit(id, |member| {
+            member.grant.relay = role;
+            member.grant.issued_at = issued_at;
+        });
     }
 
     /// Replaces the list of withheld prefixes of a node. Returns whether it changed.

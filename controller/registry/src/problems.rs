@@ -97,12 +97,25 @@ pub enum WithheldReason {
         /// Name of its holder.
         holder: NodeName,
     },
+    /// The node holds the largest number of prefixes already.
+    #[error(
+        "prefix {prefix} of node `{claimant}` is withheld: a node holds at most {} outside protected \
+         ranges: announce fewer, or protect a range around them",
+        limits::GUARDED_PREFIXES
+    )]
+    TooMany {
+        /// Claimed prefix.
+        prefix: IpNet,
+        /// Name of the node that claims it.
+        claimant: NodeName,
+    },
 }
 
 codes! {
     WithheldReason {
         Unusable(Unusable),
         Held => "prefix-overlap",
+        TooMany => "too-many-prefixes",
     }
 }
 

@@ -4,6 +4,9 @@
 //! Instead, the map entry lists the prefix as withheld. So all nodes decide the same way, the
 //! contested prefix stays with its holder, and the rest of the record takes effect.
 //!
+//! A block of a pod range that the node announces is pinned: its grant allows it from then on
+//! ([`Grant::pin`](towline_types::node::Grant::pin)).
+//!
 //! A claim to a prefix that another node holds is refused, and noted as a problem of both nodes. A
 //! holder that was offline for longer than the lease loses the prefix to a claimant that is
 //! connected. Refused claims are checked again whenever a prefix is freed, and periodically.
@@ -16,7 +19,7 @@ use towline_types::ownership::{self, Claim};
 
 use super::problems::{NodeProblem, WithheldReason};
 use super::sessions::{SessionId, Sessions};
-use super::{Event, Key, Now, PublishError, Registry};
+use super::{Event, Key, Now, PublishError, Registry, Unsigned};
 
 /// Result of a publication.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -83,14 +86,21 @@ impl Registry {
                 return Ok(self.settled(node, false, sessions, now));
             }
         }
-        if let Err(error) = Node::new(member.grant.clone(), record.clone()) {
+        let pinned = member.grant.pin(&record.prefixes);
+        let grant = pinned.as_ref().unwrap_or(&member.grant).clone();
+        if let Err(error) = Node::new(grant, record.clone()) {
             self.note(node, error.clone().into());
             return Err(error.into());
         }
         let freed = self.claims.held_by(node).iter().any(|have| !record.prefixes.contains(have));
         self.members.set_record(node, record);
         self.dirty.insert(Key::Node(node));
-        if difference == Difference::Content {
+        let is_pinned = pinned.is_some();
+        if let Some(grant) = pinned {
+            self.members.set_allowed(node, grant);
+            self.unsigned.insert(Unsigned::Grant(node));
+        }
+        if is_pinned || difference == Difference::Content {
             self.touch(node);
         }
         let published = self.settled(node, true, sessions, now);
@@ -128,13 +138,21 @@ impl Registry {
         let (wanted, was_withheld) = (record.prefixes.clone(), member.withheld.clone());
         for prefix in self.claims.held_by(node) {
             if !wanted.contains(&prefix) {
-                self.claims.release(&prefix);
+                self.claims.release(&prefix, node);
             }
         }
         let mut withheld = Vec::new();
+        let mut room = limits::GUARDED_PREFIXES;
         for prefix in wanted {
-            if let Err(reason) = self.claim(node, prefix, sessions, now) {
-                withheld.push(Withheld { prefix, reason });
+            let is_alone = ownership::is_guarded_alone(prefix, &self.mesh.config);
+            let claimed = if is_alone && room == 0 {
+                Err(self.refuse_more(node, prefix))
+            } else {
+                self.claim(node, prefix, sessions, now)
+            };
+            match claimed {
+                Ok(()) => room -= usize::from(is_alone),
+                Err(reason) => withheld.push(Withheld { prefix, reason }),
             }
         }
         let list: Vec<IpNet> = withheld.iter().map(|withheld| withheld.prefix).collect();
@@ -147,7 +165,15 @@ impl Registry {
         withheld
     }
 
-    /// Makes the node the holder of the prefix.
+    /// Refuses a prefix of a node that holds as many as it may.
+    fn refuse_more(&mut self, node: NodeId, prefix: IpNet) -> WithheldReason {
+        self.claims.release(&prefix, node);
+        let reason = WithheldReason::TooMany { prefix, claimant: self.name_of(node) };
+        self.note_about(node, Some((node, prefix)), reason.clone().into());
+        reason
+    }
+
+    /// Makes the node a holder of the prefix: the only one, unless the grants of several share it.
     ///
     /// # Errors
     ///
@@ -159,11 +185,11 @@ impl Registry {
         sessions: &Sessions,
         now: Now,
     ) -> Result<(), WithheldReason> {
-        let is_held = self.claims.holder(&prefix) == Some(node);
+        let is_held = self.claims.holds(&prefix, node);
         if let Err(unusable) = ownership::usable(prefix, &self.mesh.config) {
             // An earlier version may have accepted it.
             if is_held {
-                self.claims.release(&prefix);
+                self.claims.release(&prefix, node);
             }
             let reason = WithheldReason::from(unusable);
             self.note_about(node, Some((node, prefix)), reason.clone().into());
@@ -203,7 +229,7 @@ impl Registry {
 
     /// Takes a prefix from a holder that is offline for longer than the lease.
     fn take_from(&mut self, holder: NodeId, held: IpNet, node: NodeId, prefix: IpNet) {
-        self.claims.release(&held);
+        self.claims.release(&held, holder);
         let mut withheld =
             self.members.get(holder).map_or_else(Vec::new, |member| member.withheld.clone());
         withheld.push(held);

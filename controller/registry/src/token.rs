@@ -9,6 +9,8 @@ use ipnet::IpNet;
 use subtle::ConstantTimeEq;
 use towline_types::id::{Label, NodeName, TokenId};
 use towline_types::limits;
+use towline_types::node::{RelayRole, SharedPrefix};
+use towline_types::pod_range::PodRange;
 
 use super::JoinError;
 
@@ -95,12 +97,20 @@ pub struct TokenTerms {
     pub labels: BTreeMap<Label, String>,
     /// Networks that the nodes may announce, whole or in part.
     pub allowed_prefixes: Vec<IpNet>,
+    /// Networks of which each node may announce a few blocks; no block is pinned.
+    pub pod_ranges: Vec<PodRange>,
+    /// Those of `allowed_prefixes` that other nodes of a group may announce at the same time.
+    pub shared: Vec<SharedPrefix>,
     /// Name of a node that the joining node replaces. Such a token has one use.
     pub replace: Option<NodeName>,
     /// True if the nodes are removed once they are offline for longer than [`Self::ephemeral_after`].
     pub ephemeral: bool,
     /// Time that ephemeral nodes may be offline, within [`limits::EPHEMERAL_AFTER`]; `None`: the lease.
     pub ephemeral_after: Option<Duration>,
+    /// Whether the nodes may relay for others.
+    pub relay: RelayRole,
+    /// True if the nodes are control-plane nodes of a Kubernetes cluster, whose API servers others may use.
+    pub control_plane: bool,
 }
 
 impl TokenTerms {
@@ -112,9 +122,13 @@ impl TokenTerms {
             site: None,
             labels: BTreeMap::new(),
             allowed_prefixes: Vec::new(),
+            pod_ranges: Vec::new(),
+            shared: Vec::new(),
             replace: None,
             ephemeral: false,
             ephemeral_after: None,
+            relay: RelayRole::Denied,
+            control_plane: false,
         }
     }
 }

@@ -24,10 +24,18 @@ pub(super) const TOKEN_CREATE: &str = "\
 Examples:
   # for one machine, within one hour
   towline-controller token create --name gpu-1 --site dc > gpu-1.token
-  # for ten machines of a site, within a day, with pods of a cluster
-  towline-controller token create --uses 10 --ttl 24h --site dc --prefix 10.244.0.0/16
+  # for ten workers of a cluster, within a day: each may announce one /24 of its pod network
+  towline-controller token create --uses 10 --ttl 24h --site dc --pod-range 10.244.0.0/16
+  # for a cluster with IPv4 and IPv6, whose nodes get two blocks of each
+  towline-controller token create --pod-range 10.244.0.0/16 --pod-range fd00:10:244::/56 --blocks 2
+  # for both gateways of a LAN
+  towline-controller token create --uses 2 --prefix 192.168.50.0/24,shared=lan-b
   # for a machine that was installed again
-  towline-controller token create --replace gpu-1 > gpu-1.token";
+  towline-controller token create --replace gpu-1 > gpu-1.token
+  # for a public machine that relays for others
+  towline-controller token create --name relay-1 --relay > relay-1.token
+  # for the control-plane nodes of a Kubernetes cluster
+  towline-controller token create --control-plane --uses 3 --name 'cp-*' > control-plane.token";
 
 pub(super) const TOKEN_LIST: &str = "\
 Examples:
@@ -50,6 +58,12 @@ pub(super) const NODE_SHOW: &str = "\
 Examples:
   towline-controller node show gpu-1
   towline-controller node show gpu-1 -o yaml";
+
+pub(super) const NODE_SET: &str = "\
+Examples:
+  # it has [relay] enabled, and others can reach it
+  towline-controller node set gateway-1 --relay
+  towline-controller node set gateway-1 --no-relay";
 
 pub(super) const NODE_REMOVE: &str = "\
 Examples:

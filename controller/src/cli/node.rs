@@ -1,11 +1,13 @@
 //! Command `towline-controller node`.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU16;
 
 use anyhow::Context;
-use clap::Subcommand;
+use clap::{Args, Subcommand};
 use serde::Serialize;
 use towline_proto::id::{IdentityKey, NodeId};
+use towline_proto::node::{RelayRole, SharedPrefix};
 use towline_proto::{pb, signed};
 use towline_service::output::{self, Format};
 
@@ -31,12 +33,31 @@ pub(super) enum Node {
         #[arg(short, long, value_enum, default_value_t)]
         output: Format,
     },
+    /// Change what a node may do
+    #[command(after_help = examples::NODE_SET)]
+    Set {
+        /// Name of the node
+        name: String,
+        #[command(flatten)]
+        role: RelayFlags,
+    },
     /// Remove a node permanently: it can join again only with a new token and new keys
     #[command(after_help = examples::NODE_REMOVE)]
     Remove {
         /// Name of the node
         name: String,
     },
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub(super) struct RelayFlags {
+    /// Let the node be a relay, for nodes that have no direct path
+    #[arg(long)]
+    relay: bool,
+    /// Do not let the node be a relay: other nodes stop using it as one
+    #[arg(long)]
+    no_relay: bool,
 }
 
 pub(super) async fn run(command: Node, common: &Common) -> anyhow::Result<()> {
@@ -53,6 +74,16 @@ pub(super) async fn run(command: Node, common: &Common) -> anyhow::Result<()> {
             let node = found.first().context("invalid response from the controller: no node")?;
             let node = View::read(node, &client.ca)?;
             Ok(output::write(output, &node, |_| sheet(&node))?)
+        }
+        Node::Set { name, role } => {
+            let relay = Some(role.relay && !role.no_relay);
+            let request = pb::SetNodeRequest { name: name.clone(), relay };
+            let mut client = common.connect().await?;
+            let changed = client.admin.set_node(request).await.map_err(status_error)?.into_inner();
+            let grant = signed::grant(changed.grant.as_ref(), &client.ca)?;
+            let may = if grant.relay == RelayRole::Granted { "may" } else { "may not" };
+            eprintln!("node {name} {may} be a relay");
+            Ok(())
         }
         Node::Remove { name } => {
             let request = pb::RemoveNodeRequest { name: name.clone() };
@@ -94,6 +125,11 @@ struct View {
     prefixes: Vec<String>,
     /// Networks that the node may announce, whole or in part.
     allowed_prefixes: Vec<String>,
+    /// Networks of which the node may announce a few blocks, each with their number and length. The
+    /// blocks that it announced are among the allowed prefixes.
+    pod_ranges: Vec<String>,
+    /// Networks that all nodes of a group may announce at the same time, each as `CIDR,shared=GROUP`.
+    shared_prefixes: Vec<String>,
     /// Addresses and ports where the node might be reached, each with its kind.
     candidates: Vec<String>,
     /// Version of the node's agent; empty until it published a record.
@@ -110,6 +146,14 @@ struct View {
     ephemeral: bool,
     /// Time that the node may be offline if it is ephemeral; null: the mesh's lease.
     ephemeral_after_seconds: Option<u64>,
+    /// True if the node may be a relay; null: it joined before 0.2.0, and nobody decided it.
+    may_relay: Option<bool>,
+    /// True if the node is a relay, or claims to be one without being allowed to.
+    relay: bool,
+    /// True if it is a control-plane node, whose API server other nodes may use.
+    control_plane: bool,
+    /// TCP port of its Kubernetes API server, if it announces one.
+    api_port: Option<u16>,
     /// Time of its join.
     joined_at: Option<String>,
     /// Time of its last session.
@@ -131,10 +175,12 @@ impl View {
             Some(record) => Some(signed::record(Some(record), &grant.identity_key)?),
             None => None,
         };
+        let is_relay = record.as_ref().is_some_and(|record| record.relay);
         let texts = |items: &[ipnet::IpNet]| items.iter().map(ToString::to_string).collect();
         let candidate = |candidate: &towline_proto::node::Candidate| {
             format!("{} ({})", candidate.address(), candidate.kind())
         };
+        let shared = |shared: &SharedPrefix| format!("{},shared={}", shared.prefix, shared.group);
         Ok(Self {
             name: grant.name.to_string(),
             id: grant.node_id,
@@ -143,17 +189,23 @@ impl View {
             overlay_addresses: grant.overlay.iter().map(|address| address.to_string()).collect(),
             prefixes: record.as_ref().map(|record| texts(&record.prefixes)).unwrap_or_default(),
             allowed_prefixes: texts(&grant.allowed_prefixes),
+            pod_ranges: grant.pod_ranges.iter().map(ToString::to_string).collect(),
+            shared_prefixes: grant.shared.iter().map(shared).collect(),
             candidates: record
                 .as_ref()
                 .map(|record| record.candidates.iter().map(candidate).collect())
                 .unwrap_or_default(),
             generation: record.as_ref().map(|record| record.generation),
+            api_port: record.as_ref().and_then(|record| record.api_port).map(NonZeroU16::get),
             version: record.map(|record| record.version).unwrap_or_default(),
             wireguard_key: grant.wireguard_keys.first().map(ToString::to_string),
             identity_key: grant.identity_key,
             labels: grant.labels.iter().map(|(k, v)| (k.to_string(), v.clone())).collect(),
             ephemeral: grant.ephemeral,
             ephemeral_after_seconds: grant.ephemeral_after.map(|after| after.as_secs()),
+            may_relay: grant.relay.decision(),
+            relay: is_relay,
+            control_plane: grant.control_plane,
             joined_at: output::time(info.joined_at),
             last_seen: output::time(info.last_seen),
             session_address: info.session_address.clone(),
@@ -165,6 +217,24 @@ impl View {
 
     fn state(&self) -> &'static str {
         if self.online { "online" } else { "offline" }
+    }
+
+    fn relay_state(&self) -> &'static str {
+        match (self.relay, self.may_relay) {
+            (true, Some(true)) => "yes",
+            (true, Some(false)) => "claimed, but not granted",
+            (true, None) => "yes, but not granted: run `towline-controller node set NAME --relay`",
+            (false, Some(true)) => "granted, but not enabled",
+            (false, _) => "no",
+        }
+    }
+
+    /// Returns whether other nodes may use an API server of this node, and its port.
+    fn api_server(&self) -> String {
+        match (self.control_plane, self.api_port) {
+            (true, Some(port)) => format!("true, API server on port {port}"),
+            (is_control_plane, _) => is_control_plane.to_string(),
+        }
     }
 
     fn seen(&self) -> String {
@@ -216,9 +286,13 @@ fn sheet(node: &View) -> String {
         ("overlay", output::list(&node.overlay_addresses)),
         ("prefixes", output::list(&node.prefixes)),
         ("allowed", output::list(&node.allowed_prefixes)),
+        ("pod ranges", output::list(&node.pod_ranges)),
+        ("shared", output::list(&node.shared_prefixes)),
         ("candidates", output::list(&node.candidates)),
         ("labels", output::list(&labels)),
         ("ephemeral", node.ephemeral.to_string()),
+        ("relay", node.relay_state().to_owned()),
+        ("control plane", node.api_server()),
         ("version", output::or_dash(Some(&node.version))),
         ("wireguard key", output::or_dash(node.wireguard_key.as_ref())),
         ("identity key", node.identity_key.to_string()),

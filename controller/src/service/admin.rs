@@ -8,7 +8,9 @@ use futures_util::Stream;
 use tonic::{Request, Response, Status};
 use towline_proto::convert::{self, Invalid};
 use towline_proto::id::{IdentityKey, InvalidId, NodeName, TokenId};
+use towline_proto::node::RelayRole;
 use towline_proto::pb::admin_server::Admin;
+use towline_proto::pod_range::PodRange;
 use towline_proto::token::{JoinToken, TokenSecret};
 use towline_proto::{limits, pb};
 use towline_service::events::EventId;
@@ -18,9 +20,9 @@ use crate::entropy::{random, secret_hash};
 use crate::ledger::Ledger;
 use crate::stored::token_message;
 use crate::view::NodeView;
-use towline_registry::Now;
 use towline_registry::sessions::Sessions;
 use towline_registry::token::{InvalidPattern, TokenTerms};
+use towline_registry::{NoSuchNode, Now};
 
 use super::refusal::Refusal as _;
 use super::{Shared, missing};
@@ -131,6 +133,27 @@ impl Admin for AdminService {
         let name = node_name(request.into_inner().name)?;
         let tombstone = self.shared.remove_by_name(name, "removed by an operator").await?;
         Ok(Response::new(pb::RemoveNodeResponse { tombstone: Some(tombstone) }))
+    }
+
+    async fn set_node(
+        &self,
+        request: Request<pb::SetNodeRequest>,
+    ) -> Result<Response<pb::SetNodeResponse>, Status> {
+        let request = request.into_inner();
+        let name = node_name(request.name)?;
+        let wanted = name.clone();
+        let change = move |ledger: &mut Ledger, _: &Sessions, now: Now| {
+            let registry = ledger.registry();
+            let node = registry.by_name(&wanted)?;
+            if let Some(may_relay) = request.relay {
+                // This cannot fail: the node was just found.
+                let _ = registry.set_relay(node, may_relay, now);
+            }
+            Ok::<_, NoSuchNode>(())
+        };
+        self.shared.apply(change).await?.map_err(|error| error.status())?;
+        let node = self.shared.view.node(&name).map_err(|error| error.status())?;
+        Ok(Response::new(pb::SetNodeResponse { grant: Some(node.grant.clone()) }))
     }
 
     async fn get_mesh(
@@ -312,17 +335,31 @@ fn terms(request: pb::CreateTokenRequest) -> Result<TokenTerms, Status> {
                 .map_err(|error: InvalidPattern| Status::invalid_argument(error.to_string()))?,
         ),
     };
+    let allowed_prefixes =
+        convert::prefixes(&request.allowed_prefixes).map_err(|error| error.status())?;
+    let shared = convert::shared_prefixes(&request.shared, &allowed_prefixes)
+        .map_err(|error| error.status())?;
     Ok(TokenTerms {
         uses,
         name,
         site: convert::site(request.site).map_err(|error| error.status())?,
         labels: convert::labels(request.labels).map_err(|error| error.status())?,
-        allowed_prefixes: convert::prefixes(&request.allowed_prefixes)
-            .map_err(|error| error.status())?,
+        allowed_prefixes,
+        shared,
+        pod_ranges: pod_ranges(&request.pod_ranges)?,
         replace,
         ephemeral: request.ephemeral,
         ephemeral_after: convert::seconds(request.ephemeral_after_seconds),
+        relay: RelayRole::of(request.relay),
+        control_plane: request.control_plane,
     })
+}
+
+/// Parses the pod ranges of a token. The controller alone pins blocks.
+fn pod_ranges(list: &[pb::PodRange]) -> Result<Vec<PodRange>, Status> {
+    let unpinned = |range: &pb::PodRange| pb::PodRange { pinned: Vec::new(), ..range.clone() };
+    let list: Vec<pb::PodRange> = list.iter().map(unpinned).collect();
+    convert::pod_ranges(&list).map_err(|error| error.status())
 }
 
 fn node_info(node: &NodeView, sessions: &Sessions, now: Now) -> pb::NodeInfo {

@@ -164,6 +164,7 @@ pub const RPCS: &[Rpc] = &[
     rpc("/towline.v1.Admin/RevokeToken", Role::Admin, Access::Change, Object::Tokens),
     rpc("/towline.v1.Admin/ListNodes", Role::Admin, Access::Read, Object::AnyNode),
     rpc("/towline.v1.Admin/RemoveNode", Role::Admin, Access::Change, Object::AnyNode),
+    rpc("/towline.v1.Admin/SetNode", Role::Admin, Access::Change, Object::AnyNode),
     rpc("/towline.v1.Admin/GetMesh", Role::Admin, Access::Read, Object::Mesh),
     rpc("/towline.v1.Admin/ConfigureMesh", Role::Admin, Access::Change, Object::Mesh),
     rpc("/towline.v1.Admin/ListTunnels", Role::Admin, Access::Read, Object::Reports),

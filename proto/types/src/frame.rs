@@ -9,15 +9,17 @@
 //!
 //! ```text
 //!  0   1  0x50
-//!  1   1  version, 1
+//!  1   1  version, 1 or 2
 //!  2   2  zero
-//!  4   8  pair id: identifies the sender, known only to the two peers (see below)
+//!  4   8  pair id: identifies the sender and the version, known only to the two peers (see below)
 //! 12  12  nonce, random
 //! 24  40+ sealed body, then the tag of 16 bytes
 //! ```
 //!
-//! Body: `kind` 1, zero 7, `transaction` 8, then the fields of the kind, then zero padding to at
-//! least [`PROBE_BODY_BYTES`]. No response is longer than its request, so nothing is amplified.
+//! Body: in version 2 the [stamp](Stamp) (`epoch` 8, `counter` 8); then in both versions `kind` 1,
+//! zero 7, `transaction` 8, then the fields of the kind, then zero padding to at least
+//! [`PROBE_BODY_BYTES`] without the stamp. No response is longer than its request, so nothing is
+//! amplified.
 //!
 //! | kind | message | fields after the transaction |
 //! |---|---|---|
@@ -28,6 +30,37 @@
 //! | 7 | [refused](Probe::Refused) | |
 //! | 8 | [incoming](Probe::Incoming); transaction 0 | channel 8, peer's key 32 |
 //! | 9 | [call me](Probe::CallMe); its number as transaction | boot epoch 8, count 1, candidates of kind 1, address 16, port 2 |
+//! | 10, 11 | [challenge](Probe::Challenge), [proof](Probe::Proof); version 2 only | |
+//!
+//! # Replay protection
+//!
+//! The receiver of version 2 keeps the epoch of each sender and a window of the counters that it
+//! saw in it. A probe of another epoch, and one whose counter was seen or is too old, is answered
+//! by a challenge. The sender returns its token in a proof, whose stamp the receiver then takes as
+//! the current one, whether it is higher or lower:
+//!
+//! ```text
+//!  sender                                    receiver
+//!    │ ping, epoch 7, counter 1                 │  knows nothing, or another epoch
+//!    │─────────────────────────────────────────►│
+//!    │                        challenge, token  │
+//!    │◄─────────────────────────────────────────│
+//!    │ proof, token, epoch 7, counter 2         │
+//!    │─────────────────────────────────────────►│  epoch 7, from counter 2 on
+//!    │ ping, epoch 7, counter 3                 │
+//!    │─────────────────────────────────────────►│
+//!    │                                    pong  │
+//!    │◄─────────────────────────────────────────│
+//! ```
+//!
+//! So a node whose clock, disk or whole machine went back to an earlier state is in contact again
+//! after two round trips. A token is valid for the path of the challenge, for some seconds, once.
+//! So a proof also shows that its sender receives what is sent to its address. A relay takes
+//! requests from such addresses only. Challenges and proofs themselves are accepted without a known
+//! epoch: both nodes may have restarted.
+//!
+//! Which version a node has is in its signed record. A node that has version 2 is sent version 2,
+//! and version 1 of it is refused.
 //!
 //! A [call-me message](Probe::CallMe) is also sent through the controller, as the same sealed
 //! bytes. The controller cannot read it.
@@ -58,6 +91,8 @@ use crate::id::WireguardKey;
 use crate::limits;
 use crate::node::{Candidate, CandidateKind};
 
+pub use crate::probe_version::ProbeVersion;
+
 /// Kind of a datagram by its first bytes. The parser of that kind must still confirm it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DatagramKind {
@@ -77,15 +112,18 @@ pub enum DatagramKind {
 pub const STUN_COOKIE: [u8; 4] = [0x21, 0x12, 0xa4, 0x42];
 
 const PROBE_TYPE: u8 = 0x50;
-const PROBE_VERSION: u8 = 1;
 /// Bytes in the header before the sealed body.
 pub const PROBE_HEADER_BYTES: usize = 24;
-/// Bytes in the shortest body.
+/// Bytes in the shortest body, without a stamp.
 pub const PROBE_BODY_BYTES: usize = 40;
+/// Bytes in the stamp of version 2.
+pub const STAMP_BYTES: usize = 16;
 /// Bytes in the authentication tag after the body.
 pub const PROBE_TAG_BYTES: usize = 16;
-/// Bytes in the shortest probe.
+/// Bytes in the shortest probe of version 1.
 pub const PROBE_BYTES: usize = PROBE_HEADER_BYTES + PROBE_BODY_BYTES + PROBE_TAG_BYTES;
+/// Bytes in the shortest probe of version 2.
+pub const STAMPED_PROBE_BYTES: usize = PROBE_BYTES + STAMP_BYTES;
 
 const RELAYED_TYPE: u8 = 0x52;
 const RELAYED_VERSION: u8 = 1;
@@ -105,9 +143,46 @@ impl DatagramKind {
     }
 }
 
+/// Returns the number of bytes in the shortest body of a version, with its stamp.
+fn body_bytes(version: ProbeVersion) -> usize {
+    match version {
+        ProbeVersion::V1 => PROBE_BODY_BYTES,
+        ProbeVersion::V2 => STAMP_BYTES + PROBE_BODY_BYTES,
+    }
+}
+
+/// Position of a probe among all probes of one sender to one receiver.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Stamp {
+    /// Boot epoch of the sender: the number of its agent's start.
+    pub epoch: u64,
+    /// Number of the probe. It grows with each probe of one epoch to one receiver.
+    pub counter: u64,
+}
+
+impl Stamp {
+    /// Returns the bytes of the stamp.
+    pub fn encode(&self) -> [u8; STAMP_BYTES] {
+        let mut bytes = [0; STAMP_BYTES];
+        bytes[..8].copy_from_slice(&self.epoch.to_be_bytes());
+        bytes[8..].copy_from_slice(&self.counter.to_be_bytes());
+        bytes
+    }
+
+    /// Splits a decrypted body of version 2 into its stamp and the rest.
+    pub fn decode(body: &[u8]) -> Option<(Self, &[u8])> {
+        let (epoch, rest) = body.split_first_chunk::<8>()?;
+        let (counter, rest) = rest.split_first_chunk::<8>()?;
+        let (epoch, counter) = (u64::from_be_bytes(*epoch), u64::from_be_bytes(*counter));
+        Some((Self { epoch, counter }, rest))
+    }
+}
+
 /// Header of a probe, which is not encrypted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ProbeHeader {
+    /// Version of the probe.
+    pub version: ProbeVersion,
     /// Pair id, which identifies the sender.
     pub pair: [u8; 8],
     /// Random nonce. It must never be used twice with one key.
@@ -119,26 +194,29 @@ impl ProbeHeader {
     pub fn encode(&self) -> [u8; PROBE_HEADER_BYTES] {
         let mut bytes = [0; PROBE_HEADER_BYTES];
         bytes[0] = PROBE_TYPE;
-        bytes[1] = PROBE_VERSION;
+        bytes[1] = self.version.byte();
         bytes[4..12].copy_from_slice(&self.pair);
         bytes[12..24].copy_from_slice(&self.nonce);
         bytes
     }
 
     /// Splits a probe into its header and its sealed body. Returns `None` for anything but a probe
-    /// of this version.
+    /// of a known version.
     pub fn decode(datagram: &[u8]) -> Option<(Self, &[u8])> {
         let (header, sealed) = datagram.split_first_chunk::<PROBE_HEADER_BYTES>()?;
-        if header[..4] != [PROBE_TYPE, PROBE_VERSION, 0, 0]
-            || sealed.len() < PROBE_BODY_BYTES + PROBE_TAG_BYTES
-        {
+        let version = match header[..4] {
+            [PROBE_TYPE, 1, 0, 0] => ProbeVersion::V1,
+            [PROBE_TYPE, 2, 0, 0] => ProbeVersion::V2,
+            _ => return None,
+        };
+        if sealed.len() < body_bytes(version) + PROBE_TAG_BYTES {
             return None;
         }
         let mut pair = [0; 8];
         pair.copy_from_slice(&header[4..12]);
         let mut nonce = [0; 12];
         nonce.copy_from_slice(&header[12..24]);
-        Some((Self { pair, nonce }, sealed))
+        Some((Self { version, pair, nonce }, sealed))
     }
 }
 
@@ -221,6 +299,18 @@ pub enum Probe {
         /// Candidates of the sender; at most [`limits::CANDIDATES`].
         candidates: Vec<Candidate>,
     },
+    /// Answers a probe of version 2 that may be a replay, or whose address is not validated: asks
+    /// for a [`Probe::Proof`].
+    Challenge {
+        /// Token for the proof, which only the receiver can read.
+        token: u64,
+    },
+    /// Answers a challenge: shows that the sender made this probe now, and that it receives what is
+    /// sent to its address.
+    Proof {
+        /// Token of the challenge.
+        token: u64,
+    },
 }
 
 impl Probe {
@@ -236,11 +326,17 @@ impl Probe {
             Self::Refused { transaction } => (7, *transaction),
             Self::Incoming { .. } => (8, 0),
             Self::CallMe { number, .. } => (9, *number),
+            Self::Challenge { token } => (10, *token),
+            Self::Proof { token } => (11, *token),
         };
         let mut bytes = vec![kind, 0, 0, 0, 0, 0, 0, 0];
         bytes.extend_from_slice(&transaction.to_be_bytes());
         match self {
-            Self::Ping { .. } | Self::Register { .. } | Self::Refused { .. } => {}
+            Self::Ping { .. }
+            | Self::Register { .. }
+            | Self::Refused { .. }
+            | Self::Challenge { .. }
+            | Self::Proof { .. } => {}
             Self::Pong { observed, .. } => put_address(&mut bytes, *observed),
             Self::Registered { lifetime, .. } => {
                 let seconds = u32::try_from(lifetime.as_secs()).unwrap_or(u32::MAX);
@@ -301,6 +397,8 @@ impl Probe {
                 }
                 Self::CallMe { boot_epoch, number: transaction, candidates }
             }
+            10 => Self::Challenge { token: transaction },
+            11 => Self::Proof { token: transaction },
             _ => return None,
         })
     }
@@ -366,14 +464,32 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_probe_reads_back(pair: [u8; 8], nonce: [u8; 12], transaction: u64, ip: std::net::IpAddr, port: u16) {
-            let header = ProbeHeader { pair, nonce };
+        fn a_probe_reads_back(
+            pair: [u8; 8],
+            nonce: [u8; 12],
+            transaction: u64,
+            ip: std::net::IpAddr,
+            port: u16,
+            epoch: u64,
+            counter: u64,
+            is_stamped: bool,
+        ) {
+            let version = if is_stamped { ProbeVersion::V2 } else { ProbeVersion::V1 };
+            let (header, stamp) = (ProbeHeader { version, pair, nonce }, Stamp { epoch, counter });
             let mut frame = header.encode().to_vec();
+            if is_stamped {
+                frame.extend_from_slice(&stamp.encode());
+            }
             let pong = Probe::Pong { transaction, observed: SocketAddr::new(ip.to_canonical(), port) };
             frame.extend_from_slice(&pong.encode());
             frame.extend_from_slice(&[0; PROBE_TAG_BYTES]);
-            let (read, sealed) = ProbeHeader::decode(&frame).unwrap();
+            let (read, mut sealed) = ProbeHeader::decode(&frame).unwrap();
             prop_assert_eq!(read, header);
+            if is_stamped {
+                let (read, rest) = Stamp::decode(sealed).unwrap();
+                prop_assert_eq!(read, stamp);
+                sealed = rest;
+            }
             prop_assert_eq!(Probe::decode(sealed), Some(pong));
             prop_assert_eq!(DatagramKind::of(&frame), DatagramKind::Probe);
         }
@@ -404,6 +520,8 @@ mod tests {
                 Probe::Refused { transaction },
                 Probe::Incoming { channel, peer },
                 Probe::CallMe { boot_epoch: channel, number: transaction, candidates },
+                Probe::Challenge { token: transaction },
+                Probe::Proof { token: transaction },
             ] {
                 let mut body = probe.encode();
                 prop_assert!(body.len() >= PROBE_BODY_BYTES);
@@ -422,6 +540,7 @@ mod tests {
         fn any_bytes_are_read_without_panic(bytes: Vec<u8>) {
             DatagramKind::of(&bytes);
             ProbeHeader::decode(&bytes);
+            Stamp::decode(&bytes);
             Probe::decode(&bytes);
             relayed(&bytes);
         }

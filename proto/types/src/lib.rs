@@ -9,6 +9,7 @@
 //! | [`id`] | names, labels, keys and the other identifiers |
 //! | [`node`] | grants, records, tombstones, the mesh configuration |
 //! | [`ownership`] | the rule that decides who may hold a prefix |
+//! | [`pod_range`] | networks of which a node may announce a few blocks |
 //! | [`token`] | the join token and its text form |
 //! | [`frame`] | datagrams on the shared UDP port: their kinds, probes, relayed datagrams |
 //! | [`stun`] | STUN binding requests and responses (RFC 8489) |
@@ -33,6 +34,8 @@ pub mod limits;
 pub mod mtu;
 pub mod node;
 pub mod ownership;
+pub mod pod_range;
+mod probe_version;
 pub mod rate;
 pub mod source_limiter;
 pub mod stun;

@@ -23,6 +23,12 @@ pub const GENERATION_STEP: u64 = 1 << 20;
 pub const CANDIDATES: usize = 32;
 /// Prefixes in a record, in a grant, or protected in a mesh's configuration.
 pub const PREFIXES: usize = 256;
+/// Prefixes that are guarded for one node, outside the ranges that the mesh guards anyway.
+pub const GUARDED_PREFIXES: usize = 64;
+/// Pod ranges of a token or a grant.
+pub const POD_RANGES: usize = 8;
+/// Blocks that a node may announce of one pod range.
+pub const POD_BLOCKS: u32 = 64;
 /// Trusted sites of a mesh.
 pub const TRUSTED_SITES: usize = 64;
 /// TCP ports of a node that are reached outside of the tunnel.

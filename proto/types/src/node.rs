@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::num::NonZeroU16;
 use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -14,6 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::codes;
 use crate::id::{IdentityKey, Label, MeshId, NodeId, NodeName, WireguardKey};
+use crate::pod_range::PodRange;
+use crate::probe_version::ProbeVersion;
 use crate::token::ControllerAddress;
 
 /// Identity of a node and the prefixes that it may announce. Signed by the CA.
@@ -31,8 +34,13 @@ pub struct Grant {
     pub wireguard_keys: Vec<WireguardKey>,
     /// Overlay addresses of the node.
     pub overlay: OverlayAddresses,
-    /// Networks that the node may announce, whole or in part.
+    /// Networks that the node may announce, whole or in part. The pinned blocks of `pod_ranges` are
+    /// among them.
     pub allowed_prefixes: Vec<IpNet>,
+    /// Networks of which the node may announce a few blocks.
+    pub pod_ranges: Vec<PodRange>,
+    /// Those of `allowed_prefixes` that other nodes of a group may announce at the same time.
+    pub shared: Vec<SharedPrefix>,
     /// Site of the node, if it has one. Nodes of one site share a LAN.
     pub site: Option<Label>,
     /// Labels from the join token, set by the operator.
@@ -43,6 +51,46 @@ pub struct Grant {
     pub ephemeral: bool,
     /// Time that an ephemeral node may be offline; `None`: [`MeshConfig::lease`].
     pub ephemeral_after: Option<Duration>,
+    /// Whether the node may relay for others.
+    pub relay: RelayRole,
+    /// True if the node is a control-plane node of a Kubernetes cluster, whose API server others may use.
+    pub control_plane: bool,
+}
+
+/// Whether a node may relay for others: a relay sees who talks to whom, and can drop what it forwards.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
+pub enum RelayRole {
+    /// The grant was issued by a version before 0.2.0, which let any node relay. Such a relay is used
+    /// in this version only, and shown to the operator.
+    #[default]
+    Undecided,
+    /// The node may not relay. It is not used as a relay even if it claims to be one.
+    Denied,
+    /// The node may relay.
+    Granted,
+}
+
+impl RelayRole {
+    /// Returns the role that an operator decided.
+    pub fn of(may_relay: bool) -> Self {
+        if may_relay { Self::Granted } else { Self::Denied }
+    }
+
+    /// Returns the operator's decision; `None` if there is none.
+    pub fn decision(self) -> Option<bool> {
+        match self {
+            Self::Undecided => None,
+            Self::Denied => Some(false),
+            Self::Granted => Some(true),
+        }
+    }
+}
+
+impl From<Option<bool>> for RelayRole {
+    /// Returns the role for the decision of a grant or token; `None` if it contains none.
+    fn from(decision: Option<bool>) -> Self {
+        decision.map_or(Self::Undecided, Self::of)
+    }
 }
 
 impl Grant {
@@ -50,6 +98,20 @@ impl Grant {
     pub fn allows(&self, prefix: &IpNet) -> bool {
         self.allowed_prefixes.iter().any(|allowed| allowed.contains(prefix))
     }
+
+    /// Returns the group of nodes that share exactly this prefix, if the node is in one.
+    pub fn sharing(&self, prefix: &IpNet) -> Option<&Label> {
+        self.shared.iter().find(|shared| shared.prefix == *prefix).map(|shared| &shared.group)
+    }
+}
+
+/// A prefix that all nodes of a group may announce at the same time, such as a LAN with two gateways.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SharedPrefix {
+    /// The prefix.
+    pub prefix: IpNet,
+    /// Name of the group. Nodes of one group have the same name for the same prefix.
+    pub group: Label,
 }
 
 /// Overlay addresses of a node.
@@ -150,11 +212,16 @@ pub struct Record {
     /// Towline version of the node's agent.
     pub version: String,
     /// True if the node is a relay: it forwards sealed datagrams between nodes that have no direct
-    /// path.
+    /// path. [`Node::is_relay`] tells whether it may.
     pub relay: bool,
     /// Those of `prefixes` that are networks of machines, such as a LAN, rather than of pods. Records of
     /// versions before 0.2.0 name none.
     pub lans: Vec<IpNet>,
+    /// Version of the probes that the node's agent sends and accepts.
+    pub probe_version: ProbeVersion,
+    /// TCP port of the node's Kubernetes API server, if it has one. It counts only with the grant's role:
+    /// read it with [`Node::api_port`].
+    pub api_port: Option<NonZeroU16>,
 }
 
 /// A node of the mesh: a grant and a record that the grant allows.
@@ -186,6 +253,17 @@ pub enum NotGranted {
     /// The record has a prefix outside of the granted ones.
     #[error("prefix {0} is not granted: create the token with --prefix {0}, or a wider one")]
     Prefix(IpNet),
+    /// The record has a block of a pod range, and the grant has no block left for it.
+    #[error(
+        "prefix {prefix} is not granted: the node has all blocks that it may have of {range}: create \
+         the token with a larger --blocks"
+    )]
+    Block {
+        /// Prefix of the record.
+        prefix: IpNet,
+        /// Pod range in which it lies.
+        range: IpNet,
+    },
 }
 
 codes! {
@@ -194,6 +272,7 @@ codes! {
         NoKey => "record-without-key",
         Key => "key-not-granted",
         Prefix => "prefix-not-granted",
+        Block => "pod-blocks-used",
     }
 }
 
@@ -212,7 +291,10 @@ impl Node {
             return Err(NotGranted::Key(*key));
         }
         if let Some(prefix) = record.prefixes.iter().find(|p| !grant.allows(p)) {
-            return Err(NotGranted::Prefix(*prefix));
+            return Err(match grant.pod_range(prefix) {
+                Some(range) => NotGranted::Block { prefix: *prefix, range: range.range() },
+                None => NotGranted::Prefix(*prefix),
+            });
         }
         let wireguard_key = *record.wireguard_keys.first().ok_or(NotGranted::NoKey)?;
         Ok(Self { grant, record, wireguard_key })
@@ -243,6 +325,17 @@ impl Node {
     /// Returns the node's record.
     pub fn record(&self) -> &Record {
         &self.record
+    }
+
+    /// Returns whether the node relays for others, and its grant does not deny it.
+    pub fn is_relay(&self) -> bool {
+        self.record.relay && self.grant.relay != RelayRole::Denied
+    }
+
+    /// Returns the TCP port of the node's Kubernetes API server, if the node announces one and its grant
+    /// makes it a control-plane node.
+    pub fn api_port(&self) -> Option<NonZeroU16> {
+        self.record.api_port.filter(|_| self.grant.control_plane)
     }
 
     /// Returns the public key of the node's WireGuard tunnel.
@@ -360,11 +453,15 @@ mod tests {
                 v4: [198, 19, 0, 1].into(),
             },
             allowed_prefixes: vec!["10.244.0.0/16".parse().unwrap()],
+            pod_ranges: Vec::new(),
+            shared: Vec::new(),
             site: None,
             labels: BTreeMap::new(),
             issued_at: 0,
             ephemeral: false,
             ephemeral_after: None,
+            relay: RelayRole::Granted,
+            control_plane: false,
         }
     }
 
@@ -379,6 +476,8 @@ mod tests {
             version: String::new(),
             relay: false,
             lans: Vec::new(),
+            probe_version: ProbeVersion::default(),
+            api_port: None,
         }
     }
 
@@ -394,6 +493,15 @@ mod tests {
 
         let wide = Record { prefixes: vec!["10.0.0.0/8".parse().unwrap()], ..record() };
         assert!(matches!(Node::new(grant(), wide), Err(NotGranted::Prefix(_))));
+    }
+
+    #[test]
+    fn an_api_server_needs_the_role_in_the_grant() {
+        let record = Record { api_port: NonZeroU16::new(6443), ..record() };
+        let worker = Node::new(grant(), record.clone()).unwrap();
+        assert_eq!(worker.api_port(), None);
+        let grant = Grant { control_plane: true, ..grant() };
+        assert_eq!(Node::new(grant, record).unwrap().api_port(), NonZeroU16::new(6443));
     }
 
     #[test]

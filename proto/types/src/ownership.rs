@@ -3,8 +3,12 @@
 //!
 //! - A node always holds its own overlay addresses.
 //! - No node holds another part of an overlay range, or a range in which hosts are not unicast.
+//! - Nodes whose grants share a prefix in one group may all hold it.
+//! - A node holds at most [`GUARDED_PREFIXES`](crate::limits::GUARDED_PREFIXES) prefixes outside the ranges
+//!   that the mesh guards, the first ones of its record.
 //! - Two nodes hold overlapping prefixes only if one prefix lies inside the other, and the grant of
-//!   the node with the nested prefix names exactly that prefix.
+//!   the node with the nested prefix names exactly that prefix. The node chose a pinned block of a pod
+//!   range itself, so that it only counts as named inside of a network that contains the whole range.
 //!
 //! Which of two claims came first is not decided here: the controller keeps the present holder, an
 //! agent prefers the earlier grant.
@@ -14,6 +18,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use crate::codes;
 use crate::node::{Grant, MeshConfig};
+use crate::pod_range::PodRange;
 
 /// IPv4 ranges that no node may announce: this network, loopback, link-local, and multicast with
 /// what is reserved above it (RFC 6890).
@@ -102,6 +107,12 @@ pub fn usable(prefix: IpNet, mesh: &MeshConfig) -> Result<(), Unusable> {
     Ok(())
 }
 
+/// Returns whether a prefix counts towards [`GUARDED_PREFIXES`](crate::limits::GUARDED_PREFIXES), of which a
+/// node holds no more: every node guards it by itself. Others lie in a range that is guarded anyway.
+pub fn is_guarded_alone(prefix: IpNet, mesh: &MeshConfig) -> bool {
+    !mesh.guarded().any(|range| range.contains(&prefix))
+}
+
 /// Returns whether a grant of `prefix` allows nothing: no part of it can be announced in this mesh.
 pub fn is_useless_grant(prefix: IpNet, mesh: &MeshConfig) -> bool {
     mesh.overlays().into_iter().chain(no_hosts()).any(|range| range.contains(&prefix))
@@ -123,15 +134,27 @@ impl Claim<'_> {
             return false;
         }
         match self.prefix.prefix_len().cmp(&other.prefix.prefix_len()) {
-            std::cmp::Ordering::Equal => true,
-            std::cmp::Ordering::Greater => !self.is_named(),
-            std::cmp::Ordering::Less => !other.is_named(),
+            std::cmp::Ordering::Equal => !self.is_shared_with(other),
+            std::cmp::Ordering::Greater => !self.is_named_inside(&other.prefix),
+            std::cmp::Ordering::Less => !other.is_named_inside(&self.prefix),
         }
     }
 
-    /// Returns whether the grant names exactly this prefix.
-    fn is_named(&self) -> bool {
-        self.grant.allowed_prefixes.contains(&self.prefix) || self.is_overlay_address()
+    /// Returns whether both grants share the prefix in one group.
+    fn is_shared_with(&self, other: Claim<'_>) -> bool {
+        let group = self.grant.sharing(&self.prefix);
+        group.is_some() && group == other.grant.sharing(&other.prefix)
+    }
+
+    /// Returns whether the grant names exactly this prefix, so that it may lie inside of a wider one of
+    /// another node.
+    fn is_named_inside(&self, wider: &IpNet) -> bool {
+        let is_chosen = |range: &PodRange| {
+            range.pinned().contains(&self.prefix) && !wider.contains(&range.range())
+        };
+        let is_named = self.grant.allowed_prefixes.contains(&self.prefix)
+            && !self.grant.pod_ranges.iter().any(is_chosen);
+        is_named || self.is_overlay_address()
     }
 
     fn is_overlay_address(&self) -> bool {
@@ -147,7 +170,7 @@ mod tests {
 
     use super::*;
     use crate::id::{IdentityKey, MeshId, NodeId, WireguardKey};
-    use crate::node::OverlayAddresses;
+    use crate::node::{OverlayAddresses, SharedPrefix};
 
     fn net(text: &str) -> IpNet {
         text.parse().unwrap()
@@ -180,11 +203,15 @@ mod tests {
                 v4: [198, 19, 0, number].into(),
             },
             allowed_prefixes: allowed.to_vec(),
+            pod_ranges: Vec::new(),
+            shared: Vec::new(),
             site: None,
             labels: std::collections::BTreeMap::new(),
             issued_at: 0,
             ephemeral: false,
             ephemeral_after: None,
+            relay: crate::node::RelayRole::Denied,
+            control_plane: false,
         }
     }
 
@@ -227,6 +254,45 @@ mod tests {
         assert!(check(Claim { grant: &a, prefix: own }, &mesh(), []).is_ok());
         let other = check(Claim { grant: &b, prefix: own }, &mesh(), []);
         assert!(matches!(other, Err(Refused::Unusable(Unusable::Overlay { .. }))));
+    }
+
+    #[test]
+    fn a_block_that_a_node_chose_lies_in_the_whole_range_of_others_and_in_no_part_of_it() {
+        let (range, block) = (net("10.244.0.0/16"), net("10.244.3.0/24"));
+        let pinned = PodRange::new(range, 24, 1, vec![block]).unwrap();
+        let chosen = Grant { pod_ranges: vec![pinned], ..grant(1, &[block]) };
+        let wide = grant(2, &[net("10.0.0.0/8")]);
+        let claim = Claim { grant: &chosen, prefix: block };
+        for (other, is_conflict) in [
+            ("10.0.0.0/8", false),
+            ("10.244.0.0/16", false),
+            ("10.244.0.0/17", true),
+            ("10.244.2.0/23", true),
+            ("10.244.3.0/24", true),
+            ("10.244.3.0/25", true),
+        ] {
+            let other = Claim { grant: &wide, prefix: net(other) };
+            assert_eq!(claim.conflicts_with(other), is_conflict, "{}", other.prefix);
+            assert_eq!(other.conflicts_with(claim), is_conflict, "{}", other.prefix);
+        }
+    }
+
+    #[test]
+    fn nodes_of_one_group_hold_the_same_prefix() {
+        let lan = net("192.168.50.0/24");
+        let of = |number: u8, group: &str| {
+            let shared = vec![SharedPrefix { prefix: lan, group: group.parse().unwrap() }];
+            Grant { shared, ..grant(number, &[lan]) }
+        };
+        let (a, b, other, alone) = (of(1, "b"), of(2, "b"), of(3, "c"), grant(4, &[lan]));
+        let claim = |grant| Claim { grant, prefix: lan };
+        assert!(!claim(&a).conflicts_with(claim(&b)) && !claim(&b).conflicts_with(claim(&a)));
+        for stranger in [&other, &alone] {
+            assert!(claim(&a).conflicts_with(claim(stranger)));
+            assert!(claim(stranger).conflicts_with(claim(&a)));
+        }
+        let part = Claim { grant: &b, prefix: net("192.168.50.0/25") };
+        assert!(claim(&a).conflicts_with(part), "only the whole prefix is shared");
     }
 
     proptest! {

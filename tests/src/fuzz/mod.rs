@@ -20,7 +20,7 @@ use towline_dataplane::split::Split;
 use towline_dataplane::vnet::{VNET_HEADER_BYTES, VnetHeader};
 use towline_fixtures::ca::Ca;
 use towline_fixtures::node::{record, tombstone_of};
-use towline_proto::frame::{DatagramKind, Probe, ProbeHeader, relayed};
+use towline_proto::frame::{DatagramKind, Probe, ProbeHeader, ProbeVersion, Stamp, relayed};
 use towline_proto::id::WireguardKey;
 use towline_proto::limits;
 use towline_proto::node::{Candidate, CandidateKind, Grant, MeshConfig, Node, Record, Tombstone};
@@ -35,11 +35,15 @@ pub use aead::aead;
 pub use files::{files, request, stored, uapi};
 pub use kernel::{netlink, nftables};
 pub use pipeline::pipeline;
+pub use probe_session::probe_session;
+pub use relay::relay;
 
 mod aead;
 mod files;
 mod kernel;
 mod pipeline;
+mod probe_session;
+mod relay;
 
 /// A function of bytes, with inputs to start from.
 pub struct Target {
@@ -57,11 +61,13 @@ pub const TARGETS: &[Target] = &[
     Target { name: "map", run: map, seeds: map_seeds },
     Target { name: "token", run: token, seeds: token_seeds },
     Target { name: "probe", run: probe, seeds: probe_seeds },
+    Target { name: "probe_session", run: probe_session, seeds: probe_session::seeds },
     Target { name: "datagram", run: datagram, seeds: datagram_seeds },
     Target { name: "inner", run: inner, seeds: inner_seeds },
     Target { name: "coalesce", run: coalesce, seeds: coalesce_seeds },
     Target { name: "pipeline", run: pipeline, seeds: pipeline::seeds },
     Target { name: "mesh", run: mesh, seeds: mesh_seeds },
+    Target { name: "relay", run: relay, seeds: relay::seeds },
     Target { name: "helper", run: helper, seeds: helper_seeds },
     Target { name: "aead", run: aead, seeds: aead::seeds },
     Target { name: "stun", run: stun, seeds: stun_seeds },
@@ -92,6 +98,10 @@ pub fn signed(bytes: &[u8]) {
         Domain::Grant => {
             if let Ok(grant) = signed::grant(signed, &CA.public()) {
                 assert!(grant.allowed_prefixes.len() <= limits::PREFIXES);
+                for range in &grant.pod_ranges {
+                    assert!(range.pinned().len() <= range.blocks() as usize);
+                    assert!(range.pinned().iter().all(|block| range.range().contains(block)));
+                }
                 assert!(!grant.wireguard_keys.is_empty());
                 let again = CA.sign_bytes(domain, &pb::Grant::from(&grant).encode_to_vec());
                 assert_eq!(signed::grant(Some(&again), &CA.public()), Ok(grant));
@@ -175,6 +185,9 @@ pub fn token(bytes: &[u8]) {
 pub fn probe(bytes: &[u8]) {
     if let Some((header, sealed)) = ProbeHeader::decode(bytes) {
         assert!(bytes.starts_with(&header.encode()) && bytes.ends_with(sealed));
+    }
+    if let Some((stamp, rest)) = Stamp::decode(bytes) {
+        assert_eq!([&stamp.encode()[..], rest].concat(), bytes);
     }
     if let Some(probe) = Probe::decode(bytes) {
         assert_eq!(Probe::decode(&probe.encode()), Some(probe));
@@ -326,7 +339,12 @@ pub fn mesh(bytes: &[u8]) {
             5 => {
                 let transaction = input.byte().unwrap_or(0).into();
                 let from = Some(input.address().into());
-                mesh.handle_message(now, input.key(), from, Probe::Ping { transaction });
+                let message = match transaction % 4 {
+                    0 => Probe::Challenge { token: transaction },
+                    1 => Probe::Proof { token: transaction },
+                    _ => Probe::Ping { transaction },
+                };
+                mesh.handle_message(now, input.key(), from, message);
             }
             6 => {
                 if let Some((peer, to, transaction)) = pings.pop() {
@@ -389,6 +407,8 @@ fn check(output: &Output, sent: &mut u32) {
         Output::Advertise(candidates) => assert!(candidates.len() <= limits::CANDIDATES),
         Output::Stun { to, .. } => outer(to),
         Output::Plan(_)
+        | Output::ForwardingTable(_)
+        | Output::ReportChannels
         | Output::SecondPort { .. }
         | Output::StateChanged { .. }
         | Output::PathChanged { .. }
@@ -502,11 +522,14 @@ fn token_seeds() -> Vec<Vec<u8>> {
 
 fn probe_seeds() -> Vec<Vec<u8>> {
     let observed = SocketAddr::from((Ipv4Addr::new(203, 0, 113, 1), 51_830));
-    let header = ProbeHeader { pair: [1; 8], nonce: [2; 12] }.encode();
+    let header = |version| ProbeHeader { version, pair: [1; 8], nonce: [2; 12] }.encode();
+    let stamp = Stamp { epoch: 3, counter: 4 }.encode();
     let pong = Probe::Pong { transaction: 7, observed }.encode();
     let ping = Probe::Ping { transaction: 7 }.encode();
-    let whole = [header.as_slice(), &pong, &[0; 16]].concat();
-    vec![ping.to_vec(), pong.to_vec(), whole]
+    let whole = [&header(ProbeVersion::V1)[..], &pong, &[0; 16]].concat();
+    let stamped = [&header(ProbeVersion::V2)[..], &stamp, &pong, &[0; 16]].concat();
+    let challenge = [&stamp[..], &Probe::Challenge { token: 7 }.encode()].concat();
+    vec![ping, pong, whole, stamped, challenge]
 }
 
 fn datagram_seeds() -> Vec<Vec<u8>> {

@@ -10,10 +10,10 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
+use towline_core::forwarding::{ForwardingEnd, ForwardingTable};
 use towline_core::own_networks::OwnNetworks;
-use towline_core::path::{LocalAddress, Path};
+use towline_core::path::{ChannelId, LocalAddress, Path};
 use towline_core::peer_table::{PeerEntry, PeerTable};
-use towline_dataplane::Event;
 use towline_dataplane::arena::{
     GSO_MAX_BYTES, GSO_MAX_SEGMENTS, GsoBatch, HEADROOM, RecvBatch, SLOT_BYTES, SendBatch,
     TAILROOM, TunBatch, WriteBatch,
@@ -22,14 +22,17 @@ use towline_dataplane::coalesce::Coalesce;
 use towline_dataplane::drops::{DropReason, Drops};
 use towline_dataplane::headers::IpHeader;
 use towline_dataplane::internals::PacketPath;
-use towline_dataplane::relay::{Limits, Relay};
 use towline_dataplane::split::Split;
 use towline_dataplane::switch::Switch;
 use towline_dataplane::udp::{Ready, TooBig, UdpIo};
 use towline_dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_UDP_L4, VNET_HEADER_BYTES, VnetHeader};
-use towline_proto::frame::{DatagramKind, RELAYED_HEADER_BYTES, relayed, relayed_header};
+use towline_dataplane::{Event, Probes};
+use towline_proto::frame::{
+    DatagramKind, Probe, ProbeVersion, RELAYED_HEADER_BYTES, relayed, relayed_header,
+};
 use towline_proto::id::WireguardKey;
 use towline_proto::mtu::Mtu;
+use towline_proto::rate::Rate;
 use towline_wireguard::{
     Answered, DATA_OVERHEAD, HANDSHAKE_BYTES, MessageKind, Secrets, Segments, Session, Single,
 };
@@ -60,6 +63,7 @@ pub fn pipeline(bytes: &[u8]) {
         match what % 8 {
             0 | 1 => bench.junk(&mut input),
             2 => bench.sealed(&mut input),
+            3 if what & 0x40 != 0 => bench.probe(&mut input),
             3 => bench.initiation(),
             4 | 5 => bench.outbound(&mut input),
             6 => bench.now += Duration::from_millis(input.below(255).into()),
@@ -80,6 +84,8 @@ struct Bench {
     path: PacketPath,
     peer_key: WireguardKey,
     peer: Session,
+    /// Probes of the peer.
+    probes: Probes,
     received: RecvBatch,
     writes: WriteBatch,
     out: SendBatch,
@@ -123,18 +129,22 @@ impl UdpIo for Sink {
 impl Bench {
     fn new() -> Self {
         let now = *EPOCH;
-        let limits = Limits { nodes: 4, channels: 4, bytes_per_second: 1 << 20 };
-        let relay = Relay::new(limits);
-        let ends = [3, 4].map(|number| (WireguardKey([number; 32]), address(number).into()));
-        relay.register(now, ends[1].0, ends[1].1).expect("the table has room");
-        relay.open(now, ends[0], ends[1].0, RELAYED).expect("both are registered");
-        let mut path = PacketPath::new(StaticSecret::from([1; 32]), relay, Some(LINK), now);
+        let mut path = PacketPath::new(StaticSecret::from([1; 32]), Some(LINK), now);
+        let ends = [3, 4].map(|number| ForwardingEnd {
+            node: WireguardKey([number; 32]),
+            path: address(number).into(),
+            is_proven: true,
+        });
+        let mut table = ForwardingTable::new(Rate::per_second(1 << 23, 1 << 23));
+        table.insert(ChannelId(RELAYED), ends);
+        path.apply_forwarding(&table);
         path.set_mtu(MTU);
         let secrets = Secrets::new(StaticSecret::from([2; 32]));
         let peer_key = secrets.public_key();
         let entry = PeerEntry {
             endpoint: Some(address(2).into()),
             prefixes: vec!["10.0.0.2/32".parse().expect("a prefix")],
+            shared_sources: Vec::new(),
             keepalive: None,
             preshared_key: None,
             mtu: Mtu::DEFAULT,
@@ -142,8 +152,12 @@ impl Bench {
             is_single: false,
             boot_epoch: 0,
             is_static: false,
+            probe_version: ProbeVersion::OWN,
         };
         let own = OwnNetworks::new([Ipv4Addr::new(10, 0, 0, 1).into()], [], []);
+        let probes = Probes::new(StaticSecret::from([2; 32]), 1);
+        let node = [(path.public_key(), entry.clone())].into();
+        probes.apply(&PeerTable { peers: node, ..PeerTable::default() });
         path.apply(&PeerTable { peers: [(peer_key, entry)].into(), own });
         let peer = Session::new(&secrets, path.public_key(), None, 9);
         Self {
@@ -151,6 +165,7 @@ impl Bench {
             path,
             peer_key,
             peer,
+            probes,
             received: RecvBatch::new(SLOTS),
             writes: WriteBatch::new(SLOTS),
             out: SendBatch::new(512 * 1024, 256),
@@ -213,7 +228,7 @@ impl Bench {
         let count = input.below(64) + 1;
         let payload = usize::from(input.below(90)) * 16;
         let to: Path = if input.below(4) == 0 {
-            Path::from(address(2)).on_channel(towline_core::path::ChannelId(UNKNOWN))
+            Path::from(address(2)).on_channel(ChannelId(UNKNOWN))
         } else {
             address(2).into()
         };
@@ -241,6 +256,19 @@ impl Bench {
         };
         let bytes = sealed.bytes()[..len].to_vec();
         self.arrive(address(2).into(), &bytes, size);
+    }
+
+    /// Receives a probe that the peer sealed, from its address or another one.
+    fn probe(&mut self, input: &mut Input<'_>) {
+        let message = match input.below(4) {
+            0 => Probe::Ping { transaction: 7 },
+            1 => Probe::Register { transaction: 7 },
+            2 => Probe::Challenge { token: 7 },
+            _ => Probe::Proof { token: 7 },
+        };
+        let from = address(2 + input.below(2)).into();
+        let sealed = self.probes.seal(&self.path.public_key(), &message, 0);
+        self.arrive(from, &sealed.expect("the node is its peer"), 0);
     }
 
     fn initiation(&mut self) {
@@ -325,6 +353,10 @@ impl Bench {
         }
         self.out.clear();
         for message in messages {
+            if let Some((node, Probe::Challenge { token })) = self.probes.open_signal(&message) {
+                let proof = self.probes.seal(&node, &Probe::Proof { token }, 0);
+                self.arrive(address(2).into(), &proof.expect("the node is its peer"), 0);
+            }
             let handshake = matches!(MessageKind::of(&message), Some(kind) if !matches!(kind, MessageKind::Data { .. }));
             if !handshake {
                 continue;
@@ -435,6 +467,8 @@ pub(super) fn seeds() -> Vec<Vec<u8>> {
     const SIZE_MAX: [u8; 2] = [3, 0];
     const WHOLE: [u8; 2] = [0, 0];
     let [handshake, inbound]: [&[u8]; 2] = [&[3, 7, 7], &[7]];
+    // Kind of the message, address.
+    let ping: &[u8] = &[0x43, 0, 0];
     // Sender, length, segment size, kind of head, fill byte.
     let junk = |from: u8, len: &[u8], size: &[u8], head: &[u8]| {
         [&[0, from], len, size, &[0], head, &[0xaa]].concat()
@@ -466,6 +500,8 @@ pub(super) fn seeds() -> Vec<Vec<u8>> {
             junk(1, &[1, 5], &WHOLE, &[8, 3]),
         ]
         .concat(),
+        // A ping, which is challenged, its proof, and a request from two addresses.
+        [ping, inbound, inbound, ping, &[0x43, 1, 0], &[0x43, 1, 1], inbound].concat(),
     ]
 }
 

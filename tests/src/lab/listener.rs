@@ -19,6 +19,8 @@ pub struct Listener {
     socket: UdpSocket,
     tag: Tag,
     received: BTreeSet<u64>,
+    /// Number of datagrams whose number had arrived before.
+    repeated: u64,
 }
 
 /// Size of a payload in bytes.
@@ -71,7 +73,7 @@ impl Listener {
             for group in groups.1 {
                 socket.join_multicast_v6(group, link)?;
             }
-            Ok(Self { socket: socket.into(), tag, received: BTreeSet::new() })
+            Ok(Self { socket: socket.into(), tag, received: BTreeSet::new(), repeated: 0 })
         })
     }
 
@@ -82,6 +84,12 @@ impl Listener {
             Ok(self.received.contains(&number).then_some(()))
         })?;
         Ok(arrived.is_some())
+    }
+
+    /// Returns how many datagrams arrived so far whose number had arrived before.
+    pub fn repeated(&mut self) -> anyhow::Result<u64> {
+        self.take()?;
+        Ok(self.repeated)
     }
 
     /// Waits for the datagram of this number and sends the payload of `answer` back to its source,
@@ -118,7 +126,11 @@ impl Listener {
         let mut buffer = [0; 65_536];
         loop {
             match self.socket.recv_from(&mut buffer) {
-                Ok((length, _)) => self.received.extend(self.tag.number(&buffer[..length])),
+                Ok((length, _)) => {
+                    if let Some(number) = self.tag.number(&buffer[..length]) {
+                        self.repeated += u64::from(!self.received.insert(number));
+                    }
+                }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
                 // An error that an ICMP message caused concerns a datagram that was sent.
                 Err(error) if error.kind() == ErrorKind::ConnectionRefused => {}

@@ -34,6 +34,7 @@
 //! | [`tamper`], [`spoof`] | changes by other programs on a host; spoofed packets from outside |
 //! | [`actor`], [`raw_tunnel`], [`listener`] | local users, a member that ignores the rules, and receivers of what they send |
 //! | [`unusual`], [`redirect`] | unusual packets that might bypass a guard, and eBPF redirects of a pod's packets |
+//! | [`interference`] | what an evil relay does to the datagrams that it forwards |
 //! | [`report`], [`output`] | promises, figures and the exit status; progress output |
 //! | [`keep_running`] | a lab that keeps running, and shells inside it |
 //! | [`scenario`], [`cli`] | what `cargo lab NAME` runs |
@@ -58,6 +59,7 @@ pub mod binaries;
 pub mod capture;
 pub mod cli;
 pub mod flow;
+pub mod interference;
 pub mod interrupt;
 pub mod keep_running;
 pub mod listener;

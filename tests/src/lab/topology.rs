@@ -31,6 +31,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use tempfile::TempDir;
 use towline_netlink::{AddressOptions, Family, Route, Rtnetlink, VethPeer};
 
+use super::interference::Interference;
 use super::namespace::Namespace;
 use super::nat::{self, Nat};
 use super::ping::first_reply;
@@ -42,6 +43,8 @@ use super::wire::{Cable, Weather};
 pub struct Lab {
     rank: Rank,
     weather: Weather,
+    /// Treatment of what hosts that are created from now on send on their uplinks.
+    interference: Option<Arc<Interference>>,
     /// Simulated links; dropped before the namespaces that they connect.
     cables: Vec<Cable>,
     internet: Namespace,
@@ -91,7 +94,8 @@ impl Lab {
             address(&mut netlink, BRIDGE, IpNet::new(gateway.1.into(), INTERNET_V6.prefix_len())?)
         })?;
         forward(&internet)?;
-        Ok(Self { rank, weather: Weather::default(), cables: Vec::new(), internet, directory })
+        let (weather, interference, cables) = (Weather::default(), None, Vec::new());
+        Ok(Self { rank, weather, interference, cables, internet, directory })
     }
 
     /// Returns the lab's rights.
@@ -103,6 +107,12 @@ impl Lab {
     /// neither.
     pub fn weather(&mut self, weather: Weather) {
         self.weather = weather;
+    }
+
+    /// Sets what treats the frames that hosts send to the internet, for uplinks that are created from
+    /// now on. By default nothing does.
+    pub fn interfere(&mut self, interference: Option<Arc<Interference>>) {
+        self.interference = interference;
     }
 
     /// Returns the namespace with the internet's bridge, where captures run.
@@ -191,7 +201,7 @@ impl Host {
         })?;
         forward(&self.namespace)?;
         let namespace = bare(name)?;
-        plug(&namespace, "eth0", &self.namespace, bridge, port, Weather::default())?;
+        plug(&namespace, "eth0", (&self.namespace, bridge), port, Weather::default(), None)?;
         let own = [in_net(nth_v4(v4, 2), v4), in_net(nth_v6(v6, 2), v6)];
         let ways = [(own[0], first_v4(v4).into()), (own[1], first_v6(v6).into())];
         connect(&namespace, "eth0", &ways, 100)?;
@@ -232,6 +242,13 @@ impl Uplink<'_> {
         match self {
             Uplink::Internet(..) => lab.weather,
             Uplink::Lan(_) => Weather::default(),
+        }
+    }
+
+    fn interference<'b>(&self, lab: &'b Lab) -> Option<&'b Arc<Interference>> {
+        match self {
+            Uplink::Internet(..) => lab.interference.as_ref(),
+            Uplink::Lan(_) => None,
         }
     }
 
@@ -290,7 +307,8 @@ impl<'a> HostBuilder<'a> {
             let link = format!("eth{index}");
             let port = if index == 0 { name.to_owned() } else { format!("{name}-{index}") };
             let (switch, bridge, own, gateways) = uplink.ends(lab);
-            let cable = plug(&namespace, &link, switch, bridge, &port, uplink.weather(lab))?;
+            let (weather, interference) = (uplink.weather(lab), uplink.interference(lab));
+            let cable = plug(&namespace, &link, (switch, bridge), &port, weather, interference)?;
             cables.extend(cable);
             let ways: Vec<(IpNet, IpAddr)> = own
                 .into_iter()
@@ -353,7 +371,8 @@ impl<'a> RouterBuilder<'a> {
         let lan = lan.ok_or_else(|| missing("LAN"))?;
         let namespace = bare(name)?;
         let (switch, bridge, own, gateways) = uplink.ends(lab);
-        let cable = plug(&namespace, "eth0", switch, bridge, name, uplink.weather(lab))?;
+        let (weather, interference) = (uplink.weather(lab), uplink.interference(lab));
+        let cable = plug(&namespace, "eth0", (switch, bridge), name, weather, interference)?;
         let ways: Vec<(IpNet, IpAddr)> = own.into_iter().zip(gateways).collect();
         connect(&namespace, "eth0", &ways, 100)?;
         namespace.run(|| {
@@ -419,23 +438,23 @@ fn forward(namespace: &Namespace) -> anyhow::Result<()> {
 fn plug(
     host: &Namespace,
     link: &str,
-    switch: &Namespace,
-    bridge: &str,
+    (switch, bridge): (&Namespace, &str),
     port: &str,
     weather: Weather,
+    interference: Option<&Arc<Interference>>,
 ) -> anyhow::Result<Option<Cable>> {
     switch.run(|| {
         let mut netlink = Rtnetlink::open()?;
         let peer = VethPeer { name: link, namespace: Some(host.file().as_fd()) };
         Ok(netlink.add_veth(port, peer)?)
     })?;
-    if weather == Weather::default() {
+    if weather == Weather::default() && interference.is_none() {
         switch.run(|| attach(port, bridge))?;
         return Ok(None);
     }
     // The host keeps a veth link: an agent does not use a TAP link as an uplink.
     let [near, far, joint] = ["n", "f", "j"].map(|prefix| format!("{prefix}-{port}"));
-    let cable = Cable::lay((switch, &near), (switch, &far), weather)?;
+    let cable = Cable::lay((switch, &near), (switch, &far), weather, interference)?;
     switch.run(|| {
         Rtnetlink::open()?.add_bridge(&joint)?;
         attach(port, &joint)?;

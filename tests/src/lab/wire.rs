@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::interference::Interference;
 use super::namespace::Namespace;
 use super::ping::checksum;
 
@@ -68,11 +69,12 @@ const LOOK: Duration = Duration::from_millis(100);
 
 impl Cable {
     /// Creates the link `a.1` in the namespace `a.0` and the link `b.1` in `b.0`, and connects
-    /// them.
+    /// them. `interference` treats what is sent from `a` to `b`.
     pub fn lay(
         a: (&Namespace, &str),
         b: (&Namespace, &str),
         weather: Weather,
+        interference: Option<&Arc<Interference>>,
     ) -> anyhow::Result<Self> {
         let [a, b] =
             [a, b].map(|(namespace, name)| namespace.run(|| open_tap(name, weather.together)));
@@ -83,7 +85,8 @@ impl Cable {
         for (number, (from, to)) in ways.into_iter().enumerate() {
             let stop = stop.clone();
             let seed = 0x9e37_79b9_7f4a_7c15 ^ (from.as_raw_fd() as u64) << 8 ^ number as u64;
-            let carry = move || carry(from, to, weather, seed, &stop);
+            let interference = interference.filter(|_| number == 0).cloned();
+            let carry = move || carry(from, to, weather, interference.as_deref(), seed, &stop);
             threads.push(std::thread::Builder::new().name("cable".to_owned()).spawn(carry)?);
         }
         Ok(Self { stop, threads })
@@ -100,7 +103,14 @@ impl Drop for Cable {
 }
 
 /// Carries frames from one TAP link to the other until `stop` is set.
-fn carry(mut from: File, mut to: File, weather: Weather, mut random: u64, stop: &AtomicBool) {
+fn carry(
+    mut from: File,
+    mut to: File,
+    weather: Weather,
+    interference: Option<&Interference>,
+    mut random: u64,
+    stop: &AtomicBool,
+) {
     let mut under_way: VecDeque<(Instant, Vec<u8>)> = VecDeque::new();
     let mut frame = vec![0; FRAME_BYTES];
     let header_bytes = weather.together.header_bytes();
@@ -128,8 +138,20 @@ fn carry(mut from: File, mut to: File, weather: Weather, mut random: u64, stop: 
                     if weather.together == Together::Damaged {
                         damage_later_datagrams(header, packet);
                     }
-                    if !lost && under_way.len() < UNDER_WAY {
-                        under_way.push_back((Instant::now() + weather.delay, frame[..len].into()));
+                    if lost {
+                        continue;
+                    }
+                    let due = Instant::now() + weather.delay;
+                    let frames = match interference {
+                        Some(interference) => interference.treat(&frame[..len]),
+                        None => vec![(Duration::ZERO, frame[..len].into())],
+                    };
+                    for (later, frame) in frames {
+                        if under_way.len() < UNDER_WAY {
+                            let due = due + later;
+                            let at = under_way.partition_point(|(other, _)| *other <= due);
+                            under_way.insert(at, (due, frame));
+                        }
                     }
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,

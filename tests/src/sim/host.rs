@@ -6,24 +6,33 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use ipnet::IpNet;
-use towline_core::mesh::{Config, MapChange, Membership, Mesh, Output, PeerState, Transmit};
+use towline_core::mesh::{
+    Config, MapChange, Membership, Mesh, Output, PeerState, RelayLimits, Transmit,
+};
 use towline_core::path::{LocalAddress, LocalPort, Path};
 use towline_core::peer_table::PeerTable;
 use towline_core::plan::Plan;
+use towline_core::probe_session::{Arrival, Decision};
+use towline_dataplane::internals::{Forward, Forwarding};
 use towline_fixtures::{agent, node};
-use towline_proto::frame::Probe;
+use towline_proto::frame::{Probe, ProbeVersion};
 use towline_proto::id::{IdentityKey, NodeId, WireguardKey};
 use towline_proto::node::{
-    Candidate, CandidateKind, Grant, MeshConfig, Node, OverlayAddresses, Record, Tombstone,
+    Candidate, CandidateKind, Grant, MeshConfig, Node, OverlayAddresses, Record, RelayRole,
+    Tombstone,
 };
 
+use super::evil_relay::EvilRelay;
 use super::net::RealmId;
 use super::payload::Payload;
-use super::relay::RelayService;
+use super::probes::Probes;
 use super::tunnel::Tunnels;
 
 /// UDP port of every agent.
 pub const PORT: u16 = 51830;
+/// Limits of every relay.
+const RELAY: RelayLimits =
+    RelayLimits { nodes: 1_024, channels_per_node: 1_024, bits_per_second: 1_000_000_000 };
 /// Second UDP port of an agent before the first is opened; each gets the next number.
 const SECOND_PORTS: u16 = 40_000;
 
@@ -57,8 +66,10 @@ pub struct Host {
     pub prefixes: Vec<IpNet>,
     /// True if the node relays and answers STUN for others.
     pub relay: bool,
-    /// State of the node's relay. It is lost when the agent stops.
-    pub service: RelayService,
+    /// Set if the relay is evil.
+    pub evil: Option<EvilRelay>,
+    /// Version of the probes of the node's agent.
+    pub probe_version: ProbeVersion,
     /// Offset of the wall clock from the true time, in seconds.
     pub clock_offset: i64,
     /// True while the host has a connection to the controller.
@@ -89,6 +100,10 @@ pub struct Agent {
     pub mesh: Mesh,
     /// The agent's data plane.
     pub tunnels: Tunnels,
+    /// The relayed channels of the agent's data plane.
+    pub forwarding: Forwarding,
+    /// Probes of the agent's data plane.
+    pub probes: Probes,
     /// The last peer table of the core.
     pub table: Option<Arc<PeerTable>>,
     /// The last plan of the core.
@@ -114,7 +129,8 @@ impl Host {
             configured: Vec::new(),
             prefixes: Vec::new(),
             relay: false,
-            service: RelayService::default(),
+            evil: None,
+            probe_version: ProbeVersion::OWN,
             clock_offset: 0,
             controller_reachable: true,
             watching: false,
@@ -148,18 +164,22 @@ impl Host {
         seed[16..24].copy_from_slice(&self.boot_epoch.to_le_bytes());
         let membership = Membership { grant: self.grant.clone(), mesh: self.mesh_config.clone() };
         let config = Config {
-            relay: self.relay,
+            relay: self.relay.then_some(RELAY),
             boot_epoch: self.boot_epoch,
             ..agent::config(Some(membership))
         };
         Mesh::new(config, seed, now)
     }
 
+    /// Sets the disk back: the next start has a boot epoch that was used before.
+    pub fn set_back(&mut self, epochs: u64) {
+        self.boot_epoch = self.boot_epoch.saturating_sub(epochs);
+    }
+
     /// Starts the agent from the state on the disk.
     pub fn start(&mut self, now: Instant) {
         self.boot_epoch += 1;
         self.watching = false;
-        self.service = RelayService::default();
         let mut mesh = self.core(now);
         for tombstone in self.tombstones.values() {
             mesh.handle_map_change(now, MapChange::Remove(tombstone.clone()));
@@ -172,6 +192,8 @@ impl Host {
         self.agent = Some(Agent {
             mesh,
             tunnels: Tunnels::new(u64::from(self.number) << 12 | self.boot_epoch),
+            forwarding: Forwarding::default(),
+            probes: Probes::new(self.boot_epoch, now),
             table: None,
             plan: None,
             candidates: Vec::new(),
@@ -216,49 +238,76 @@ impl Host {
         }
     }
 
-    /// Handles a datagram that arrived.
+    /// Handles a datagram that arrived. Returns what the data plane itself sends because of it.
     pub fn receive(
         &mut self,
         now: Instant,
         at: SocketAddr,
         from: SocketAddr,
         payload: Payload,
-    ) -> Vec<(SocketAddr, Payload)> {
-        let me = self.key();
+    ) -> Vec<(Path, Payload)> {
+        let (me, own) = (self.key(), self.probe_version);
         let Some(agent) = &mut self.agent else { return Vec::new() };
-        let (channel, payload) = match payload {
-            Payload::Channel(channel, payload) => {
-                let forwarded = self.service.forward(now, from, channel);
-                if let Some(to) = forwarded {
-                    return vec![(to, Payload::Channel(channel, payload))];
-                }
-                (Some(channel), *payload)
-            }
-            payload => (None, payload),
-        };
         let port = match at.port() {
             PORT => LocalPort::Configured,
             port if agent.mesh.second_port() == Some(port) => LocalPort::Second,
             _ => return Vec::new(),
         };
         let local = uplinks(&self.addresses).into_iter().find(|end| end.address == at.ip());
-        let from = Path { local, remote: from, channel, port };
+        let from = Path { local, remote: from, channel: None, port };
+        let (channel, payload) = match payload {
+            Payload::Channel(channel, payload) => {
+                let bytes = payload.size().into();
+                match agent.forwarding.forward(now, &from, channel.0, bytes) {
+                    Forward::To(to) => return vec![(to, Payload::Channel(channel, payload))],
+                    Forward::Refused(_) => return Vec::new(),
+                    Forward::Unknown => (Some(channel), *payload),
+                }
+            }
+            payload => (None, payload),
+        };
+        let from = Path { channel, ..from };
+        let (stamp, payload) = match payload {
+            Payload::Stamped(stamp, payload) => (Some(stamp), *payload),
+            payload => (None, payload),
+        };
         match payload {
             Payload::Probe { from: peer, to, message, size: _ } => {
-                if to != me || !agent.knows(&peer) {
+                let entry = agent.table.as_ref().and_then(|table| table.peers.get(&peer));
+                let Some(entry) = entry.filter(|_| to == me) else { return Vec::new() };
+                let accepts = match stamp {
+                    Some(_) => own == ProbeVersion::V2,
+                    None => own.min(entry.probe_version) == ProbeVersion::V1,
+                };
+                if !accepts {
                     return Vec::new();
                 }
-                if let Probe::Register { .. } | Probe::Open { .. } = message {
-                    if !self.relay {
-                        return Vec::new();
-                    }
-                    return self.service.answer(now, me, peer, from.remote, &message);
+                let is_in_use = entry.endpoint.is_some_and(|endpoint| endpoint.is(&from));
+                let arrival = Arrival { now, from, is_in_use, stamp };
+                let (answer, is_delivered) = match agent.probes.receive(peer, &arrival, &message) {
+                    Decision::Deliver { answer } => (answer, true),
+                    Decision::Drop { answer, .. } => (answer, false),
+                };
+                let mut answers = Vec::new();
+                if let Some(message) = answer {
+                    let answer = Payload::Probe { from: me, to: peer, message, size: None };
+                    let answer = match stamp {
+                        Some(_) => agent.probes.stamp(peer, answer),
+                        None => answer,
+                    };
+                    let to = Path { port, ..Path::direct(from.remote) };
+                    answers.push((to, answer.on(&from)));
                 }
-                agent.mesh.handle_message(now, peer, Some(from), message);
+                if is_delivered {
+                    agent.mesh.handle_message(now, peer, Some(from), message);
+                }
+                return answers;
             }
+            Payload::Stamped(..) => {}
             Payload::WireGuard(message) => agent.tunnels.receive(now, me, from, message),
             Payload::StunRequest(transaction) => {
-                return vec![(from.remote, Payload::StunAnswer(transaction, from.remote))];
+                let to = Path { port, ..Path::direct(from.remote) };
+                return vec![(to, Payload::StunAnswer(transaction, from.remote))];
             }
             Payload::StunAnswer(transaction, mapped) => {
                 agent.mesh.handle_stun(now, from.remote, transaction, mapped);
@@ -304,7 +353,7 @@ impl Host {
 
     /// Returns every action that the core and the data plane ask for, until both have none left.
     pub fn drain(&mut self, now: Instant, clock: i64) -> Vec<Action> {
-        let me = self.key();
+        let (me, own) = (self.key(), self.probe_version);
         let mut actions = Vec::new();
         loop {
             let Some(agent) = &mut self.agent else { return actions };
@@ -320,6 +369,7 @@ impl Host {
                         peer, path: Some(path), message, size, ..
                     }) => {
                         let payload = Payload::Probe { from: me, to: peer, message, size };
+                        let payload = agent.seal(own, payload);
                         actions.push(Action::Send(path, payload.on(&path)));
                     }
                     Output::Train { peer, path, transactions, size } => {
@@ -330,6 +380,7 @@ impl Host {
                                 message: Probe::Ping { transaction },
                                 size: Some(size),
                             };
+                            let payload = agent.seal(own, payload);
                             actions.push(Action::Send(path, payload.on(&path)));
                         }
                     }
@@ -354,6 +405,13 @@ impl Host {
                         );
                         agent.tunnels.apply(&table);
                         agent.table = Some(table);
+                    }
+                    Output::ForwardingTable(table) => {
+                        agent.forwarding = agent.forwarding.next(&table);
+                    }
+                    Output::ReportChannels => {
+                        let used = agent.forwarding.take_used();
+                        agent.mesh.handle_channels_used(now, used);
                     }
                     Output::Plan(plan) => {
                         assert_ne!(
@@ -432,6 +490,7 @@ impl Host {
             candidates,
             prefixes: self.prefixes.clone(),
             relay: self.relay,
+            probe_version: self.probe_version,
             ..node::record(&self.grant)
         };
         let node = Node::new(self.grant.clone(), record).expect("the record respects the grant");
@@ -447,6 +506,19 @@ impl Host {
 }
 
 impl Agent {
+    /// Seals a probe in the version that its receiver has, according to its record; an agent of version
+    /// `own` seals no later one.
+    fn seal(&mut self, own: ProbeVersion, payload: Payload) -> Payload {
+        let Payload::Probe { to, .. } = &payload else { return payload };
+        let to = *to;
+        let entry = self.table.as_ref().and_then(|table| table.peers.get(&to));
+        let version = entry.map_or(ProbeVersion::V1, |entry| entry.probe_version);
+        match own.min(version) {
+            ProbeVersion::V1 => payload,
+            ProbeVersion::V2 => self.probes.stamp(to, payload),
+        }
+    }
+
     fn knows(&self, peer: &WireguardKey) -> bool {
         self.table.as_ref().is_some_and(|table| table.peers.contains_key(peer))
     }
@@ -485,6 +557,7 @@ fn grant(number: u16) -> Grant {
         },
         allowed_prefixes: vec![node::net("10.244.0.0/16")],
         issued_at: i64::from(number),
+        relay: RelayRole::Granted,
         ..node::grant(0)
     }
 }

@@ -5,11 +5,12 @@
 //! model of the data plane ([`tunnel`]). The seed decides everything: the same seed and the same
 //! calls give the same [`Sim::trace`].
 
+pub mod evil_relay;
 pub mod host;
 pub mod nat;
 pub mod net;
 pub mod payload;
-pub mod relay;
+pub mod probes;
 pub mod tunnel;
 
 use std::collections::BTreeMap;
@@ -21,7 +22,7 @@ use ipnet::IpNet;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use towline_core::mesh::{MapChange, PeerState};
-use towline_core::path::{LocalPort, Path};
+use towline_core::path::Path;
 use towline_fixtures::node::tombstone_of;
 use towline_proto::frame::Probe;
 use towline_proto::id::{NodeId, WireguardKey};
@@ -46,6 +47,30 @@ enum Event {
     Watch(HostId),
 }
 
+/// A datagram that somebody on the way recorded.
+#[derive(Debug, Clone)]
+pub struct Recorded {
+    /// Host that received it.
+    pub host: HostId,
+    /// Address and port of that host at which it arrived.
+    pub at: SocketAddr,
+    /// Content of the datagram.
+    pub payload: Payload,
+}
+
+/// Somebody on the way from one host to another who changes the source of what passes.
+#[derive(Debug, Clone)]
+pub struct Redirection {
+    /// Host whose datagrams are changed.
+    pub sender: HostId,
+    /// Host that receives them.
+    pub receiver: HostId,
+    /// Source address that they get.
+    pub from: SocketAddr,
+    /// Bytes of UDP payload that were changed so far.
+    pub bytes: u64,
+}
+
 /// A simulation; see the module's documentation.
 #[derive(Debug)]
 pub struct Sim {
@@ -59,6 +84,12 @@ pub struct Sim {
     pub controller_up: bool,
     /// Every change of a peer's state: time since the start, observing host, peer, new state.
     pub changes: Vec<(Duration, HostId, NodeId, PeerState)>,
+    /// Probes that arrived at their receivers, while they are recorded.
+    pub recorded: Option<Vec<Recorded>>,
+    /// What somebody on the way does to the datagrams of one host to another.
+    pub redirection: Option<Redirection>,
+    /// Bytes of UDP payload sent to each address.
+    pub bytes_to: BTreeMap<SocketAddr, u64>,
     start: Instant,
     seed: u64,
     rng: StdRng,
@@ -82,6 +113,9 @@ impl Sim {
             hosts: Vec::new(),
             controller_up: true,
             changes: Vec::new(),
+            recorded: None,
+            redirection: None,
+            bytes_to: BTreeMap::new(),
             start,
             seed,
             rng: StdRng::from_seed(bytes),
@@ -187,6 +221,12 @@ impl Sim {
         self.next_inner
     }
 
+    /// Lets a datagram that was recorded arrive once more, from any address.
+    pub fn replay(&mut self, recorded: &Recorded, from: SocketAddr) {
+        let Recorded { host, at, payload } = recorded.clone();
+        self.schedule(self.now, Event::Arrive { host, at, from, payload });
+    }
+
     /// Returns whether the echo of an inner packet came back.
     pub fn replied(&self, host: HostId, number: u64) -> bool {
         self.hosts[host].agent.as_ref().is_some_and(|agent| agent.replies.contains(&number))
@@ -227,12 +267,11 @@ impl Sim {
         (self.elapsed(), format!("{event:?}")).hash(&mut self.trace);
         match event {
             Event::Arrive { host, at, from, payload } => {
-                let port = match at.port() {
-                    host::PORT => LocalPort::Configured,
-                    _ => LocalPort::Second,
-                };
+                if let Some(recorded) = self.recorded.as_mut().filter(|_| payload.is_probe()) {
+                    recorded.push(Recorded { host, at, payload: payload.clone() });
+                }
                 for (to, payload) in self.hosts[host].receive(self.now, at, from, payload) {
-                    self.send(host, Path { port, ..Path::direct(to) }, payload);
+                    self.send(host, to, payload);
                 }
                 self.settle(host);
             }
@@ -312,15 +351,34 @@ impl Sim {
     fn send(&mut self, host: HostId, to: Path, payload: Payload) {
         let second = self.elapsed().as_secs();
         *self.hosts[host].sent.entry(second).or_default() += 1;
+        match &mut self.hosts[host].evil {
+            None => self.transmit(host, Duration::ZERO, to, payload),
+            Some(evil) => {
+                for (delay, to, payload) in evil.treat(to, payload) {
+                    self.transmit(host, delay, to, payload);
+                }
+            }
+        }
+    }
+
+    fn transmit(&mut self, host: HostId, delay: Duration, to: Path, payload: Payload) {
         let Some((realm, from)) = self.hosts[host].source(&to) else { return };
         if payload.size() > self.net.payload {
             return;
         }
+        *self.bytes_to.entry(to.remote).or_default() += u64::from(payload.size());
         let arrival = self.net.send(self.now, &mut self.rng, host, realm, from, to.remote);
         if let Some(arrival) = arrival {
-            let Arrival { host, at, from, .. } = arrival;
+            let Arrival { host: receiver, at, mut from, .. } = arrival;
+            if let Some(redirection) = &mut self.redirection
+                && (redirection.sender, redirection.receiver) == (host, receiver)
+            {
+                from = redirection.from;
+                redirection.bytes += u64::from(payload.size());
+            }
+            let host = receiver;
             let event = Event::Arrive { host, at, from, payload };
-            self.schedule(self.now + arrival.after, event);
+            self.schedule(self.now + delay + arrival.after, event);
         }
     }
 

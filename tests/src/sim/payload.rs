@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use towline_core::path::{ChannelId, Path};
-use towline_proto::frame::Probe;
+use towline_proto::frame::{Probe, Stamp};
 use towline_proto::id::WireguardKey;
 
 use super::tunnel::Message;
@@ -22,6 +22,8 @@ pub enum Payload {
         /// Size in bytes to which the message is padded.
         size: Option<u16>,
     },
+    /// A probe of version 2: the stamp, and the probe itself.
+    Stamped(Stamp, Box<Payload>),
     /// A WireGuard message.
     WireGuard(Message),
     /// A STUN binding request.
@@ -37,8 +39,17 @@ impl Payload {
     pub fn size(&self) -> u16 {
         match self {
             Self::Probe { size, .. } => size.unwrap_or(80),
-            Self::Channel(_, payload) => payload.size(),
+            Self::Channel(_, payload) | Self::Stamped(_, payload) => payload.size(),
             _ => 80,
+        }
+    }
+
+    /// Returns whether it is a probe, on a channel or not.
+    pub fn is_probe(&self) -> bool {
+        match self {
+            Self::Probe { .. } | Self::Stamped(..) => true,
+            Self::Channel(_, payload) => payload.is_probe(),
+            Self::WireGuard(_) | Self::StunRequest(_) | Self::StunAnswer(..) => false,
         }
     }
 

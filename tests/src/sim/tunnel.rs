@@ -6,7 +6,8 @@
 //! a responder refuses an initiation that is not newer than the last; a session is re-keyed after
 //! 120 s and ends after 180 s; an unanswered initiation is repeated every 5 s for 90 s and then
 //! abandoned; a node that sent something and received nothing for 15 s initiates; a data counter
-//! outside the replay window is refused. A peer that rebooted gets a new tunnel.
+//! outside the replay window is refused. A peer that rebooted gets a new tunnel. As in the agent's data
+//! plane, a handshake is reported for a path on which what was sent was answered.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
@@ -113,6 +114,8 @@ struct Session {
     counter: u64,
     greatest: u64,
     seen: BTreeSet<u64>,
+    /// Path over which the handshake was answered.
+    answered: Path,
 }
 
 #[derive(Debug)]
@@ -120,6 +123,8 @@ struct Pending {
     exchange: u64,
     began: Instant,
     sent: Instant,
+    /// Paths that the initiation went over.
+    to: Vec<Path>,
 }
 
 impl Tunnels {
@@ -159,7 +164,7 @@ impl Tunnels {
     ) {
         let exchange = self.number();
         let Some(tunnel) = self.peers.get_mut(&peer) else { return };
-        tunnel.pending = Some(Pending { exchange, began: now, sent: now });
+        tunnel.pending = Some(Pending { exchange, began: now, sent: now, to: to.to_vec() });
         let message = Message::Initiation { sender: me, to: peer, exchange, timestamp: clock };
         self.effects.extend(to.iter().map(|to| Effect::Send(*to, message.clone())));
     }
@@ -169,7 +174,8 @@ impl Tunnels {
         let Some(tunnel) = self.peers.get_mut(&peer) else { return };
         if tunnel.transmit(now, Some(inner), &mut self.effects) {
             if tunnel.active(now) {
-                let active = Observation::Active { sent: true, received: false };
+                let (sent, received, by_endpoint) = (true, false, false);
+                let active = Observation::Active { sent, received, by_endpoint };
                 self.effects.push_back(Effect::Observed(peer, active));
             }
             return;
@@ -194,12 +200,11 @@ impl Tunnels {
                     return;
                 }
                 tunnel.greatest = timestamp;
-                tunnel.begin(now, session, false);
+                tunnel.begin(now, session, false, from);
                 let response = Message::Response { exchange, session };
                 self.effects.push_back(Effect::Send(from, response));
                 // The handshake is complete once the peer has sent data in the session.
                 if !tunnel.entry.endpoint.is_some_and(|known| known.is(&from)) {
-                    tunnel.entry.endpoint.get_or_insert(from);
                     self.effects.push_back(Effect::Observed(sender, Observation::Roamed { from }));
                 }
             }
@@ -208,9 +213,14 @@ impl Tunnels {
                     tunnel.pending.as_ref().is_some_and(|pending| pending.exchange == exchange)
                 });
                 let Some((key, tunnel)) = waiting else { return };
-                tunnel.pending = None;
+                let pending = tunnel.pending.take();
+                tunnel.begin(now, session, true, from);
+                // Nothing was sent to this address before: the core validates it.
+                if !pending.is_some_and(|pending| pending.to.iter().any(|to| to.is(&from))) {
+                    self.effects.push_back(Effect::Observed(*key, Observation::Roamed { from }));
+                    return;
+                }
                 tunnel.wanted = false;
-                tunnel.begin(now, session, true);
                 self.effects.push_back(Effect::Observed(*key, Observation::Handshake { from }));
                 tunnel.entry.endpoint = Some(from);
                 // The first data message allows the responder to use the session.
@@ -231,6 +241,10 @@ impl Tunnels {
                 }
                 if confirms {
                     tunnel.wanted = false;
+                    // The peer received the response there. Its own datagram may have been redirected.
+                    let answered = tunnel.sessions.iter().find(|known| known.id == session);
+                    let from = answered.map_or(from, |session| session.answered);
+                    tunnel.entry.endpoint.get_or_insert(from);
                     self.effects.push_back(Effect::Observed(*key, Observation::Handshake { from }));
                 }
                 tunnel.unanswered_since = None;
@@ -240,7 +254,9 @@ impl Tunnels {
                 if let Some(inner) = inner {
                     self.effects.push_back(Effect::Received(*key, inner));
                     if tunnel.active(now) {
-                        let active = Observation::Active { sent: false, received: true };
+                        let by_endpoint = tunnel.entry.endpoint.is_some_and(|at| at.is(&from));
+                        let (sent, received) = (false, true);
+                        let active = Observation::Active { sent, received, by_endpoint };
                         self.effects.push_back(Effect::Observed(*key, active));
                     }
                 }
@@ -293,7 +309,8 @@ impl Tunnels {
                 Some(pending) if !is_new => pending.began,
                 _ => now,
             };
-            tunnel.pending = Some(Pending { exchange, began, sent: now });
+            let to = tunnel.entry.endpoint.into_iter().collect();
+            tunnel.pending = Some(Pending { exchange, began, sent: now, to });
             if let Some(to) = tunnel.entry.endpoint {
                 let message =
                     Message::Initiation { sender: me, to: key, exchange, timestamp: clock };
@@ -338,11 +355,17 @@ impl Tunnel {
         due
     }
 
-    fn begin(&mut self, now: Instant, id: u64, initiator: bool) {
-        let (counter, greatest) = (0, 0);
-        let seen = BTreeSet::new();
-        let session =
-            Session { id, initiator, since: now, usable: initiator, counter, greatest, seen };
+    fn begin(&mut self, now: Instant, id: u64, initiator: bool, answered: Path) {
+        let session = Session {
+            id,
+            initiator,
+            since: now,
+            usable: initiator,
+            counter: 0,
+            greatest: 0,
+            seen: BTreeSet::new(),
+            answered,
+        };
         self.sessions.push(session);
         if self.sessions.len() > 4 {
             self.sessions.remove(0);

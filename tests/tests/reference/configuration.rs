@@ -13,6 +13,7 @@ use super::{NOTE, compare, header, root, row};
 
 /// Types of values, each with its form in TOML.
 const SCALARS: &[(&str, &str)] = &[
+    ("ClearSetting", "`\"trusted_sites\"`, `\"bypass_when_down\"`"),
     ("ControllerAddress", "`\"host:port\"`"),
     ("IpAddr", "IP address"),
     ("IpNet", "network"),
@@ -22,6 +23,7 @@ const SCALARS: &[(&str, &str)] = &[
     ("MetricsAddress", "`\"address:port\"` or `\"overlay:port\"`"),
     ("Mtu", "integer"),
     ("NodeName", "string"),
+    ("NonZeroU16", "integer"),
     ("PathBuf", "path"),
     ("SignedDuration", "duration"),
     ("SocketAddr", "`\"address:port\"`"),
@@ -52,7 +54,7 @@ fn agent() -> File {
         introduction: "The agent reads `/etc/towline/agent.toml`. `--config` and `TOWLINE_CONFIG` name \
                        another file. `towline config check` checks it, `towline config show` prints it \
                        with all defaults, and `systemctl reload towline` applies changes of `[node]`, \
-                       `[controller]` and `[[peer]]`; other changes need a restart of the agent. \
+                       `[controller]`, `[trust]` and `[[peer]]`; other changes need a restart of the agent. \
                        [deploy/agent.toml](../deploy/agent.toml) is a file with every key.",
         root: item("agent/src/config.rs", "Config"),
         defaults: serde_json::to_value(towline_agent::config::Config::default()).expect("JSON"),

@@ -44,6 +44,7 @@ const DOCUMENTS: &[Document] = &[
     one("towline ping", Source::Struct("agent/src/cli/ping.rs", "Report")),
     one("towline join", Source::Struct("agent/src/cli/join.rs", "Report")),
     one("towline join --install", Source::Struct("agent/src/cli/install.rs", "Report")),
+    list("towline guard list", Source::Schema("GuardedNetwork")),
     one("towline node-ip", Source::Struct("agent/src/cli/guard.rs", "NodeIp")),
     one("towline version", Source::Struct("proto/src/status.rs", "Version")),
     one(
@@ -86,6 +87,7 @@ const SCALARS: &[(&str, &str)] = &[
     ("String", "string"),
     ("bool", "boolean"),
     ("f64", "number"),
+    ("u16", "number"),
     ("u32", "number"),
     ("u64", "number"),
     ("usize", "number"),
@@ -103,6 +105,8 @@ type References = Vec<&'static str>;
 
 /// Messages that may be parts of a document.
 const PARTS: &[&str] = &[
+    "ApiEndpointStatus",
+    "ApiServerStatus",
     "Candidate",
     "ControllerStatus",
     "Detail",
@@ -341,6 +345,8 @@ fn the_messages_are_printed_as_they_are_described() {
         ("KubernetesStatus", printed(&pb::KubernetesStatus::default())),
         ("ReflectorStatus", printed(&pb::ReflectorStatus::default())),
         ("RelayStatus", printed(&pb::RelayStatus::default())),
+        ("ApiEndpointStatus", printed(&pb::ApiEndpointStatus::default())),
+        ("ApiServerStatus", printed(&pb::ApiServerStatus::default())),
         ("Feature", printed(&pb::Feature::default())),
         ("Detail", printed(&pb::Detail::default())),
     ] {

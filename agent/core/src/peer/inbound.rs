@@ -3,14 +3,14 @@
 
 use std::time::Duration;
 
-use towline_types::frame::Probe;
 use towline_types::limits;
 use towline_types::node::Candidate;
 use towline_types::rate::Rate;
 
-use super::{Peer, PeerContext};
+use super::{HEARD_FOR, MOVE_MIN, Peer, PeerContext, Tier, source_credit};
 use crate::local_node::is_outer;
 use crate::path::Path;
+use crate::peer_history::PathChange;
 use crate::pings::{Purpose, Sent};
 use crate::probing::CallOrder;
 use crate::status::PeerState;
@@ -20,27 +20,32 @@ use crate::timers::Timer;
 const CHECK_MIN: Duration = Duration::from_millis(100);
 /// Time for which candidates of a call are worth a try.
 const SIGNALLED_FOR: Duration = Duration::from_secs(120);
-/// Pongs per second and in a burst: a peer whose pings are replayed costs no more.
-const PONGS: Rate = Rate::per_second(60, 60);
+/// Pings of one peer that are handled, per second and in a burst: a peer whose pings are replayed
+/// costs no more.
+const PINGS: Rate = Rate::per_second(60, 60);
+/// Calls of an earlier boot epoch than the last one that are accepted. An epoch goes back with a clock
+/// or a disk, and a call may be the only way to meet the peer; a replay costs little at this rate.
+const EARLIER_CALLS: Rate = Rate::one_per(Duration::from_secs(5), 1);
+/// Time within which the pong has to come that validates an address to which the peer roamed.
+const ROAMING_FOR: Duration = Duration::from_secs(3);
 /// Signals of one peer that are accepted, per second and in a burst.
 const SIGNALS: Rate = Rate::per_second(4, 4);
 /// Channels to one peer that are accepted, per second and in a burst: relays repeat each a few times.
 const CHANNELS: Rate = Rate::per_second(32, 32);
 
 impl Peer {
-    /// Handles an authentic ping: answers it, and checks the path that it came over.
-    pub(crate) fn handle_ping(&mut self, cx: &mut PeerContext<'_>, from: Path, transaction: u64) {
-        if !cx.local.can_send_to(from.remote) {
+    /// Handles a ping, which the data plane answered, or a proof: checks the path that it came over.
+    pub(crate) fn handle_ping(&mut self, cx: &mut PeerContext<'_>, from: Path) {
+        if !cx.local.can_send_to_node(from.remote) {
             return;
         }
         // A node that replays pings from elsewhere does not use up the budget of the path in use.
         let elsewhere = self.path().is_none_or(|path| !path.is(&from));
-        if !self.pongs[usize::from(elsewhere)].take(&PONGS, cx.fx.now, 1) {
+        if !self.pings[usize::from(elsewhere)].take(&PINGS, cx.fx.now, 1) {
             cx.fx.counters.pings_refused += 1;
             return;
         }
-        let pong = Probe::Pong { transaction, observed: from.remote };
-        cx.fx.transmit(self.key(), from, pong);
+        self.sources.add(cx.fx.now, from.remote, source_credit::ANSWERED_PING);
         let from = cx.local.canonical(from);
         let new = self.paths.get(&from).is_none();
         self.paths.heard(cx.fx.now, from, self.endpoint);
@@ -70,7 +75,7 @@ impl Peer {
     pub(crate) fn handle_pong(&mut self, cx: &mut PeerContext<'_>, sent: &Sent) {
         let path = sent.to;
         let rtt = cx.fx.now.saturating_duration_since(sent.at);
-        cx.probing.unanswered.answered(path.remote.ip());
+        cx.probing.unanswered.answered(self.id(), path.remote.ip());
         if sent.purpose == Purpose::Train {
             self.pmtu.train_answered(path);
             return;
@@ -82,6 +87,15 @@ impl Peer {
             return;
         }
         self.paths.answered(cx.fx.now, path, self.endpoint, rtt);
+        let roamed = self.roaming.take_if(|(to, _)| *to == path);
+        if let Some((_, at)) = roamed
+            && cx.fx.now < at + ROAMING_FOR
+            && self.path().is_some_and(|current| current != path)
+        {
+            self.set_endpoint(cx, Some(path), PathChange::Roamed);
+            cx.fx.timers.set(Timer::Probe(self.id()), cx.fx.now);
+            return;
+        }
         match self.path() {
             Some(current) if current == path => {
                 if self.liveness.doubtful().is_some() {
@@ -109,6 +123,46 @@ impl Peer {
         }
     }
 
+    /// Follows the peer to another address, once that is validated: anybody on the way can change the
+    /// source of a datagram.
+    pub(super) fn roamed(&mut self, cx: &mut PeerContext<'_>, from: Path) {
+        if !cx.local.can_send_to_node(from.remote) {
+            return;
+        }
+        self.sources.add(cx.fx.now, from.remote, source_credit::DATA);
+        let from = cx.local.canonical(from);
+        let answered = self.paths.get(&from).and_then(|known| known.answered);
+        let known = answered.is_some();
+        let is_validated = answered.is_some_and(|at| cx.fx.now < at + HEARD_FOR);
+        self.paths.heard(cx.fx.now, from, self.endpoint);
+        self.roaming = None;
+        if self.endpoint == Some(from) {
+            return;
+        }
+        let late =
+            self.left.is_some_and(|(path, at)| path == from && cx.fx.now < at + MOVE_MIN * 2);
+        let worse = self.path().is_some_and(|path| {
+            Tier::of(&path) < Tier::of(&from) && self.paths.rtt(&path).is_some()
+        });
+        if self.state == PeerState::Up && (late || worse || known && self.is_leader(cx.local)) {
+            // We know of it, and chose another one: see whether that still works.
+            tracing::debug!(%from, late, worse, "roaming not followed");
+            self.ping(cx, from, Purpose::Check);
+            cx.fx.timers.set_no_later(Timer::Probe(self.id()), cx.fx.now);
+            return;
+        }
+        if !is_validated {
+            tracing::debug!(%from, "roaming followed once a pong comes from there");
+            self.roaming = Some((from, cx.fx.now));
+            self.ping(cx, from, Purpose::Check);
+            return;
+        }
+        self.set_endpoint(cx, Some(from), PathChange::Roamed);
+        if self.state == PeerState::Up {
+            cx.fx.timers.set(Timer::Probe(self.id()), cx.fx.now);
+        }
+    }
+
     /// Handles a call: the peer asks for handshakes and pings at `candidates`. A call that is not
     /// newer than the last one is a replay or was overtaken: it is refused.
     pub(crate) fn handle_call(
@@ -117,7 +171,9 @@ impl Peer {
         order: CallOrder,
         candidates: &[Candidate],
     ) {
-        let fresh = order > self.last_call;
+        let fresh = order > self.last_call
+            || order.boot_epoch < self.last_call.boot_epoch
+                && self.earlier_calls.take(&EARLIER_CALLS, cx.fx.now, 1);
         if !fresh || !self.calls.take(&SIGNALS, cx.fx.now, 1) {
             tracing::debug!(?order, fresh, "call refused");
             cx.fx.counters.signals_refused += 1;
@@ -130,7 +186,7 @@ impl Peer {
         self.signalled.retain(|_, until| cx.fx.now < *until);
         for candidate in candidates {
             let room = self.signalled.len() < limits::CANDIDATES;
-            if room && cx.local.can_send_to(candidate.address()) {
+            if room && cx.local.can_send_to_node(candidate.address()) {
                 self.signalled.insert(candidate.address(), cx.fx.now + SIGNALLED_FOR);
             } else {
                 cx.fx.counters.candidates_refused += 1;
@@ -142,7 +198,7 @@ impl Peer {
                 // we send something to.
                 cx.fx.timers.set_no_later(Timer::Probe(self.id()), cx.fx.now);
                 for to in candidates.iter().flat_map(|to| cx.local.paths_to(to.address())) {
-                    if to != path && cx.local.can_send_to(to.remote) {
+                    if to != path && cx.local.can_send_to_node(to.remote) {
                         self.ping(cx, to, Purpose::Check);
                     }
                 }

@@ -11,8 +11,11 @@
 //!                                           and a NAT of ours needs it; then nothing at all
 //! ```
 //!
-//! Only pongs count: a path that carries one direction alone is as dead as one that carries none,
-//! and with one packet in five lost each way, eight pings in a row still get an answer.
+//! A pong shows that the path works, and so does a handshake on it. Data of the peer shows only that
+//! it carries the way from the peer: then more pings have to be lost before it is given up, so that
+//! pongs that get lost alone cost no path. A path that carries one direction alone is still as dead as
+//! one that carries none. With one packet in five lost each way, eight pings in a row still get an
+//! answer.
 
 use std::time::{Duration, Instant};
 
@@ -24,6 +27,10 @@ const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 const DOUBT_INTERVAL: Duration = Duration::from_millis(125);
 /// Pings without a pong after which a path is dead.
 const DEAD: u32 = 9;
+/// Pings without a pong after which a path is dead though data of the peer comes over it.
+const DEAD_THOUGH_HEARD: u32 = 12;
+/// Time for which data shows that the way from the peer works. The data plane reports it once a second.
+const HEARD_FOR: Duration = Duration::from_millis(1_500);
 /// Pings without a pong after which another path that answered takes over.
 const DOUBTFUL: u32 = 3;
 /// Pings without a pong after which another path of a worse kind takes over.
@@ -48,6 +55,10 @@ pub(super) struct Liveness {
     doubt: Option<Instant>,
     /// Time of the last pong. Cleared when the path changes.
     answered: Option<Instant>,
+    /// Time of the last data of the peer on the path. Cleared when the path changes.
+    heard: Option<Instant>,
+    /// True if data of the peer came on the path lately. Set by [`Self::due`].
+    is_heard: bool,
     /// Pings on this path that were lost.
     loss: Loss,
 }
@@ -90,7 +101,21 @@ impl Liveness {
         self.unanswered = 0;
         self.doubt = None;
         self.answered = None;
+        self.heard = None;
+        self.is_heard = false;
         self.loss = Loss::default();
+    }
+
+    /// Records that data of the peer came on the path.
+    pub(super) fn data(&mut self, now: Instant) {
+        self.heard = Some(now);
+    }
+
+    /// Records that a handshake completed on the path: both directions work.
+    pub(super) fn handshake(&mut self, now: Instant) {
+        self.unanswered = 0;
+        self.doubt = None;
+        self.answered = Some(now);
     }
 
     /// Records a pong on the path, to a ping that was sent at `sent`. Returns when to ping next;
@@ -112,7 +137,9 @@ impl Liveness {
         if self.unanswered > 0 {
             self.loss.record(true);
         }
-        if self.unanswered >= DEAD {
+        self.is_heard = self.heard.is_some_and(|at| now < at + HEARD_FOR);
+        let dead = if self.is_heard { DEAD_THOUGH_HEARD } else { DEAD };
+        if self.unanswered >= dead {
             return Verdict::Dead;
         }
         self.unanswered += 1;
@@ -134,11 +161,13 @@ impl Liveness {
 
     /// Returns since when the path is in doubt, once another one may take over.
     pub(super) fn doubtful(&self) -> Option<Instant> {
-        self.doubt.filter(|_| self.unanswered >= DOUBTFUL)
+        let enough = if self.is_heard { DOUBTFUL_WORSE } else { DOUBTFUL };
+        self.doubt.filter(|_| self.unanswered >= enough)
     }
 
     /// Returns whether a path of a worse kind may take over.
     pub(super) fn yields_to_worse(&self) -> bool {
-        self.unanswered >= DOUBTFUL_WORSE
+        let enough = if self.is_heard { DEAD } else { DOUBTFUL_WORSE };
+        self.unanswered >= enough
     }
 }

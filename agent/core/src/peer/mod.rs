@@ -6,6 +6,7 @@
 //! - [`inbound`]: messages from the peer, or from a relay about it.
 //! - [`liveness`]: whether the one that carries traffic still does.
 //! - [`loss`]: how many pings on it are lost.
+//! - [`source_credit`]: how much is sent to an address that is known only as a source.
 //! - [`pmtu`]: how large a datagram it takes.
 //! - [`trains`]: whether it takes several that are sent together.
 //! - [`local_changes`]: what a change of our own addresses, uplinks or port means for it.
@@ -35,6 +36,7 @@ mod loss;
 mod paths;
 mod peer_candidates;
 pub(crate) mod pmtu;
+mod source_credit;
 mod trains;
 mod why;
 
@@ -69,6 +71,7 @@ use connect_schedule::ConnectSchedule;
 use liveness::{Liveness, Verdict};
 use paths::{HEARD_FOR, Paths, Tier};
 use pmtu::Pmtu;
+use source_credit::SourceCredit;
 
 /// Time of attempts without success after which a peer is down.
 pub(crate) const DOWN_AFTER: Duration = Duration::from_secs(10);
@@ -148,14 +151,20 @@ pub(crate) struct Peer {
     signalled: BTreeMap<SocketAddr, Instant>,
     /// Order of the last call that was accepted.
     last_call: CallOrder,
+    /// Limit of calls of an earlier boot epoch.
+    earlier_calls: TokenBucket,
+    /// Path to which the peer roamed, and when. It is followed once a pong comes over it.
+    roaming: Option<(Path, Instant)>,
+    /// What may be sent to addresses that are known only as sources.
+    sources: SourceCredit,
     /// Time of the last call that was accepted and named a public IPv4 address of the peer.
     called: Option<Instant>,
     /// Time of our first call that named a public IPv4 address of ours.
     told: Option<Instant>,
     /// Time of the first attempt that opened our NAT only. Cleared when our port changes.
     opening_since: Option<Instant>,
-    /// Limits of pongs: on the path in use, and elsewhere.
-    pongs: [TokenBucket; 2],
+    /// Limits of pings that are handled: on the path in use, and elsewhere.
+    pings: [TokenBucket; 2],
     calls: TokenBucket,
     channels: TokenBucket,
 }
@@ -183,10 +192,13 @@ impl Peer {
             pmtu: Pmtu::default(),
             signalled: BTreeMap::new(),
             last_call: CallOrder::default(),
+            earlier_calls: TokenBucket::default(),
+            roaming: None,
+            sources: SourceCredit::default(),
             called: None,
             told: None,
             opening_since: None,
-            pongs: <[TokenBucket; 2]>::default(),
+            pings: <[TokenBucket; 2]>::default(),
             calls: TokenBucket::default(),
             channels: TokenBucket::default(),
         };
@@ -353,9 +365,8 @@ impl Peer {
         );
         if connected {
             targets.retain(|to| Some(*to) != self.endpoint);
-        } else if attempt.has_initiation {
+        } else if attempt.has_initiation && self.initiate(cx, targets.clone()) {
             self.schedule.initiated(cx.fx.now);
-            self.initiate(cx, targets.clone());
         }
         for to in targets {
             self.ping(cx, to, Purpose::Check);
@@ -447,7 +458,12 @@ impl Peer {
                 self.traffic(cx);
                 self.renew(cx);
             }
-            Observation::Active { .. } => self.traffic(cx),
+            Observation::Active { by_endpoint, .. } => {
+                if by_endpoint {
+                    self.liveness.data(cx.fx.now);
+                }
+                self.traffic(cx);
+            }
             Observation::TooBig { path, payload } => {
                 let path = cx.local.canonical(path);
                 if self.pmtu.too_big(path, payload) {
@@ -481,11 +497,12 @@ impl Peer {
     fn handshake(&mut self, cx: &mut PeerContext<'_>, from: Path) {
         self.has_session = true;
         self.last_handshake = Some(cx.fx.now);
-        if !cx.local.can_send_to(from.remote) {
+        if !cx.local.can_send_to_node(from.remote) {
             return;
         }
         let from = cx.local.canonical(from);
         self.paths.heard(cx.fx.now, from, self.endpoint);
+        self.roaming = None;
         let was = self.path();
         if was.is_some_and(|was| Tier::of(&was) < Tier::of(&from)) && self.is_new_there(cx.fx.now) {
             // They crossed: this one began before the better way was found.
@@ -498,6 +515,7 @@ impl Peer {
         let reason = if is_better { PathChange::Better } else { PathChange::Handshake };
         self.set_endpoint(cx, Some(from), reason);
         if was == Some(from) {
+            self.liveness.handshake(cx.fx.now);
             return;
         }
         self.set_state(cx, PeerState::Up);
@@ -516,34 +534,6 @@ impl Peer {
             cx.fx.timers.set_no_later(Timer::Attempt(self.id()), cx.fx.now + MOVE_MIN);
         } else {
             cx.fx.timers.cancel(Timer::Attempt(self.id()));
-        }
-    }
-
-    fn roamed(&mut self, cx: &mut PeerContext<'_>, from: Path) {
-        if !cx.local.can_send_to(from.remote) {
-            return;
-        }
-        let from = cx.local.canonical(from);
-        let known = self.paths.get(&from).is_some_and(|known| known.answered.is_some());
-        self.paths.heard(cx.fx.now, from, self.endpoint);
-        if self.endpoint == Some(from) {
-            return;
-        }
-        let late =
-            self.left.is_some_and(|(path, at)| path == from && cx.fx.now < at + MOVE_MIN * 2);
-        let worse = self.path().is_some_and(|path| {
-            Tier::of(&path) < Tier::of(&from) && self.paths.rtt(&path).is_some()
-        });
-        if self.state == PeerState::Up && (late || worse || known && self.is_leader(cx.local)) {
-            // We know of it, and chose another one: see whether that still works.
-            tracing::debug!(%from, late, worse, "roaming not followed");
-            self.ping(cx, from, Purpose::Check);
-            cx.fx.timers.set_no_later(Timer::Probe(self.id()), cx.fx.now);
-            return;
-        }
-        self.set_endpoint(cx, Some(from), PathChange::Roamed);
-        if self.state == PeerState::Up {
-            cx.fx.timers.set(Timer::Probe(self.id()), cx.fx.now);
         }
     }
 
@@ -658,9 +648,10 @@ impl Peer {
     /// Sends an initiation over a path that is open, to a peer that is listening, if we are the
     /// initiator.
     fn answer(&mut self, cx: &mut PeerContext<'_>, to: Path) {
-        if self.schedule.may_answer(cx.fx.now, self.is_initiator(cx.local)) {
+        if self.schedule.may_answer(cx.fx.now, self.is_initiator(cx.local))
+            && self.initiate(cx, vec![to])
+        {
             self.schedule.answered(cx.fx.now);
-            self.initiate(cx, vec![to]);
         }
     }
 

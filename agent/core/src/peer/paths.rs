@@ -1,6 +1,7 @@
 //! The paths of one peer: what is known of each, and which is the best.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use towline_types::limits;
@@ -176,6 +177,13 @@ impl Paths {
     pub(super) fn has_answered(&self, now: Instant, since: Instant) -> bool {
         let is_later = |known: &KnownPath| known.answered.is_some_and(|at| at > since);
         self.known.values().any(|known| is_later(known) && works(known, now, HEARD_FOR))
+    }
+
+    /// Returns whether a direct path to an address was ever answered.
+    pub(super) fn has_answered_from(&self, remote: SocketAddr) -> bool {
+        self.known.iter().any(|(path, known)| {
+            path.remote == remote && !path.is_relayed() && known.answered.is_some()
+        })
     }
 
     /// Returns every known path as the operator sees it, the best kind first.

@@ -10,7 +10,7 @@ use towline_types::node::Candidate;
 
 use super::paths::{HEARD_FOR, Tier};
 use super::trains::TRAIN;
-use super::{OPENING, OPENING_AGAIN, OPENING_FOR, Peer, PeerContext};
+use super::{OPENING, OPENING_AGAIN, OPENING_FOR, Peer, PeerContext, source_credit};
 use crate::local_node::{LocalNode, is_reachable, is_reachable_v4, preference};
 use crate::output::{Output, Transmit};
 use crate::path::Path;
@@ -28,25 +28,29 @@ const CALLED_FOR: Duration = Duration::from_secs(10);
 const TARGETS: usize = 48;
 
 impl Peer {
-    pub(super) fn initiate(&self, cx: &mut PeerContext<'_>, mut to: Vec<Path>) {
+    /// Sends an initiation over those of the paths that may be sent something. Returns whether there are
+    /// any.
+    pub(super) fn initiate(&mut self, cx: &mut PeerContext<'_>, mut to: Vec<Path>) -> bool {
         to.truncate(limits::CANDIDATES);
-        to.retain(|path| self.may_send(cx, path));
-        if !to.is_empty() {
+        to.retain(|path| self.may_send(cx, path, source_credit::INITIATION));
+        let is_sent = !to.is_empty();
+        if is_sent {
             cx.fx.output(Output::Handshake { peer: self.key(), to });
         }
+        is_sent
     }
 
     pub(super) fn ping(&mut self, cx: &mut PeerContext<'_>, to: Path, purpose: Purpose) {
-        if !self.may_send(cx, &to) {
+        let size = match purpose {
+            Purpose::Size(size) => Some(size),
+            Purpose::Path | Purpose::Check | Purpose::Train | Purpose::Operator(_) => None,
+        };
+        if !self.may_send(cx, &to, size.map_or(source_credit::PING, usize::from)) {
             return;
         }
         self.paths.checked(cx.fx.now, to);
         let sent = Sent { peer: self.id(), to, at: cx.fx.now, purpose };
         let transaction = cx.probing.pings.sent(&mut cx.fx.rng, sent);
-        let size = match purpose {
-            Purpose::Size(size) => Some(size),
-            Purpose::Path | Purpose::Check | Purpose::Train | Purpose::Operator(_) => None,
-        };
         cx.fx.output(Output::Transmit(Transmit {
             peer: self.key(),
             path: Some(to),
@@ -71,8 +75,8 @@ impl Peer {
     ///
     /// A router that translates without filtering takes the first datagram of a peer for its own: its
     /// table then has no room for the mapping that a host behind it needs towards that peer.
-    pub(super) fn open_nat(&self, cx: &mut PeerContext<'_>, to: Path) {
-        if !self.may_send(cx, &to) {
+    pub(super) fn open_nat(&mut self, cx: &mut PeerContext<'_>, to: Path) {
+        if !self.may_send(cx, &to, source_credit::PING) {
             return;
         }
         // Nobody waits for the pong.
@@ -122,12 +126,26 @@ impl Peer {
     }
 
     /// Returns whether one more datagram may be sent to an address, which gets a bounded number
-    /// until it answers. The path in use has answered.
-    fn may_send(&self, cx: &mut PeerContext<'_>, to: &Path) -> bool {
-        let free =
-            self.path() == Some(*to) || cx.probing.unanswered.take(cx.fx.now, to.remote.ip());
+    /// until it answers, and few bytes if it is known only as the source of a datagram. The path in use
+    /// has answered.
+    fn may_send(&mut self, cx: &mut PeerContext<'_>, to: &Path, bytes: usize) -> bool {
+        let free = self.path() == Some(*to)
+            || (self.is_offered(cx.fx.now, to) || self.sources.spend(to.remote, bytes))
+                && cx.probing.unanswered.take(cx.fx.now, self.id(), to.remote.ip());
         cx.fx.counters.probes_withheld += u64::from(!free);
         free
+    }
+
+    /// Returns whether a path is more than the source of a datagram: the peer signed its address, or
+    /// named it in a call; a relay opened it; or something sent over it was answered.
+    fn is_offered(&self, now: Instant, to: &Path) -> bool {
+        let is_signed = || self.node.record().candidates.iter().any(|c| c.address() == to.remote);
+        let is_called = || self.signalled.get(&to.remote).is_some_and(|until| now < *until);
+        to.is_relayed()
+            || self.endpoint.is_some_and(|endpoint| endpoint.remote == to.remote)
+            || is_signed()
+            || is_called()
+            || self.paths.has_answered_from(to.remote)
     }
 
     /// Returns those candidates that we may send to, the likeliest first. Among equals that is the order in
@@ -141,13 +159,13 @@ impl Peer {
         };
         let published = self.node.record().candidates.iter();
         let mut usable: Vec<_> =
-            published.filter(|c| local.can_send_to(c.address())).map(rank).collect();
+            published.filter(|c| local.can_send_to_node(c.address())).map(rank).collect();
         let signalled = self.signalled.iter().filter(|(_, until)| now < **until);
         usable.extend(signalled.map(|(address, _)| (3, 0, *address)));
         usable.sort_by_key(|(tier, kind, _)| (*tier, *kind));
         let mut addresses: Vec<SocketAddr> = Vec::with_capacity(usable.len());
         for (_, _, address) in usable {
-            if !addresses.contains(&address) && local.can_send_to(address) {
+            if !addresses.contains(&address) && local.can_send_to_node(address) {
                 addresses.push(address);
             }
         }
@@ -180,7 +198,7 @@ impl Peer {
         let candidates = self.candidates(cx.fx.now, cx.local);
         let direct = candidates.iter().flat_map(|to| cx.local.paths_to(*to));
         for to in self.paths.recent(cx.fx.now).into_iter().chain(direct) {
-            if !targets.contains(&to) && cx.local.can_send_to(to.remote) {
+            if !targets.contains(&to) && cx.local.can_send_to_node(to.remote) {
                 targets.push(to);
             }
         }
@@ -216,7 +234,7 @@ impl Peer {
             }));
         }
         let needs_relay = far || turn > 0;
-        if needs_relay && !self.node.record().relay && relayed.is_none() {
+        if needs_relay && !self.node.is_relay() && relayed.is_none() {
             cx.relays.open(cx.fx, cx.local, (self.id(), self.key()), turn / 2);
         }
     }

@@ -1,6 +1,7 @@
 //! What others may send or claim, and what it costs: bounded work, and a counter that shows it.
 
 use super::*;
+use towline_types::frame::{PROBE_BYTES, STAMPED_PROBE_BYTES};
 
 #[test]
 fn a_pong_that_comes_from_elsewhere_or_twice_counts_for_nothing() {
@@ -54,16 +55,68 @@ fn pings_that_are_replayed_from_elsewhere_leave_the_path_in_use_its_answers() {
     for _ in 0..10_000 {
         us.message(2, path(OTHER), ping.clone());
     }
-    let pongs = |outputs: &[Output], from: &str| {
-        let from = Some(path(from));
-        let pongs = transmits(outputs).filter(|t| matches!(t.message, Probe::Pong { .. }));
-        pongs.filter(|transmit| transmit.path == from).count()
-    };
-    assert!(pongs(&us.drain(), OTHER) <= 60);
-    assert!(us.mesh.counters().pings_refused > 9_000);
+    let to_other = |(to, _): &&(Path, u64)| *to == path(OTHER);
+    assert!(pings(&us.drain()).iter().filter(to_other).count() <= 60);
+    let refused = us.mesh.counters().pings_refused;
+    assert!(refused > 9_000);
     us.message(2, path(PUBLIC), ping);
-    assert_eq!(pongs(&us.drain(), PUBLIC), 1);
+    assert_eq!(us.mesh.counters().pings_refused, refused);
     assert_eq!(us.peer(2).path, Some(path(PUBLIC)));
+}
+
+#[test]
+fn an_address_that_is_known_only_as_a_source_gets_at_most_three_times_what_came_from_it() {
+    for state in ["connecting", "down", "up"] {
+        let mut us = if state == "up" { Us::up(PUBLIC) } else { Us::new(1) };
+        us.mesh.set_candidates(us.now, vec![candidate("203.0.113.9:51830")]);
+        us.upsert(peer(2).generation(2).candidates(&[PUBLIC]));
+        us.run(Duration::from_secs(if state == "down" { 60 } else { 0 }));
+        let (mut came, mut sent) = (0, 0);
+        for round in 0..200 {
+            if round % 3 == 0 {
+                us.message(2, path(OTHER), Probe::Ping { transaction: round });
+                came += PROBE_BYTES;
+                // The pong of the data plane.
+                sent += PROBE_BYTES;
+            } else {
+                let what = Observation::Roamed { from: path(OTHER) };
+                us.mesh.handle_observation(us.now, key(2), what);
+                came += 32;
+            }
+            let outputs = us.run(Duration::from_millis(70));
+            let to_other = |(to, _): &&(Path, u64)| *to == path(OTHER);
+            sent += pings(&outputs).iter().filter(to_other).count() * STAMPED_PROBE_BYTES;
+            let initiated = handshakes(&outputs).into_iter().flatten();
+            sent += initiated.filter(|to| *to == path(OTHER)).count() * 148;
+            assert!(sent <= 3 * came, "{state}: {sent} of {came} bytes");
+        }
+        assert_ne!(us.peer(2).path, Some(path(OTHER)), "no traffic goes there");
+        assert!(us.table().peers[&key(2)].endpoint != Some(path(OTHER)));
+    }
+}
+
+#[test]
+fn a_relay_that_answers_from_elsewhere_opens_nothing_there() {
+    let mut us = Us::new(1);
+    us.mesh.set_candidates(us.now, vec![candidate(PRIVATE)]);
+    us.upsert(peer(9).relay().candidates(&[OTHER]));
+    us.upsert(peer(2).candidates(&["192.168.1.9:51830"]));
+    let (_, transaction) = channel_request(&us.run(Duration::from_millis(50))).unwrap();
+    us.message(9, path("198.51.100.66:1"), Probe::Opened { transaction, channel: 77 });
+    assert!(handshakes(&us.drain()).is_empty());
+    assert_eq!(us.mesh.counters().relay_answers_refused, 1);
+    us.message(9, path(OTHER), Probe::Opened { transaction, channel: 77 });
+    assert_eq!(handshakes(&us.drain()), [vec![path(OTHER).on_channel(ChannelId(77))]]);
+}
+
+#[test]
+fn addresses_of_this_host_and_of_its_link_are_no_candidates() {
+    let mut us = Us::new(1);
+    let local = ["127.0.0.1:51830", "169.254.169.254:80", "[::1]:51830", "[fe80::1]:51830"];
+    us.upsert(peer(2).candidates(&local));
+    us.signal(call_me(1, "169.254.169.254:80"));
+    let outputs = us.run(Duration::from_secs(5));
+    assert!(pings(&outputs).is_empty() && handshakes(&outputs).is_empty(), "{outputs:?}");
 }
 
 #[test]

@@ -83,6 +83,27 @@ fn a_node_registers_with_relays_and_asks_for_a_channel_where_the_peer_is_at_home
 }
 
 #[test]
+fn a_node_that_may_not_relay_is_no_relay_and_one_of_an_earlier_version_is_named() {
+    let mut us = Us::new(1);
+    us.mesh.set_candidates(us.now, vec![candidate(PRIVATE)]);
+    us.upsert(peer(8).relay_with(RelayRole::Denied).candidates(&[PUBLIC]));
+    let outputs = us.run(Duration::from_secs(5));
+    assert_eq!(registration(&outputs), None);
+    us.upsert(peer(9).relay_with(RelayRole::Undecided).candidates(&[OTHER]));
+    let outputs = us.run(Duration::from_millis(50));
+    assert_eq!(registration(&outputs).map(|(relay, ..)| relay), Some(key(9)));
+    let name = us.peer(9).node.name().clone();
+    assert_eq!(us.mesh.undecided_relays().collect::<Vec<_>>(), [&name]);
+    // An operator decides it: the record stays, the grant is issued again.
+    us.upsert(peer(9).relay().candidates(&[OTHER]).issued_at(100));
+    us.drain();
+    assert_eq!(us.mesh.undecided_relays().count(), 0);
+    us.upsert(peer(9).relay_with(RelayRole::Denied).candidates(&[OTHER]).issued_at(101));
+    us.drain();
+    assert_eq!(registration(&us.run(Duration::from_secs(60))), None);
+}
+
+#[test]
 fn traffic_moves_from_a_relay_to_a_direct_path_by_a_handshake_there() {
     let mut us = Us::new(1);
     us.upsert(peer(2).candidates(&[PUBLIC]));

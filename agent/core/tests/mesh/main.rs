@@ -7,6 +7,7 @@ mod help;
 mod map;
 mod peer;
 mod plan;
+mod relay_server;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -14,8 +15,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
+use towline_core::local_limits::{HostAddresses, InClear, LocalLimits};
 use towline_core::local_networks::LocalNetworks;
-use towline_core::mesh::{MapChange, Membership, Mesh, Output, PeerState, PeerStatus, Transmit};
+use towline_core::mesh::{
+    Config, GuardReason, MapChange, Membership, Mesh, Output, PeerState, PeerStatus, RelayLimits,
+    Transmit,
+};
 use towline_core::own_networks::OwnNetworks;
 use towline_core::path::{ChannelId, LocalAddress, Path};
 use towline_core::peer_history::{Changed, PathChange};
@@ -30,8 +35,9 @@ use towline_fixtures::node::{
 use towline_types::code::Coded as _;
 use towline_types::frame::Probe;
 use towline_types::id::WireguardKey;
+use towline_types::limits;
 use towline_types::mtu::Mtu;
-use towline_types::node::{Grant, MeshConfig};
+use towline_types::node::{Grant, MeshConfig, RelayRole, SharedPrefix};
 
 const PUBLIC: &str = "203.0.113.7:51830";
 const PRIVATE: &str = "192.168.1.7:51830";
@@ -51,10 +57,16 @@ struct Us {
 
 impl Us {
     fn new(number: u8) -> Self {
+        Self::relaying(number, None)
+    }
+
+    fn relaying(number: u8, relay: Option<RelayLimits>) -> Self {
         #[allow(clippy::disallowed_methods)] // some instant to count from
         let now = Instant::now();
         let mesh = MeshConfig { protected: vec![net("10.0.0.0/8")], ..mesh_config() };
-        let config = agent::config(Some(Membership { grant: grant(number), mesh }));
+        let grant = Grant { relay: RelayRole::of(relay.is_some()), ..grant(number) };
+        let config = agent::config(Some(Membership { grant, mesh }));
+        let config = Config { relay, ..config };
         let mesh = Mesh::new(config, [7; 32], now);
         let (table, results) = (Arc::default(), BTreeMap::new());
         Self { mesh, now, table, plan: None, results, outputs: 0, silent: None, payload: u16::MAX }
@@ -107,7 +119,7 @@ impl Us {
 
     /// Inner packets travel to and from peer 2.
     fn active(&mut self) {
-        let active = Observation::Active { sent: true, received: true };
+        let active = Observation::Active { sent: true, received: true, by_endpoint: true };
         self.mesh.handle_observation(self.now, key(2), active);
     }
 
@@ -136,6 +148,8 @@ impl Us {
                 }
                 Output::Transmit(_)
                 | Output::Handshake { .. }
+                | Output::ForwardingTable(_)
+                | Output::ReportChannels
                 | Output::Stun { .. }
                 | Output::Advertise(_)
                 | Output::SecondPort { .. }

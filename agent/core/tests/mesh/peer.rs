@@ -90,15 +90,69 @@ fn a_ping_from_a_peer_that_we_could_not_find_shows_where_it_is() {
     us.run(Duration::from_secs(60));
     let from = path("198.51.100.4:4444");
     us.message(2, from, Probe::Ping { transaction: 7 });
-    let outputs = us.run(Duration::from_secs(1));
-    assert!(outputs.contains(&Output::Transmit(Transmit {
-        peer: key(2),
-        path: Some(from),
-        message: Probe::Pong { transaction: 7, observed: from.remote },
-        size: None,
-        hop_limit: None,
-    })));
-    assert!(handshakes(&outputs).contains(&vec![from]));
+    let outputs = us.run(Duration::from_millis(1));
+    assert!(!handshakes(&outputs).contains(&vec![from]), "it may not be the peer's address");
+    let (to, transaction) = pings(&outputs).into_iter().find(|(to, _)| *to == from).unwrap();
+    us.now += Duration::from_millis(20);
+    us.message(2, to, pong(transaction));
+    assert!(handshakes(&us.run(Duration::from_secs(1))).contains(&vec![from]));
+}
+
+#[test]
+fn what_a_peer_challenged_is_sent_again_at_once() {
+    let mut us = Us::new(1);
+    us.mesh.set_candidates(us.now, vec![candidate(PRIVATE)]);
+    us.upsert(peer(9).relay().candidates(&[OTHER]));
+    us.upsert(peer(2).candidates(&["192.168.1.9:51830"]));
+    let outputs = us.run(Duration::from_millis(50));
+    let (_, _, registered) = registration(&outputs).unwrap();
+    let (_, opened) = channel_request(&outputs).unwrap();
+    us.message(9, path(OTHER), Probe::Challenge { token: 1 });
+    let again = us.drain();
+    assert_eq!(registration(&again), Some((key(9), path(OTHER), registered)));
+    assert_eq!(channel_request(&again), Some((key(2), opened)));
+    let first = pings(&outputs).into_iter().find(|(to, _)| *to == path("192.168.1.9:51830"));
+    us.message(2, path("192.168.1.9:51830"), Probe::Challenge { token: 1 });
+    assert_eq!(pings(&us.drain()), Vec::from_iter(first), "the same ping");
+    us.message(2, path(PUBLIC), Probe::Challenge { token: 1 });
+    assert!(pings(&us.drain()).is_empty(), "nothing was sent there");
+}
+
+#[test]
+fn data_of_the_peer_keeps_a_path_longer_and_a_handshake_shows_that_it_works() {
+    let silence = |us: &mut Us, each: &dyn Fn(&mut Us)| {
+        let began = us.now;
+        while us.peer(2).state == PeerState::Up && us.now < began + Duration::from_secs(5) {
+            each(us);
+            us.run(Duration::from_millis(125));
+        }
+        us.now - began
+    };
+    let alone = silence(&mut Us::up(PUBLIC), &|_| {});
+    let with_data = silence(&mut Us::up(PUBLIC), &Us::active);
+    assert!(alone < with_data && with_data <= Duration::from_secs(3), "{alone:?} {with_data:?}");
+    let handshake = Observation::Handshake { from: path(PUBLIC) };
+    let kept = silence(&mut Us::up(PUBLIC), &|us| {
+        us.mesh.handle_observation(us.now, key(2), handshake);
+    });
+    assert_eq!(kept, Duration::from_secs(5));
+}
+
+#[test]
+fn a_peer_whose_boot_epoch_went_back_may_call_now_and_then() {
+    let mut us = Us::new(1);
+    us.upsert(peer(2));
+    us.run(Duration::from_secs(1));
+    let call = |boot_epoch, number| {
+        let candidates = vec![candidate(PUBLIC)];
+        Probe::CallMe { boot_epoch, number, candidates }
+    };
+    us.signal(call(7, 3));
+    us.drain();
+    us.signal(call(6, 1));
+    assert_eq!(us.mesh.counters().signals_refused, 0);
+    us.signal(call(5, 1));
+    assert_eq!(us.mesh.counters().signals_refused, 1);
 }
 
 // Up
@@ -137,7 +191,7 @@ fn the_history_has_every_change_of_state_and_path_with_its_reason() {
     us.echo(Duration::from_millis(40), Duration::from_secs(5));
     let elsewhere = path("198.51.100.4:4444");
     us.mesh.handle_observation(us.now, key(2), Observation::Roamed { from: elsewhere });
-    let outputs = us.drain();
+    let outputs = us.pass(Duration::from_millis(40), Some(Duration::from_millis(40)));
     let (from, to) = (Some(path(PUBLIC)), Some(elsewhere));
     let moved = |from, to, reason| Changed::Path { from, to, reason };
     let peer = us.peer(2).node.id();
@@ -192,6 +246,13 @@ fn a_peer_that_roamed_is_followed_but_not_into_the_tunnel() {
     let elsewhere = path("198.51.100.9:9");
     us.mesh.handle_observation(us.now, key(2), Observation::Roamed { from: elsewhere });
     us.drain();
+    assert_eq!(
+        us.table().peers[&key(2)].endpoint,
+        Some(path(PUBLIC)),
+        "not before it is validated"
+    );
+    us.mesh.handle_observation(us.now, key(2), Observation::Roamed { from: elsewhere });
+    us.echo(Duration::from_millis(10), Duration::from_millis(10));
     assert_eq!(us.table().peers[&key(2)].endpoint, Some(elsewhere));
     us.mesh.handle_observation(
         us.now,

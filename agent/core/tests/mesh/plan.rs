@@ -87,6 +87,10 @@ fn what_may_go_in_clear_does_so_only_while_its_peer_is_down() {
     us.configure(|mesh| mesh.bypass_when_down = vec![net("172.20.0.0/16")]);
     us.drain();
     let prefix = net("172.20.2.0/24");
+    assert!(us.plan().firewall.plain.is_empty(), "the controller alone cannot allow it");
+    let in_clear = InClear { bypass_when_down: true, ..InClear::default() };
+    us.mesh.set_local_limits(us.now, LocalLimits { in_clear, ..LocalLimits::default() });
+    us.drain();
     assert!(us.plan().routes.contains_key(&(prefix, RouteVia::Link)));
     assert!(us.plan().firewall.native.is_empty());
     assert_eq!(us.plan().firewall.plain, [prefix].into(), "the peer may see it as down before us");

@@ -82,12 +82,12 @@ impl Faulty {
             (FaultyTun { tun, reading }, network.bind(address).unwrap())
         });
         let (sender, events) = channel(1);
-        let datagram = Box::from([0x50]);
-        sender
-            .try_send(Event::Probe { from: SocketAddr::from(([1; 4], 1)).into(), datagram })
-            .unwrap();
+        let (peer, message) = (WireguardKey([7; 32]), Probe::Ping { transaction: 7 });
+        let from = SocketAddr::from(([1; 4], 1)).into();
+        sender.try_send(Event::Probe { peer, from, message }).unwrap();
         let private_key = StaticSecret::from([1; 32]);
-        let config = Config { private_key, relay: Relay::default(), link: None, copy_dscp: false };
+        let probes = Probes::new(private_key.clone(), 1);
+        let config = Config { private_key, probes, link: None, copy_dscp: false };
         let plane = DataPlane::start(config, shards, sender).unwrap();
         Self { plane, host, reading, events }
     }
@@ -170,7 +170,8 @@ fn orders_that_a_worker_does_not_take_are_bounded_and_counted() {
     );
     let (sender, _events) = channel(8);
     let private_key = StaticSecret::from([1; 32]);
-    let config = Config { private_key, relay: Relay::default(), link: None, copy_dscp: false };
+    let probes = Probes::new(private_key.clone(), 1);
+    let config = Config { private_key, probes, link: None, copy_dscp: false };
     let plane = DataPlane::start(config, [shard], sender).unwrap();
     host.send(&[0x45; 20]);
     let deadline = Instant::now() + TIMEOUT;

@@ -15,19 +15,21 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::{Receiver, channel};
+use towline_core::forwarding::{ForwardingEnd, ForwardingTable};
 use towline_core::own_networks::OwnNetworks;
+use towline_core::path::{ChannelId, Path};
 use towline_core::peer_table::{Observation, PeerEntry, PeerTable};
 use towline_dataplane::arena::{GSO_MAX_BYTES, SLOT_BYTES, TunBatch, WriteBatch};
 use towline_dataplane::coalesce::Coalesce;
 use towline_dataplane::drops::Drops;
 use towline_dataplane::memory::{self, Datagram, MemoryHost, MemoryTun, Network};
-use towline_dataplane::relay::Limits;
 use towline_dataplane::switch::Switch;
 use towline_dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_UDP_L4, VnetHeader};
-use towline_dataplane::{Config, DataPlane, Event, Fault, Relay, StuckWorkers, TunIo, checksum};
-use towline_types::frame::relayed_header;
+use towline_dataplane::{Config, DataPlane, Event, Fault, Probes, StuckWorkers, TunIo, checksum};
+use towline_types::frame::{Probe, ProbeVersion, relayed_header};
 use towline_types::id::{PresharedKey, WireguardKey};
 use towline_types::mtu::Mtu;
+use towline_types::rate::Rate;
 use towline_types::stun;
 use towline_wireguard::{HANDSHAKE_BYTES, Secrets, Session};
 use x25519_dalek::{PublicKey, StaticSecret};
@@ -41,6 +43,7 @@ const PATTERN: &[u8] = b"an inner byte pattern that nobody may see";
 /// Data plane with its host and its events.
 struct End {
     plane: DataPlane,
+    probes: Probes,
     host: MemoryHost,
     events: Receiver<Event>,
     address: SocketAddr,
@@ -50,23 +53,30 @@ struct End {
 
 impl End {
     fn new(network: &Network, number: u8) -> Self {
-        Self::relaying(network, number, Relay::default())
-    }
-
-    fn relaying(network: &Network, number: u8, relay: Relay) -> Self {
         let address = SocketAddr::from(([192, 0, 2, number], 51830));
         let (tun, host) = memory::tun(1420).unwrap();
         let (sender, events) = channel(256);
-        let config = Config {
-            private_key: StaticSecret::from([number; 32]),
-            relay,
-            link: None,
-            copy_dscp: false,
-        };
+        let private_key = StaticSecret::from([number; 32]);
+        let probes = Probes::new(private_key.clone(), 1);
+        let config = Config { private_key, probes: probes.clone(), link: None, copy_dscp: false };
         let plane =
             DataPlane::start(config, [(tun, network.bind(address).unwrap())], sender).unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-        Self { plane, host, events, address, inner: Ipv4Addr::new(10, 0, 0, number), runtime }
+        let inner = Ipv4Addr::new(10, 0, 0, number);
+        Self { plane, probes, host, events, address, inner, runtime }
+    }
+
+    /// Makes this end relay a channel between two nodes, each of which may send `bits` per second.
+    fn relay(&self, channel: u64, ends: [SocketAddr; 2], bits: u64) {
+        let mut number = 0;
+        let ends = ends.map(|address| {
+            number += 1;
+            let node = WireguardKey([number; 32]);
+            ForwardingEnd { node, path: address.into(), is_proven: true }
+        });
+        let mut table = ForwardingTable::new(Rate::per_second(bits, bits));
+        table.insert(ChannelId(channel), ends);
+        self.plane.apply_forwarding(&table);
     }
 
     fn key(&self) -> WireguardKey {
@@ -81,10 +91,31 @@ impl End {
             fragment: false,
             is_single: false,
             prefixes: vec![ipnet::IpNet::from(std::net::IpAddr::from(self.inner))],
+            shared_sources: Vec::new(),
             keepalive: None,
             preshared_key: None,
             boot_epoch: 0,
             is_static: false,
+            probe_version: ProbeVersion::OWN,
+        }
+    }
+
+    /// Sends a probe to another end.
+    fn probe(&self, to: &End, message: &Probe) {
+        let datagram = self.probes.seal(&to.key(), message, 0).unwrap();
+        self.plane.send(to.address.into(), &datagram);
+    }
+
+    /// Waits for a message of the peer `of` that `wanted` accepts, and returns the path that it came by.
+    /// Ignores other events.
+    fn message(&mut self, of: WireguardKey, wanted: impl Fn(&Probe) -> bool) -> Path {
+        loop {
+            if let Event::Probe { peer, from, message } = self.event()
+                && peer == of
+                && wanted(&message)
+            {
+                return from;
+            }
         }
     }
 

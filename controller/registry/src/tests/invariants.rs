@@ -70,6 +70,9 @@ impl World {
                     replace: replace.map(|name| format!("n{name}").parse().unwrap()),
                     ephemeral: *ephemeral,
                     allowed_prefixes: prefixes.iter().map(|number| choice(*number)).collect(),
+                    pod_ranges: PodRange::new(net("10.0.0.0/8"), 16, *uses, Vec::new())
+                        .into_iter()
+                        .collect(),
                     ..terms()
                 });
             }

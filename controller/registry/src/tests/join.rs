@@ -32,6 +32,16 @@ fn a_token_admits_as_many_as_it_says_and_says_why_not_otherwise() {
 }
 
 #[test]
+fn only_a_token_for_the_control_plane_gives_its_role() {
+    let mut world = World::new();
+    for (number, control_plane) in [(1, false), (2, true)] {
+        let token = world.token(TokenTerms { control_plane, ..terms() });
+        let node = world.join(token, &format!("n{number}"), number).unwrap();
+        assert_eq!(world.registry.member(node).unwrap().grant.control_plane, control_plane);
+    }
+}
+
+#[test]
 fn a_wrong_secret_is_refused_before_anything_is_told_about_the_token() {
     let mut world = World::new();
     let token = world.token(terms());

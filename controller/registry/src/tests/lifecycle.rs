@@ -56,6 +56,33 @@ fn a_controller_that_was_stopped_does_not_remove_the_nodes_that_it_could_not_hea
 }
 
 #[test]
+fn a_node_relays_if_its_token_or_an_operator_allows_it() {
+    let mut world = World::new();
+    let token = world.token(TokenTerms { relay: RelayRole::Granted, ..terms() });
+    let relay = world.join(token, "relay", 1).unwrap();
+    let worker = world.node("worker", 2, &[]);
+    let role = |world: &World, node| world.registry.member(node).unwrap().grant.relay;
+    assert_eq!(role(&world, relay), RelayRole::Granted);
+    assert_eq!(role(&world, worker), RelayRole::Denied);
+
+    let before = world.registry.member(worker).unwrap().clone();
+    world.registry.set_relay(worker, true, world.now).unwrap();
+    world.commit();
+    world.reload();
+    let after = world.registry.member(worker).unwrap().clone();
+    assert_eq!(role(&world, worker), RelayRole::Granted);
+    assert!(after.revision > before.revision, "watchers see it");
+    assert!(after.grant.issued_at > before.grant.issued_at, "it replaces the grant before it");
+    world.registry.set_relay(worker, true, world.now).unwrap();
+    world.commit();
+    assert_eq!(world.registry.member(worker).unwrap().revision, after.revision);
+    world.registry.set_relay(relay, false, world.now).unwrap();
+    assert_eq!(role(&world, relay), RelayRole::Denied);
+    let gone = world.remove(worker).node_id;
+    assert!(world.registry.set_relay(gone, true, world.now).is_err());
+}
+
+#[test]
 fn a_restored_store_voids_open_tokens_and_begins_a_new_epoch() {
     let mut world = World::new();
     let started = world.registry.start(None, world.now);

@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use towline_fixtures::node::{identity_key, mesh_config, net, nets, record};
 use towline_types::id::{IdentityKey, MeshId, NodeId, NodeName, TokenId, WireguardKey};
-use towline_types::node::{Head, MeshConfig, Record, Tombstone};
+use towline_types::node::{Head, MeshConfig, Record, RelayRole, SharedPrefix, Tombstone};
+use towline_types::pod_range::PodRange;
 
 use super::sessions::{Session, Sessions};
 use super::token::{SecretHash, Token, TokenTerms};

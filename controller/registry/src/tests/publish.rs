@@ -147,3 +147,79 @@ fn a_generation_cannot_run_ahead_of_the_owner() {
     assert!(matches!(refused, Err(PublishError::GenerationAhead { stored: 5, .. })), "{refused:?}");
     world.publish(node, 5 + step, &[]).unwrap();
 }
+
+/// Adds a node that may announce some blocks of /24 of 10.244.0.0/16, and opens its session.
+fn worker(world: &mut World, name: &str, key: u16, blocks: u32) -> NodeId {
+    let range = PodRange::new(net("10.244.0.0/16"), 24, blocks, Vec::new()).unwrap();
+    let token = world.token(TokenTerms { pod_ranges: vec![range], ..terms() });
+    let node = world.join(token, name, key).unwrap();
+    world.open(node);
+    node
+}
+
+#[test]
+fn a_worker_announces_the_block_that_it_named_first_and_not_those_of_others() {
+    let mut world = World::new();
+    let (a, b) = (worker(&mut world, "a", 1, 1), worker(&mut world, "b", 2, 1));
+    let before = world.registry.member(a).unwrap().revision;
+    assert!(world.announce(a, 1, "10.244.1.0/24").is_empty());
+    let member = world.registry.member(a).unwrap();
+    assert_eq!(member.grant.allowed_prefixes, [net("10.244.1.0/24")]);
+    assert!(member.revision > before && world.signed.contains(&Unsigned::Grant(a)));
+
+    // A second block is refused, with the whole record, and so is a wider network.
+    for (generation, more) in [(2, "10.244.2.0/24"), (3, "10.244.0.0/23"), (4, "10.245.0.0/24")] {
+        let refused = world.publish(a, generation, &[net("10.244.1.0/24"), net(more)]);
+        assert!(matches!(refused, Err(PublishError::NotGranted(_))), "{more}");
+    }
+    // The block of another node is withheld, and so is a part of one.
+    assert_eq!(world.announce(b, 1, "10.244.1.0/24").len(), 1);
+    assert_eq!(world.holder("10.244.1.0/24"), Some(a));
+    world.reload();
+    assert_eq!(world.holder("10.244.1.0/24"), Some(a));
+    // Blocks come and go.
+    assert!(world.announce(a, 5, "10.244.7.0/24").is_empty());
+    assert_eq!(world.holder("10.244.1.0/24"), Some(b), "it is free");
+    let member = world.registry.member(a).unwrap();
+    assert_eq!(member.grant.allowed_prefixes, [net("10.244.7.0/24")]);
+}
+
+#[test]
+fn a_chosen_block_is_no_part_of_another_nodes_wider_network() {
+    let mut world = World::new();
+    let old = world.node("old", 1, &["10.244.0.0/16"]);
+    let worker = worker(&mut world, "worker", 2, 4);
+    assert!(world.announce(old, 1, "10.244.2.0/23").is_empty());
+    assert_eq!(world.announce(worker, 1, "10.244.3.0/24").len(), 1);
+    // A gateway of the whole range leaves room for the blocks.
+    assert!(world.announce(old, 2, "10.244.0.0/16").is_empty());
+    assert_eq!(world.holder("10.244.3.0/24"), Some(worker));
+}
+
+#[test]
+fn two_gateways_of_one_group_hold_their_lan_together() {
+    let mut world = World::new();
+    let lan = net("192.168.50.0/24");
+    let gateway = |world: &mut World, name: &str, key: u16, group: Option<&str>| {
+        let shared = group.map(|group| SharedPrefix { prefix: lan, group: group.parse().unwrap() });
+        let shared = shared.into_iter().collect();
+        let token = world.token(TokenTerms { allowed_prefixes: vec![lan], shared, ..terms() });
+        let node = world.join(token, name, key).unwrap();
+        world.open(node);
+        world.announce(node, 1, "192.168.50.0/24")
+    };
+    assert!(gateway(&mut world, "a", 1, Some("lan-b")).is_empty());
+    assert!(gateway(&mut world, "b", 2, Some("lan-b")).is_empty());
+    assert_eq!(gateway(&mut world, "c", 3, Some("lan-c")).len(), 1);
+    assert_eq!(gateway(&mut world, "d", 4, None).len(), 1);
+    world.reload();
+    // It is free for others once both are gone.
+    for name in ["a", "b"] {
+        let node = world.registry.by_name(&name.parse().unwrap()).unwrap();
+        assert!(world.registry.claims.holds(&lan, node), "{name}");
+        world.remove(node);
+    }
+    let holder = world.registry.claims.holder(&lan).unwrap();
+    let name = &world.registry.member(holder).unwrap().grant.name;
+    assert!(["c", "d"].contains(&name.as_str()), "{name}");
+}

@@ -245,12 +245,23 @@ fn manuals() -> anyhow::Result<Vec<Entry>> {
 }
 
 fn image(programs: &BTreeMap<String, Vec<u8>>) -> anyhow::Result<Vec<u8>> {
-    let layer = tar(&programs_in(programs))?;
+    let name = format!("docker.io/library/towline:{VERSION}");
+    image_of(&name, VERSION, &["/usr/bin/towline"], &programs_in(programs))
+}
+
+/// Returns an archive of an OCI layout with one image of one layer, which has these files.
+pub(in crate::lab) fn image_of(
+    name: &str,
+    reference: &str,
+    entrypoint: &[&str],
+    files: &[Entry],
+) -> anyhow::Result<Vec<u8>> {
+    let layer = tar(files)?;
     let architecture = debian_architecture();
     let config = json!({
         "architecture": architecture,
         "os": "linux",
-        "config": {"Entrypoint": ["/usr/bin/towline"], "Env": ["PATH=/usr/bin"]},
+        "config": {"Entrypoint": entrypoint, "Env": ["PATH=/usr/bin"]},
         "rootfs": {"type": "layers", "diff_ids": [sha256(&layer)]},
     });
     let config = config.to_string().into_bytes();
@@ -271,8 +282,8 @@ fn image(programs: &BTreeMap<String, Vec<u8>>) -> anyhow::Result<Vec<u8>> {
     let mut listed = described("manifest.v1+json", &manifest);
     listed["platform"] = json!({"architecture": architecture, "os": "linux"});
     listed["annotations"] = json!({
-        "org.opencontainers.image.ref.name": VERSION,
-        "io.containerd.image.name": format!("docker.io/library/towline:{VERSION}"),
+        "org.opencontainers.image.ref.name": reference,
+        "io.containerd.image.name": name,
     });
     let index = json!({"schemaVersion": 2, "manifests": [listed]});
     let blob = |bytes: Vec<u8>| {

@@ -145,12 +145,15 @@ impl World {
         let controller = Controller::start(&lab, &host, &setting.binaries)?;
         let relays = relay_hosts.into_iter().map(|host| {
             let name = host.name().to_owned();
-            (name, host, "[relay]\nenabled = true\n")
+            // What is measured is the relay, not its budget for a node.
+            (name, host, "[relay]\nenabled = true\nmegabits_per_node = 100000\n")
         });
         let mut nodes = Vec::new();
         for (number, (name, host, more)) in relays.chain(built).enumerate() {
             let mut node = Node::new(&lab, &Arc::clone(&host), &name, &setting.binaries, more)?;
-            node.join(&controller.operator().token(&format!("site-{number}"))?)?;
+            let site = format!("site-{number}");
+            let token = controller.operator().token_with(&["--site", &site, "--relay"])?;
+            node.join(&token)?;
             node.restart()?;
             nodes.push(node);
         }

@@ -11,6 +11,7 @@
 pub mod attack;
 pub mod bench;
 pub mod bootstrap;
+pub mod cluster;
 pub mod coexist;
 pub mod crash;
 pub mod demo;

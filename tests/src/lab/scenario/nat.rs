@@ -298,7 +298,7 @@ impl World {
         for (name, host) in fixed_hosts {
             let relay = if name == "relay" { "[relay]\nenabled = true\n" } else { "" };
             let mut node = Node::new(&lab, &host, name, &setting.binaries, relay)?;
-            node.join(&controller.operator().token("cloud")?)?;
+            node.join(&controller.operator().token_with(&["--site", "cloud", "--relay"])?)?;
             node.launch()?;
             fixed.push(node);
         }

@@ -156,6 +156,18 @@ pub(super) fn node_with(
     start(setting, lab, controller, (host, name), (configuration, &[]))
 }
 
+/// Joins and starts a node that may relay, with additional configuration.
+pub(super) fn relay_with(
+    setting: &Setting,
+    lab: &Lab,
+    controller: &Controller,
+    host: &Arc<Host>,
+    name: &str,
+    configuration: &str,
+) -> anyhow::Result<Node> {
+    start(setting, lab, controller, (host, name), (configuration, &["--relay"]))
+}
+
 fn start(
     setting: &Setting,
     lab: &Lab,

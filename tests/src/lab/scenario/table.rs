@@ -8,8 +8,8 @@ use clap::{ArgMatches, Args, Command, FromArgMatches};
 
 use super::selection::{Entry, Selection, list};
 use super::{
-    Setting, attack, bench, bootstrap, coexist, crash, demo, departure, explain, failover, flood,
-    hosts, idle, interop, kubernetes, leak, many, mtu, nat, nodes, outage, plan, scale, vm,
+    Setting, attack, bench, bootstrap, cluster, coexist, crash, demo, departure, explain, failover,
+    flood, hosts, idle, interop, kubernetes, leak, many, mtu, nat, nodes, outage, plan, scale, vm,
 };
 use crate::lab::binaries::{Binaries, Profile};
 use crate::lab::interrupt;
@@ -125,7 +125,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "attack",
         aliases: &[],
-        help: "Attack a node as strangers, neighbours, local users, pods and members",
+        help: "Attack a node as strangers, neighbours, local users, pods, members and controllers",
         arguments: Selection::augment_args,
         run: |matches, flags| on_cases(&attack::entries(), attack::run, matches, flags),
     },
@@ -198,6 +198,13 @@ pub const SCENARIOS: &[Scenario] = &[
         help: "Run a real API server: agents follow their own Nodes (needs etcd and Go)",
         arguments: none,
         run: |_, flags| on_plain_hosts(Profile::Dev, kubernetes::run, flags),
+    },
+    Scenario {
+        name: "cluster",
+        aliases: &[],
+        help: "Run a whole Kubernetes cluster (root; needs etcd, containerd, runc, CNI plugins and Go)",
+        arguments: cluster::Options::augment_args,
+        run: |matches, flags| on_hosts(Profile::Dev, cluster::run, matches, flags),
     },
     Scenario {
         name: "vm",

@@ -4,19 +4,25 @@
 //! | module | attack |
 //! |---|---|
 //! | [`oversized`] | datagrams of every size to the UDP port of a relay |
+//! | [`probes`] | probes that are replayed, forged, or sealed by a member for somebody else's address |
 //! | [`inward`] | inner packets of a member with a raw tunnel, to forbidden addresses |
 //! | [`sources`] | packets of a neighbour with a source of this node or of the mesh |
 //! | [`outward`] | traffic for the mesh that might leave in clear, with one guard or both |
+//! | [`records`] | records of a member with its own discovery client, and settings of a dishonest controller |
+//! | [`relay`] | an evil relay between two nodes |
 //! | [`local`] | access of another user to the TUN link, the state and the sockets of the agent |
 //!
 //! Some cases are controls, which must succeed. Any outcome other than the expected one is a
 //! breach, also for a control. Cases run in the order of the list. Each leaves the hosts as it
-//! found them.
+//! found them, except those of [`relay`], which come last.
 
 mod inward;
 mod local;
 mod outward;
 mod oversized;
+mod probes;
+mod records;
+mod relay;
 mod sources;
 mod stage;
 
@@ -43,8 +49,13 @@ pub enum Attacker {
     LocalUser,
     /// A network namespace behind a veth pair. The host forwards its packets.
     Pod,
-    /// A member of the mesh that sends any inner packet, without the checks of an agent.
+    /// A member of the mesh that sends any inner packet and publishes any record, without the checks of an
+    /// agent.
     Member,
+    /// A controller whose configuration of the mesh is not in the nodes' interest.
+    Controller,
+    /// A relay of the mesh that carries the traffic of two nodes.
+    Relay,
 }
 
 /// Outcome of an attempt.
@@ -144,10 +155,17 @@ struct Unavailable(String);
 
 /// Returns all cases, in the order in which they run.
 fn every_case() -> Vec<Case> {
-    [oversized::cases(), local::cases(), inward::cases(), sources::cases(), outward::cases()]
-        .into_iter()
-        .flatten()
-        .collect()
+    let groups = [
+        oversized::cases(),
+        probes::cases(),
+        local::cases(),
+        inward::cases(),
+        sources::cases(),
+        outward::cases(),
+        records::cases(),
+        relay::cases(),
+    ];
+    groups.into_iter().flatten().collect()
 }
 
 /// Returns the cases as the command line selects them.
@@ -247,6 +265,8 @@ mod tests {
             Attacker::LocalUser,
             Attacker::Pod,
             Attacker::Member,
+            Attacker::Controller,
+            Attacker::Relay,
         ] {
             assert!(short.iter().any(|case| case.attacker == attacker), "{attacker:?}");
         }

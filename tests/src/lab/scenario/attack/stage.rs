@@ -11,24 +11,31 @@
 //!
 //! `a` is the victim. It announces its pods and 192.168.88.0/24, which it reaches through `desk`.
 //! `a` and `b` cannot exchange UDP datagrams directly, so `cp` relays between them. `evil` is a
-//! member of the mesh whose agent was killed.
+//! member of the mesh whose agent was killed. It relays once an operator grants it the role
+//! ([`Stage::relay_by_evil`]).
 
 use std::fs::{Permissions, set_permissions};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use towline_core::peer_table::{PeerEntry, PeerTable};
+use towline_dataplane::Probes;
 use towline_netlink::{AddressOptions, Route, Rtnetlink};
 use towline_nftables::{Chain, ChainKind, Hook, Nft, Rule, Table, TableFamily};
+use towline_proto::frame::ProbeVersion;
+use towline_proto::id::WireguardKey;
+use towline_proto::mtu::Mtu;
 use x25519_dalek::PublicKey;
 
 use super::{Setting, Unavailable};
 use crate::lab::actor::Actor;
 use crate::lab::capture::Tap;
-use crate::lab::interrupt::wait_up_to;
+use crate::lab::interference::Interference;
+use crate::lab::interrupt::{wait_for, wait_up_to};
 use crate::lab::listener::{Listener, Tag};
 use crate::lab::mesh::{Controller, Node, START_LIMIT, require_tunnel};
 use crate::lab::namespace::Namespace;
@@ -143,6 +150,8 @@ pub(super) struct Hosts {
     pub(super) a: Arc<Host>,
     pub(super) b: Arc<Host>,
     pub(super) evil: Arc<Host>,
+    /// Treatment of what `evil` sends.
+    interference: Arc<Interference>,
     _router: Router,
 }
 
@@ -278,6 +287,35 @@ impl<'s> Stage<'s> {
         RawTunnel::connect(self.hosts.evil.namespace(), own, &theirs, to)
     }
 
+    /// Returns the keys of `evil` for probes to `cp`, in this version, and the key of `cp`.
+    pub(super) fn member_probes(
+        &self,
+        version: ProbeVersion,
+    ) -> anyhow::Result<(Probes, WireguardKey)> {
+        let mesh = self.mesh.as_ref().context("the mesh is not up")?;
+        let own = private_key(&mesh.evil.state().join("wireguard.key"))?;
+        let theirs = PublicKey::from(&private_key(&mesh.cp.state().join("wireguard.key"))?);
+        let cp = WireguardKey(theirs.to_bytes());
+        // An epoch that no other call used: the relay then asks for a proof.
+        let epoch = SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos();
+        let probes = Probes::new(own, u64::try_from(epoch)?);
+        let entry = PeerEntry {
+            endpoint: None,
+            prefixes: Vec::new(),
+            shared_sources: Vec::new(),
+            keepalive: None,
+            preshared_key: None,
+            mtu: Mtu::DEFAULT,
+            fragment: false,
+            is_single: false,
+            boot_epoch: 0,
+            is_static: false,
+            probe_version: version,
+        };
+        probes.apply(&PeerTable { peers: [(cp, entry)].into(), ..PeerTable::default() });
+        Ok((probes, cp))
+    }
+
     /// Sends a datagram of `a` in clear to the internet, and returns its payload. Once the payload
     /// is seen on the uplink, everything that `a` sent before it was seen too.
     pub(super) fn finish_in_clear(
@@ -379,21 +417,46 @@ impl<'s> Stage<'s> {
         require_tunnel(&mesh.a, &mesh.b, START_LIMIT)
     }
 
+    /// Returns the treatment of what `evil` sends.
+    pub(super) fn interference(&self) -> &Interference {
+        &self.hosts.interference
+    }
+
+    /// Has `evil` be the only relay, and waits until it carries the traffic between `a` and `b`.
+    pub(super) fn relay_by_evil(&mut self) -> anyhow::Result<()> {
+        let mesh = self.mesh()?;
+        if mesh.evil.agent().and_then(|agent| agent.check()).is_err() {
+            mesh.controller.operator().command_ok(&["node", "set", "evil", "--relay"])?;
+            launch(&mut mesh.evil)?;
+            require_tunnel(&mesh.a, &mesh.evil, START_LIMIT)?;
+        }
+        if let Some(mut agent) = mesh.cp.take_agent() {
+            agent.kill()?;
+        }
+        wait_for("path from a to b through evil", START_LIMIT, || {
+            let peer = mesh.a.peer("b")?.filter(|peer| peer.is_up());
+            Ok(peer.filter(|peer| peer.relay.as_deref() == Some("evil")).map(drop))
+        })
+    }
+
     /// Returns whether `a` gets echo replies from `cp` and, through the relay on `cp`, from `b`.
     pub(super) fn relay_works(&self) -> anyhow::Result<bool> {
-        let overlay = self.overlay()?;
-        for target in [overlay.cp[0], overlay.b[0]] {
-            let pattern = Pattern::random()?;
-            let came = wait_up_to(ARRIVAL, || {
-                let limit = Duration::from_millis(500);
-                let echoes = echoes(self.hosts.a.namespace(), target, 1, limit, pattern)?;
-                Ok((echoes.received > 0).then_some(()))
-            })?;
-            if came.is_none() {
-                return Ok(false);
-            }
-        }
-        Ok(true)
+        Ok(self.reaches(self.overlay()?.cp[0])? && self.reaches_b()?)
+    }
+
+    /// Returns whether `a` gets echo replies from `b`, through a relay.
+    pub(super) fn reaches_b(&self) -> anyhow::Result<bool> {
+        self.reaches(self.overlay()?.b[0])
+    }
+
+    fn reaches(&self, target: IpAddr) -> anyhow::Result<bool> {
+        let pattern = Pattern::random()?;
+        let came = wait_up_to(ARRIVAL, || {
+            let limit = Duration::from_millis(500);
+            let echoes = echoes(self.hosts.a.namespace(), target, 1, limit, pattern)?;
+            Ok((echoes.received > 0).then_some(()))
+        })?;
+        Ok(came.is_some())
     }
 
     /// Sends a datagram with a new number through the tunnel from `a` to `b`, and waits until it
@@ -425,7 +488,10 @@ impl Hosts {
     fn build(lab: &mut Lab) -> anyhow::Result<Self> {
         let cp = lab.host("cp").public("203.0.113.10", "2001:db8::10")?.build()?;
         let b = lab.host("b").public("203.0.113.12", "2001:db8::12")?.build()?;
+        let interference = Arc::<Interference>::default();
+        lab.interfere(Some(interference.clone()));
         let evil = lab.host("evil").public("203.0.113.66", "2001:db8::66")?.build()?;
+        lab.interfere(None);
         let router = lab
             .router("router")
             .public("203.0.113.20", "2001:db8::20")?
@@ -484,7 +550,7 @@ impl Hosts {
             let wall = Table::new(TableFamily::Inet, "wall");
             Ok(Nft::open()?.load(&wall.chain("enter", enter).chain("leave", leave))?)
         })?;
-        Ok(Self { pod, container, desk, cp, a, b, evil, _router: router })
+        Ok(Self { pod, container, desk, cp, a, b, evil, interference, _router: router })
     }
 }
 
@@ -511,14 +577,16 @@ impl Mesh {
                 Permissions::from_mode(0o755),
             )?;
             let flags = granted.iter().flat_map(|prefix| ["--prefix", prefix]);
-            let flags: Vec<&str> = ["--site", "lab"].into_iter().chain(flags).collect();
+            let role = (host.name() == "cp").then_some("--relay");
+            let flags: Vec<&str> = ["--site", "lab"].into_iter().chain(flags).chain(role).collect();
             node.join(&controller.operator().token_with(&flags)?)?;
             anyhow::Ok(node)
         };
         let mut cp = join(&hosts.cp, of_cp, &[])?;
         let mut a = join(&hosts.a, &of_a, &announced)?;
         let mut b = join(&hosts.b, "[wireguard]\nworkers = 2\n", &[])?;
-        let mut evil = join(&hosts.evil, "", &[])?;
+        // It is enabled, but not granted.
+        let mut evil = join(&hosts.evil, "[relay]\nenabled = true\n", &[])?;
         for node in [&mut cp, &mut a, &mut b, &mut evil] {
             launch(node)?;
         }

@@ -8,7 +8,7 @@ use super::{Case, Outcome};
 use crate::lab::mesh::{Controller, Node, START_LIMIT, require_tunnel};
 use crate::lab::nat::Nat;
 use crate::lab::scenario::Setting;
-use crate::lab::scenario::scene::{drop_first, node_behind, node_with};
+use crate::lab::scenario::scene::{drop_first, node_behind, relay_with};
 use crate::lab::topology::{Lab, Router};
 
 pub(super) fn cases() -> Vec<Case> {
@@ -62,7 +62,7 @@ impl Sites {
         let relay_host = lab.host("relay").public("203.0.113.3", "2001:db8::3")?.build()?;
         let controller = Controller::start(&lab, &host, &setting.binaries)?;
         let public = vec![
-            node_with(setting, &lab, &controller, &relay_host, "relay", relay)?,
+            relay_with(setting, &lab, &controller, &relay_host, "relay", relay)?,
             node_behind(setting, &lab, &controller, &host, "ctl")?,
         ];
         let (mut nodes, mut routers) = (Vec::new(), Vec::new());

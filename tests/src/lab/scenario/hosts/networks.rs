@@ -22,6 +22,7 @@ pub(super) fn cases() -> Vec<Case> {
             announced_lan(setting, "192.168.0.0/16", "")
         }),
         Case::new("networks/announced-part-of-the-lan", announced_part),
+        Case::new("networks/announced-part-with-the-gateway", announced_gateway),
         Case::new("networks/protected-range-around-a-bridge", covered_bridge),
         Case::new("networks/listed-network", listed),
     ]
@@ -97,8 +98,16 @@ fn announced_lan(setting: &Setting, network: &str, more: &str) -> anyhow::Result
 
 /// A part of a LAN could be somebody's pods: it stays closed, and the status tells.
 fn announced_part(setting: &Setting) -> anyhow::Result<()> {
+    let lan = lan(setting, "192.168.1.128/25", "")?;
+    names_problem(&lan.neighbour, &["a part of the network 192.168.1.0/24", "192.168.1.128/25"])
+}
+
+/// A part of a LAN that contains the gateway of a machine: the machine refuses it.
+fn announced_gateway(setting: &Setting) -> anyhow::Result<()> {
     let lan = lan(setting, "192.168.1.0/25", "")?;
-    names_problem(&lan.neighbour, &["a part of the network 192.168.1.0/24", "192.168.1.0/25"])
+    let words = ["prefix 192.168.1.0/25 is refused here", "a gateway of this machine"];
+    names_problem(&lan.neighbour, &words)?;
+    answers(&lan.neighbour_host, lan.scene.router.gateway())
 }
 
 /// A protected range of the mesh that covers containers of this machine alone.

@@ -3,7 +3,7 @@
 
 mod kubelet;
 mod plane;
-mod programs;
+pub(super) mod programs;
 
 use std::fmt::Write as _;
 use std::net::IpAddr;

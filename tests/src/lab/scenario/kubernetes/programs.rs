@@ -34,12 +34,8 @@ impl Programs {
                 remedy: "install etcd, for instance with `apt-get install etcd-server`".to_owned(),
             })
         })?;
-        let directory = cache()?.join(format!("kubernetes-{VERSION}"));
-        let apiserver = directory.join("kube-apiserver");
-        if !apiserver.is_file() {
-            build(output, "kube-apiserver", &apiserver)?;
-        }
-        let kubectl = Some(directory.join("kubectl")).filter(|path| path.is_file());
+        let apiserver = built(output, "kube-apiserver")?;
+        let kubectl = Some(apiserver.with_file_name("kubectl")).filter(|path| path.is_file());
         Ok(Self { etcd, apiserver, kubectl: kubectl.or_else(|| in_path("kubectl")) })
     }
 }
@@ -53,20 +49,47 @@ fn cache() -> anyhow::Result<PathBuf> {
 
 /// Builds a program of Kubernetes at `place`.
 fn build(output: &ProgressOutput, name: &str, place: &Path) -> anyhow::Result<()> {
+    output.step(&format!("building {name} {VERSION}: only once, takes up to 15 minutes"));
+    go_build(name, &format!("k8s.io/kubernetes/cmd/{name}"), place)
+}
+
+/// Returns the path of a program of Kubernetes, which is built unless it is in the cache.
+///
+/// # Errors
+/// [`Forbidden`] if a build is needed and Go is not installed.
+pub(in crate::lab::scenario) fn built(
+    output: &ProgressOutput,
+    name: &str,
+) -> anyhow::Result<PathBuf> {
+    let place = cache()?.join(format!("kubernetes-{VERSION}")).join(name);
+    if !place.is_file() {
+        build(output, name, &place)?;
+    }
+    Ok(place)
+}
+
+/// Builds a Go package of `tests/kubernetes` or of its dependencies at `place`, as a static program.
+///
+/// # Errors
+/// [`Forbidden`] if Go is not installed.
+pub(in crate::lab::scenario) fn go_build(
+    name: &str,
+    package: &str,
+    place: &Path,
+) -> anyhow::Result<()> {
     let go = in_path("go").ok_or_else(|| {
         anyhow!(Forbidden {
             what: format!("{name} must be built and Go is not installed"),
             remedy: "install Go 1.24 or later (`apt-get install golang-go`)".to_owned(),
         })
     })?;
-    output.step(&format!("building {name} {VERSION}: only once, takes about 15 minutes"));
     std::fs::create_dir_all(place.parent().unwrap_or(Path::new("/")))?;
     let ended = Command::new(go)
         .args(["build", "-p", "2", "-trimpath", "-mod=readonly", "-ldflags"])
         .arg(format!("-s -w -X k8s.io/component-base/version.gitVersion=v{VERSION} -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=34"))
         .arg("-o")
         .arg(place)
-        .arg(format!("k8s.io/kubernetes/cmd/{name}"))
+        .arg(package)
         .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("kubernetes"))
         .env("CGO_ENABLED", "0")
         .stdin(Stdio::null())
@@ -80,7 +103,7 @@ fn build(output: &ProgressOutput, name: &str, place: &Path) -> anyhow::Result<()
 }
 
 /// Returns the path of a program in `PATH`.
-fn in_path(name: &str) -> Option<PathBuf> {
+pub(in crate::lab::scenario) fn in_path(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path).map(|dir| dir.join(name)).find(|file| file.is_file())
 }

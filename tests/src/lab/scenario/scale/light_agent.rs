@@ -219,6 +219,8 @@ impl Member {
             }],
             prefixes: Vec::new(),
             lans: Vec::new(),
+            probe_version: 0,
+            api_port: 0,
             version,
             relay: false,
         };

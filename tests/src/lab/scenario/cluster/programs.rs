@@ -1,0 +1,83 @@
+//! Programs of a whole cluster: those of Kubernetes are built from the Go module proxy and cached between runs,
+//! the others are packages of this machine.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::anyhow;
+
+use crate::lab::output::ProgressOutput;
+use crate::lab::report::Forbidden;
+use crate::lab::scenario::kubernetes::programs::{built, in_path};
+
+/// Directory of the CNI plugins of Debian's package.
+const PLUGINS: &str = "/usr/lib/cni";
+
+/// Paths of the programs.
+#[derive(Debug)]
+pub(super) struct Programs {
+    pub(super) etcd: PathBuf,
+    pub(super) containerd: PathBuf,
+    pub(super) ctr: PathBuf,
+    pub(super) runc: PathBuf,
+    /// Directory of the CNI plugins.
+    pub(super) plugins: PathBuf,
+    pub(super) apiserver: PathBuf,
+    pub(super) controller_manager: PathBuf,
+    pub(super) scheduler: PathBuf,
+    pub(super) proxy: PathBuf,
+    pub(super) kubelet: PathBuf,
+    pub(super) kubectl: PathBuf,
+}
+
+impl Programs {
+    /// Finds the programs, and builds those of Kubernetes that are not in the cache.
+    ///
+    /// # Errors
+    /// Returns [`Forbidden`] if a package or Go is not installed. This is found before anything is built.
+    pub(super) fn find(output: &ProgressOutput) -> anyhow::Result<Self> {
+        let etcd = installed("etcd", "etcd-server")?;
+        let containerd = installed("containerd", "containerd")?;
+        let ctr = installed("ctr", "containerd")?;
+        let runc = installed("runc", "runc")?;
+        for (name, package) in [
+            ("iptables", "iptables"),
+            ("nft", "nftables"),
+            ("unshare", "util-linux"),
+            ("nsenter", "util-linux"),
+            ("setpriv", "util-linux"),
+        ] {
+            installed(name, package)?;
+        }
+        let plugins = Path::new(PLUGINS).to_owned();
+        for plugin in ["bridge", "host-local", "loopback"] {
+            if !plugins.join(plugin).is_file() {
+                return Err(missing(plugin, "containernetworking-plugins"));
+            }
+        }
+        Ok(Self {
+            etcd,
+            containerd,
+            ctr,
+            runc,
+            plugins,
+            apiserver: built(output, "kube-apiserver")?,
+            controller_manager: built(output, "kube-controller-manager")?,
+            scheduler: built(output, "kube-scheduler")?,
+            proxy: built(output, "kube-proxy")?,
+            kubelet: built(output, "kubelet")?,
+            kubectl: built(output, "kubectl")?,
+        })
+    }
+}
+
+/// Returns the path of a program of a Debian package.
+fn installed(name: &str, package: &str) -> anyhow::Result<PathBuf> {
+    in_path(name).ok_or_else(|| missing(name, package))
+}
+
+fn missing(name: &str, package: &str) -> anyhow::Error {
+    anyhow!(Forbidden {
+        what: format!("{name} is not installed"),
+        remedy: format!("install it, for instance with `apt-get install {package}`"),
+    })
+}
