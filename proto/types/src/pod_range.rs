@@ -198,6 +198,7 @@ mod tests {
             labels: std::collections::BTreeMap::new(),
             issued_at: 0,
             ephemeral: false,
+            ephemeral_after: None,
             relay: crate::node::RelayRole::Denied,
             control_plane: false,
         }
