@@ -28,7 +28,7 @@ fn plugin(directory: &Path, answers: &[(&str, &str)], arguments: &[&str]) -> (Ou
     for (at, (key, answer)) in answers.iter().enumerate() {
         let file = directory.join(format!("answer{at}"));
         fs::write(&file, answer).expect("a file");
-        script += &format!("*{key}*) exec cat {};;\n", file.display());
+        script += &format!("*\"{key}\"*) exec cat {};;\n", file.display());
     }
     script += "*exec*) echo ran; exit 7;;\nesac\necho 'the server has no such kind' >&2\nexit 1\n";
     let kubectl = directory.join("kubectl");

@@ -117,11 +117,10 @@ Examples:
 #[cfg(feature = "kubernetes")]
 pub(super) const PUBLISH: &str = "\
 Examples:
-  # once for each cluster
-  kubectl apply -f deploy/kubernetes/crds.yaml
-  towline-controller publish --kubeconfig /root/.kube/config
-  # seen with
-  kubectl get towlinenodes,towlinepaths";
+  # after `kubectl apply -f deploy/kubernetes/crds.yaml`; then `kubectl get towlinenodes,towlinepaths`
+  towline-controller publish --kubeconfig /root/publisher.conf
+  # in a pod, with the rights of its service account
+  towline-controller publish";
 
 pub(super) const CONFIG_CHECK: &str = "\
 Examples:

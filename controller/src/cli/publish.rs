@@ -42,7 +42,7 @@ fn period(text: &str) -> Result<Duration, String> {
 }
 
 impl Publish {
-    /// Publishes until a signal. A round that fails is logged, and the next one begins anew.
+    /// Publishes until a signal. A round that fails is logged, and the next one starts over.
     pub(super) async fn run(self, common: &Common) -> anyhow::Result<()> {
         self.log.init(common.settings()?.log.unwrap_or_default(), "info")?;
         let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;

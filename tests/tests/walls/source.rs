@@ -11,14 +11,15 @@ pub(crate) type Module = Vec<String>;
 /// Returns the text of each module below `src` that the product contains, without comments, strings
 /// and test modules.
 pub(crate) fn product_modules(src: &Path) -> BTreeMap<Module, String> {
-    let mut all = BTreeMap::new();
+    let mut all: BTreeMap<Module, String> = BTreeMap::new();
     let mut tests = BTreeSet::new();
     for (path, text) in files(src) {
         let code = without_comments_and_strings(&text);
         let module = module(path.strip_prefix(src).expect("a file below it"));
         let names = test_modules(&code);
         tests.extend(names.into_iter().map(|name| [module.clone(), vec![name]].concat()));
-        all.insert(module, without_inline_tests(&code).to_owned());
+        // A package may have a root for its library and one for its program.
+        all.entry(module).or_default().push_str(without_inline_tests(&code));
     }
     all.retain(|module, _| !(1..=module.len()).any(|end| tests.contains(&module[..end])));
     all

@@ -285,7 +285,7 @@ impl Figures for Bench {
 }
 
 /// Rounds to four significant digits. Further digits are noise.
-pub(super) fn digits(figure: f64) -> f64 {
+fn digits(figure: f64) -> f64 {
     if figure == 0.0 || !figure.is_finite() {
         return 0.0;
     }

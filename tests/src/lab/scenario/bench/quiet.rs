@@ -12,8 +12,8 @@ use anyhow::Context as _;
 use nix::unistd::{Pid, SysconfVar, sysconf};
 use serde::Serialize;
 
-use super::figures::digits;
 use crate::lab::interrupt::sleep;
+use crate::lab::report::round;
 
 /// Least share of the machine that must be idle before a window.
 const IDLE: f64 = 0.9;
@@ -71,7 +71,7 @@ impl Watch {
 
     /// Returns what the machine did.
     pub(super) fn into_quiet(self) -> Quiet {
-        Quiet { waited_s: digits(self.waited.as_secs_f64()), ..self.quiet }
+        Quiet { waited_s: round(self.waited.as_secs_f64()), ..self.quiet }
     }
 
     fn await_idle(&mut self) -> anyhow::Result<()> {
