@@ -1,6 +1,7 @@
 //! Tests of the binary with its store in a real etcd. Where there is no etcd, they say so and pass.
 
 #![allow(clippy::unwrap_used, reason = "a panic is the report")]
+#![expect(clippy::print_stderr, reason = "a skipped test says why")]
 
 use std::io::{BufRead, BufReader, Read};
 use std::net::{Ipv4Addr, TcpListener};

@@ -125,7 +125,7 @@ impl LocalLimits {
         let gateways = gateways.iter().map(|ip| (ip, Covered::Gateway(*ip)));
         let dns_servers = dns_servers.iter().map(|ip| (ip, Covered::DnsServer(*ip)));
         let mut needed = controllers.chain(gateways).chain(dns_servers);
-        needed.find(|(ip, _)| prefix.contains(*ip) && !is_kept(*ip)).map(|(_, covered)| covered)
+        needed.find(|(ip, _)| prefix.contains(*ip) && !is_kept(ip)).map(|(_, covered)| covered)
     }
 
     /// Returns why a protected range of the mesh is not guarded here; `None` if it is. What the

@@ -394,7 +394,9 @@ mod tests {
     fn challenge(decision: Decision) -> u64 {
         match decision {
             Decision::Drop { answer: Some(Probe::Challenge { token }), .. } => token,
-            other => panic!("no challenge: {other:?}"),
+            Decision::Deliver { .. } | Decision::Drop { .. } => {
+                panic!("no challenge: {decision:?}")
+            }
         }
     }
 

@@ -218,7 +218,7 @@ impl RelayServer {
     }
 
     /// Asks which channels were used.
-    pub(crate) fn handle_timeout(&mut self, fx: &mut Effects) {
+    pub(crate) fn handle_timeout(&self, fx: &mut Effects) {
         fx.output(Output::ReportChannels);
         fx.timers.set(Timer::RelayServer, fx.now + SWEEP);
     }

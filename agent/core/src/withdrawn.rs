@@ -126,7 +126,7 @@ impl Withdrawn {
     /// Removes the networks for which `is_released` holds. The second argument is true for a network of
     /// machines. Returns whether there were any.
     pub(crate) fn prune(&mut self, is_released: impl Fn(&IpNet, bool) -> bool) -> bool {
-        let is_released = |net: &&IpNet| is_released(*net, self.lans.contains(*net));
+        let is_released = |net: &&IpNet| is_released(net, self.lans.contains(net));
         let released: Vec<IpNet> = self.nets.iter().filter(is_released).copied().collect();
         released.iter().for_each(|net| {
             self.remove(net);

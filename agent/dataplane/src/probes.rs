@@ -174,7 +174,7 @@ impl Probes {
     pub fn open_signal(&self, datagram: &[u8]) -> Option<(WireguardKey, Probe)> {
         let pairs = self.0.pairs.load();
         let mut buffer = Vec::new();
-        let (pair, _, stamp, message) = pairs.open(datagram, &mut buffer).ok()?;
+        let Opened { pair, stamp, message, .. } = pairs.open(datagram, &mut buffer).ok()?;
         if let Some(stamp) = stamp
             && !pair.session.lock().receive_signal(stamp)
         {
@@ -194,7 +194,7 @@ impl Probes {
         endpoint: impl FnOnce(&WireguardKey) -> Option<Path>,
     ) -> Result<Received, DropReason> {
         let pairs = self.0.pairs.load();
-        let (pair, version, stamp, message) = pairs.open(datagram, buffer)?;
+        let Opened { pair, version, stamp, message } = pairs.open(datagram, buffer)?;
         let is_in_use = endpoint(&pair.peer).is_some_and(|endpoint| endpoint.is(&from));
         let arrival = Arrival { now, from, is_in_use, stamp };
         let decision = pair.session.lock().receive(&arrival, &self.0.tokens, &message);
@@ -221,14 +221,19 @@ impl From<ProbeRefusal> for DropReason {
     }
 }
 
+/// An authentic probe.
+struct Opened<'a> {
+    /// The two nodes.
+    pair: &'a Pair,
+    version: ProbeVersion,
+    /// What tells whether it is fresh. `None` in version 1.
+    stamp: Option<Stamp>,
+    message: Probe,
+}
+
 impl Pairs {
-    /// Decrypts a datagram and parses the probe in it. Returns its pair, its version, its stamp (in
-    /// version 2) and its message.
-    fn open(
-        &self,
-        datagram: &[u8],
-        buffer: &mut Vec<u8>,
-    ) -> Result<(&Arc<Pair>, ProbeVersion, Option<Stamp>, Probe), DropReason> {
+    /// Decrypts a datagram and parses the probe in it.
+    fn open(&self, datagram: &[u8], buffer: &mut Vec<u8>) -> Result<Opened<'_>, DropReason> {
         let (header, sealed) = ProbeHeader::decode(datagram).ok_or(DropReason::ProbeUnknown)?;
         let known = self.by_id.get(&header.pair).filter(|(_, version)| *version == header.version);
         let Some((pair, version)) = known.filter(|_| sealed.len() <= OPEN_BYTES) else {
@@ -249,7 +254,7 @@ impl Pairs {
             }
         };
         let message = Probe::decode(body).ok_or(DropReason::ProbeNotAuthentic)?;
-        Ok((pair, *version, stamp, message))
+        Ok(Opened { pair, version: *version, stamp, message })
     }
 }
 
@@ -367,6 +372,7 @@ mod tests {
         PeerEntry {
             endpoint: None,
             prefixes: Vec::new(),
+            shared_sources: Vec::new(),
             keepalive: None,
             preshared_key: None,
             mtu: Mtu::DEFAULT,

@@ -19,7 +19,7 @@ use crate::clock;
 pub(super) enum Token {
     /// Create a join token; it is shown only once, as the only line on standard output
     #[command(after_help = examples::TOKEN_CREATE)]
-    Create(Create),
+    Create(Box<Create>),
     /// List the tokens, without their secrets
     #[command(after_help = examples::TOKEN_LIST)]
     List {
