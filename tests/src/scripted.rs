@@ -47,7 +47,7 @@ pub enum Call {
     /// A `Publish` call.
     Publish(pb::PublishRequest, Reply<pb::PublishResponse>),
     /// A `Watch` call, which opens a stream.
-    Watch(Watch),
+    Watch(Box<Watch>),
     /// A `Leave` call.
     Leave(Reply<pb::LeaveResponse>),
 }
@@ -123,7 +123,7 @@ impl ScriptedController {
     pub async fn watch(&mut self) -> anyhow::Result<Watch> {
         loop {
             if let Call::Watch(watch) = self.call().await? {
-                return Ok(watch);
+                return Ok(*watch);
             }
         }
     }
@@ -291,7 +291,7 @@ impl Discovery for Service {
         };
         let (responses, stream) = mpsc::channel(16);
         let watch = Watch { start, requests, responses };
-        let _ = self.0.send(Call::Watch(watch)).await;
+        let _ = self.0.send(Call::Watch(Box::new(watch))).await;
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
 

@@ -706,7 +706,7 @@ impl Daemon {
     }
 
     /// Applies a new peer table to the data plane, which derives the keys of the pairs.
-    fn peer_table(&mut self, table: &PeerTable) {
+    fn peer_table(&self, table: &PeerTable) {
         self.tunnels.apply(table);
         self.api_servers_changed();
     }

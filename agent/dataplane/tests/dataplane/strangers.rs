@@ -59,7 +59,7 @@ fn forged_probes_with_a_peers_address_take_nothing_from_the_peer() {
 
 #[test]
 fn recorded_probes_reach_nobody_from_anywhere() {
-    let (network, mut a, mut b) = acquainted();
+    let (network, a, mut b) = acquainted();
     for message in [PING, Probe::Register { transaction: 3 }] {
         a.probe(&b, &message);
         b.message(a.key(), |received| *received == message);
