@@ -209,6 +209,20 @@ pub struct CallingNode {
     pub name: NodeName,
     /// Identity key of the node.
     pub identity: IdentityKey,
+    /// End of the certificate's validity, in seconds since 1970.
+    pub expires_at: i64,
+}
+
+impl CallingNode {
+    /// Returns whether the certificate has expired at `now`, in seconds since 1970.
+    pub fn is_expired(&self, now: i64) -> bool {
+        self.expires_at < now
+    }
+}
+
+/// Returns the status for a node whose certificate has expired.
+pub fn expired() -> Status {
+    Status::unauthenticated("the node's certificate has expired: renew it")
 }
 
 impl Caller {
@@ -317,12 +331,12 @@ impl Authorizer {
     ) -> Result<CallingNode, Status> {
         let (id, presented) = self.certificate(connection)?;
         if presented.is_expired(now) && !may_be_expired {
-            return Err(Status::unauthenticated("the node's certificate has expired: renew it"));
+            return Err(expired());
         }
         let identity = presented.peer.key;
         let member = self.map.member(id, &identity);
         let (name, _) = member.map_err(|error| no_access(&error, &self.map))?;
-        Ok(CallingNode { id, name, identity })
+        Ok(CallingNode { id, name, identity, expires_at: presented.expires_at })
     }
 
     fn certified(&self, connection: &ConnectionInfo) -> Result<CallerIdentity, Status> {
