@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustls_pki_types::PrivateKeyDer;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tonic::Code;
 use tonic::transport::{Channel, Endpoint};
@@ -521,6 +522,44 @@ async fn a_revoked_administrator_loses_open_connections_and_the_controller_gets_
     let controller = TestController::start(root.path());
     let listed = controller.admin().await.list_admins(list).await.unwrap().into_inner();
     assert_eq!(listed.admins, admins);
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn an_administrator_gets_a_certificate_for_a_key_of_his_own_name_alone() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let admin = controller.admin().await;
+    let machine = Machine::new("anna");
+    let create = async |name: &str, csr: Vec<u8>| {
+        let request = pb::CreateAdminRequest { name: name.to_owned(), csr };
+        admin.clone().create_admin(request).await.map(tonic::Response::into_inner)
+    };
+    for name in ["local", "Anna", "a/b", ""] {
+        let status = create(name, machine.csr()).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument, "{name}: {status}");
+    }
+    assert!(create("anna", b"junk".to_vec()).await.is_err());
+
+    let created = create("anna", machine.csr()).await.unwrap();
+    assert!(created.expires_at > clock::now().unix);
+    let key = PrivateKeyDer::try_from(machine.identity.serialize_der()).unwrap();
+    let credential = (vec![created.certificate.into()], key);
+    let mut anna = AdminClient::new(controller.connect(Some(credential)).await);
+    let listed = anna.list_admins(pb::ListAdminsRequest {}).await.unwrap().into_inner().admins;
+    let own = listed.into_iter().find(|admin| admin.name == "anna").unwrap();
+    // She renews her certificate, and gets none for another name.
+    let request = |name: &str| pb::CreateAdminRequest { name: name.into(), csr: machine.csr() };
+    anna.create_admin(request("anna")).await.unwrap();
+    let status = anna.create_admin(request("ben")).await.unwrap_err();
+    assert_eq!(status.code(), Code::AlreadyExists, "{status}");
+
+    let revoke = pb::RevokeAdminRequest { key: own.key };
+    admin.clone().revoke_admin(revoke).await.unwrap();
+    let status = anna.list_admins(pb::ListAdminsRequest {}).await.unwrap_err();
+    assert_eq!(status.code(), Code::PermissionDenied, "{status}");
+    let status = create("anna", machine.csr()).await.unwrap_err();
+    assert_eq!(status.code(), Code::PermissionDenied, "{status}");
     controller.stop().await;
 }
 

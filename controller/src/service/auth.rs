@@ -171,6 +171,7 @@ pub const RPCS: &[Rpc] = &[
     rpc("/towline.v1.Admin/ListEvents", Role::Admin, Access::Read, Object::Reports),
     rpc("/towline.v1.Admin/Backup", Role::Admin, Access::Read, Object::Store),
     rpc("/towline.v1.Admin/ListAdmins", Role::Admin, Access::Read, Object::Admins),
+    rpc("/towline.v1.Admin/CreateAdmin", Role::Admin, Access::Change, Object::Admins),
     rpc("/towline.v1.Admin/RevokeAdmin", Role::Admin, Access::Change, Object::Admins),
     rpc("/grpc.health.v1.Health/Check", Role::Anyone, Access::Read, Object::Health),
     rpc("/grpc.health.v1.Health/Watch", Role::Anyone, Access::Read, Object::Health),
