@@ -26,6 +26,7 @@ use super::arena::{Datagrams, Destination, SendBatch};
 use super::counters::PeerCounters;
 use super::drops::{DropReason, Drops};
 use super::events::EventSink;
+use super::inner_traffic::InnerTraffic;
 use super::roaming::RoamReports;
 use towline_wireguard::{
     Answered, HANDSHAKE_BYTES, MessageKind, Opened, Refusal, Secrets, Segments, Session, Single,
@@ -43,8 +44,6 @@ const RETRY_JITTER_MS: u64 = 333;
 /// Time within which a second command to initiate on the same paths is ignored: boringtun may have
 /// repeated the initiation just before it arrived.
 const SAME_COMMAND: Duration = Duration::from_millis(20);
-/// Shortest time between two reports of inner traffic ([`Observation::Active`]).
-const ACTIVE_EVERY: Duration = Duration::from_secs(1);
 /// Largest number of segments that wait for a session. A super-packet counts once per segment.
 const WAITING: usize = 16;
 /// Longest time that a packet waits for a session.
@@ -101,33 +100,6 @@ pub(super) struct Tunnel {
     live_until: Option<Instant>,
     /// True once the peer left the table. No packet may wait for a session after that.
     closed: bool,
-}
-
-/// Inner traffic since the last report, and the time of that report.
-#[derive(Debug, Default)]
-struct InnerTraffic {
-    sent: bool,
-    received: bool,
-    /// True if packets came by the endpoint.
-    by_endpoint: bool,
-    reported: Option<Instant>,
-}
-
-impl InnerTraffic {
-    /// Returns the report that is due now. `None` without traffic, or within [`ACTIVE_EVERY`] of
-    /// the last report.
-    fn take_report(&mut self, now: Instant) -> Option<Observation> {
-        let soon = self
-            .reported
-            .is_some_and(|reported| now.saturating_duration_since(reported) < ACTIVE_EVERY);
-        if soon || !(self.sent || self.received) {
-            return None;
-        }
-        self.reported = Some(now);
-        let (sent, received, by_endpoint) = (self.sent, self.received, self.by_endpoint);
-        (self.sent, self.received, self.by_endpoint) = (false, false, false);
-        Some(Observation::Active { sent, received, by_endpoint })
-    }
 }
 
 /// Handshake that this node started and that is not answered yet.
