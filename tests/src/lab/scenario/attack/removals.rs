@@ -18,8 +18,8 @@ const NOTICED: Duration = Duration::from_secs(10);
 /// Limit for the victim to notice that its controller does not answer.
 const CUT_OFF: Duration = Duration::from_secs(90);
 /// Limit for the victim to learn of the removal: it asks the first peer after 30 s without a controller, and another
-/// one every 10 s.
-const LEARNED: Duration = Duration::from_secs(90);
+/// one every 10 s. An answer has a few removals, and those of earlier cases come first.
+const LEARNED: Duration = Duration::from_secs(180);
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
