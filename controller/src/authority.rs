@@ -314,16 +314,30 @@ pub fn renew_admin(
     let kept = dir.read_key("admin.key")?.and_then(|pem| key_pair(&pem));
     let key = match kept.filter(|key| public_key(key).is_some_and(|key| !is_revoked(key))) {
         Some(key) => key,
-        None => {
-            let key = KeyPair::generate_for(&PKCS_ED25519)?;
-            dir.write("admin.key", 0o600, &pem::private_key(key.serialized_der()))?;
-            key
-        }
+        None => create_admin_key(dir)?,
     };
     let certificate = authority.issue(Subject::Admin(LOCAL_ADMIN), &key, now)?;
     dir.write("admin.crt", 0o600, &pem::certificate(&certificate))?;
     // A key that was just used has a public part of 32 bytes.
     public_key(&key).ok_or_else(|| dir.damaged("admin.key", "it is not an Ed25519 key").into())
+}
+
+/// Returns a certificate signing request (PKCS#10, DER) for the administrator's key in a directory. Creates both if
+/// there is none.
+pub fn admin_request(dir: &StateDir) -> Result<Vec<u8>, AuthorityError> {
+    let key = match dir.read_key("admin.key")? {
+        Some(pem) => {
+            key_pair(&pem).ok_or_else(|| dir.damaged("admin.key", "it is not an Ed25519 key"))?
+        }
+        None => create_admin_key(dir)?,
+    };
+    Ok(CertificateParams::default().serialize_request(&key)?.der().to_vec())
+}
+
+fn create_admin_key(dir: &StateDir) -> Result<KeyPair, AuthorityError> {
+    let key = KeyPair::generate_for(&PKCS_ED25519)?;
+    dir.write("admin.key", 0o600, &pem::private_key(key.serialized_der()))?;
+    Ok(key)
 }
 
 /// Returns the public part of a key.

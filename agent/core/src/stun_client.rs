@@ -2,7 +2,8 @@
 //!
 //! Reflectors (the controllers, relays, and public nodes of the mesh) are asked by STUN binding
 //! requests from the very socket of the tunnels, two reflectors with different addresses for each
-//! uplink and family. From one answer follows a reflexive candidate; from two, and only from two,
+//! uplink and family. While a controller's reflector answers with a public address, a node that answers with another
+//! one is not believed. From one answer follows a reflexive candidate; from two, and only from two,
 //! how the NAT maps. While a NAT stands between, asking again keeps the mapping open.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -19,6 +20,7 @@ use crate::home_relays::{self, HomeRelays};
 use crate::local_node::LocalNode;
 use crate::output::Output;
 use crate::path::{LocalAddress, Path};
+use crate::prefixes::is_private;
 use crate::status::ReflectorStatus;
 use crate::timers::Timer;
 
@@ -37,6 +39,9 @@ const REFRESH_OPEN: Duration = Duration::from_secs(300);
 const GOOD_FOR: Duration = Duration::from_secs(90);
 /// Requests without an answer from which on a reflector counts as silent: about 6 s.
 const SILENT_TRIES: u32 = 5;
+/// Requests without an answer up to which the last answer of a controller's reflector still contradicts others: the one
+/// that is under way.
+const JUDGE_TRIES: u32 = 1;
 /// Largest number of addresses at which peers saw us that are remembered.
 const OBSERVED: usize = 4;
 /// Largest number of reflectors that the status lists.
@@ -192,7 +197,7 @@ impl StunClient {
         self.schedule(fx);
     }
 
-    /// Sends the requests that are due. Returns whether an address of ours was forgotten.
+    /// Sends the requests that are due. Returns whether our reflexive addresses may be others now.
     pub(crate) fn handle_timeout(&mut self, fx: &mut Effects, local: &LocalNode) -> bool {
         let now = fx.now;
         let mut forgot = false;
@@ -213,6 +218,8 @@ impl StunClient {
             asked.transaction = Some(transaction);
             asked.due = Some(now + RETRY.pause(asked.tries, fx.rng.random()));
             asked.tries = asked.tries.saturating_add(1);
+            // From now on it contradicts nobody.
+            forgot |= asked.tries == JUDGE_TRIES + 1 && self.offered.contains(to);
             if local.can_send_to(*to) {
                 let to = Path { local: *end, ..local.path_to(*to) };
                 fx.output(Output::Stun { to, transaction });
@@ -251,12 +258,13 @@ impl StunClient {
         }
         let open = local.is_own(candidate.address());
         asked.transaction = None;
+        let contradicts_again = asked.tries > JUDGE_TRIES;
         asked.tries = 0;
         asked.due = Some(fx.now + if open { REFRESH_OPEN } else { REFRESH });
         let before =
             asked.mapped.replace((candidate.address(), fx.now)).map(|(address, _)| address);
         self.schedule(fx);
-        before != Some(candidate.address())
+        before != Some(candidate.address()) || contradicts_again
     }
 
     /// Handles an address at which a peer saw our ping. It becomes a candidate once a second peer saw it, or if a
@@ -372,7 +380,7 @@ impl StunClient {
     }
 
     fn known(&self) -> impl Iterator<Item = SocketAddr> {
-        let asked = self.queries.values().filter_map(|asked| Some(asked.mapped?.0));
+        let asked = self.reflected();
         let observed = self.observed.iter().filter(move |(address, seen)| {
             seen.second.is_some() || self.is_reflected(address.ip())
         });
@@ -381,7 +389,35 @@ impl StunClient {
 
     /// Returns whether a reflector's answer has this IP address.
     fn is_reflected(&self, address: IpAddr) -> bool {
-        self.queries.values().any(|asked| asked.mapped.is_some_and(|(at, _)| at.ip() == address))
+        self.reflected().any(|reflected| reflected.ip() == address)
+    }
+
+    /// Returns the answers of reflectors that are believed.
+    fn reflected(&self) -> impl Iterator<Item = SocketAddr> {
+        self.queries.iter().filter_map(|(query, asked)| {
+            let (mapped, _) = asked.mapped?;
+            (!self.is_contradicted(query, mapped.ip())).then_some(mapped)
+        })
+    }
+
+    /// Returns whether the answer of a node is contradicted by the controllers' reflectors, which were asked by the
+    /// same uplink and answer with other public addresses. One in our own LAN sees a private address, and says nothing
+    /// of what others see.
+    fn is_contradicted(&self, (end, to): &Query, address: IpAddr) -> bool {
+        if self.offered.contains(to) {
+            return false;
+        }
+        let judges = self.queries.iter().filter(|((by, judge), asked)| {
+            by == end
+                && judge.is_ipv4() == to.is_ipv4()
+                && self.offered.contains(judge)
+                && asked.tries <= JUDGE_TRIES
+        });
+        let mut public = judges
+            .filter_map(|(_, asked)| Some(asked.mapped?.0.ip()))
+            .filter(|mapped| !is_private(*mapped))
+            .peekable();
+        public.peek().is_some() && public.all(|mapped| mapped != address)
     }
 
     fn schedule(&self, fx: &mut Effects) {
@@ -430,5 +466,42 @@ mod tests {
         };
         stun.queries.insert((None, address("192.0.2.1:7443")), reflected);
         assert!(stun.handle_observed(now, &local, NodeId([3; 16]), other_port));
+    }
+
+    #[test]
+    fn a_node_that_reflects_is_not_believed_against_a_controllers_reflector_that_answers() {
+        #[allow(clippy::disallowed_methods)] // some instant to count from
+        let now = Instant::now();
+        let local = LocalNode::new(None, Mtu::DEFAULT);
+        let (controller, node) = (address("192.0.2.1:7443"), address("192.0.2.7:51830"));
+        let mut stun = StunClient { offered: vec![controller], ..StunClient::default() };
+        let answered = |stun: &mut StunClient, reflector, mapped, tries| {
+            let mapped = Some((address(mapped), now));
+            let answer = QueryState { mapped, tries, ..QueryState::default() };
+            stun.queries.insert((None, reflector), answer);
+        };
+        let known = |stun: &StunClient| {
+            let mut known: Vec<_> = stun.known().map(|address| address.to_string()).collect();
+            known.sort_unstable();
+            known
+        };
+        let (ours, forged) = ("203.0.113.9:4000", "203.0.113.66:53");
+        answered(&mut stun, node, forged, 0);
+        assert_eq!(known(&stun), [forged], "nobody else answers");
+        answered(&mut stun, controller, ours, 1);
+        assert_eq!(known(&stun), [ours]);
+        let pong = address("203.0.113.66:54");
+        assert!(!stun.handle_observed(now, &local, NodeId([7; 16]), pong), "nor its pongs");
+        // A NAT that maps dependent on the remote address has one IP address.
+        answered(&mut stun, node, "203.0.113.9:4001", 0);
+        assert_eq!(known(&stun), [ours, "203.0.113.9:4001"]);
+
+        stun.observed.clear();
+        answered(&mut stun, node, forged, 0);
+        answered(&mut stun, controller, ours, 2);
+        assert_eq!(known(&stun), [forged, ours], "the NAT may have another address by now");
+        // A controller in our LAN does not see what others see.
+        answered(&mut stun, controller, "192.168.1.5:51830", 0);
+        assert_eq!(known(&stun), ["192.168.1.5:51830", forged]);
     }
 }

@@ -22,13 +22,19 @@ pub enum Protocol {
     Route,
     /// `NETLINK_NETFILTER`: nftables.
     Netfilter,
+    /// `NETLINK_SOCK_DIAG`: sockets.
+    SocketDiag,
 }
+
+/// Number of the protocol `NETLINK_SOCK_DIAG`, which libc lacks for Linux.
+const SOCK_DIAG: isize = 4;
 
 impl Protocol {
     pub(super) fn number(self) -> isize {
         match self {
             Self::Route => libc::NETLINK_ROUTE as isize,
             Self::Netfilter => libc::NETLINK_NETFILTER as isize,
+            Self::SocketDiag => SOCK_DIAG,
         }
     }
 }

@@ -5,6 +5,7 @@ pub use crate::address::parse as address;
 pub use crate::link::parse as link;
 pub use crate::route::{message as route_request, parse as route};
 pub use crate::rule::{message as rule_request, parse as rule};
+pub use crate::socket_owner::parse as socket_user;
 
 use crate::codec::Message;
 

@@ -23,6 +23,7 @@ mod link;
 mod monitor;
 mod route;
 mod rule;
+mod socket_owner;
 mod stand_in;
 mod traffic_control;
 
@@ -35,6 +36,7 @@ pub use link::{Link, Overlay, OverlayKind, TunInfo, VethPeer};
 pub use monitor::{Group, Monitor, Notified};
 pub use route::{MAIN_TABLE, MainTables, NextHop, Route, RouteChange, RouteKind, RouteLookup};
 pub use rule::{Rule, RuleAction};
+pub use socket_owner::SocketOwners;
 
 /// Address family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -15,11 +15,13 @@
 //! |---|---|
 //! | `balancer.rs` | the order of the servers and their health, without I/O |
 //! | `check.rs` | one check of a server |
+//! | `places.rs` | how many clients of which user are served |
 //! | `serve.rs` | the listening socket and the connections |
 //! | `mod.rs` | what the daemon sets and reads |
 
 mod balancer;
 mod check;
+mod places;
 mod serve;
 #[cfg(test)]
 mod tests;

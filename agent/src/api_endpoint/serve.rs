@@ -9,18 +9,17 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use rustls::ClientConfig;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Notify, Semaphore, watch};
+use tokio::sync::{Notify, watch};
 use tokio::time::{sleep, sleep_until, timeout};
+use towline_netlink::SocketOwners;
 use towline_service::port_owner::{self, Transport};
 use towline_service::tcp;
 
 use super::EndpointProblem;
 use super::balancer::{ApiServer, Balancer, Failure, Verdict};
 use super::check;
+use super::places::{Places, User};
 
-/// Largest number of clients at the same time; further ones are closed at once. A node has about ten. With 16 KiB
-/// of buffers each they take 8 MiB.
-const CONNECTIONS: usize = 512;
 /// Longest time to connect to one server before the next one is tried.
 const CONNECT: Duration = Duration::from_secs(2);
 /// Pause after an address that could not be bound.
@@ -38,7 +37,9 @@ pub(super) struct Shared {
     pub(super) address: SocketAddr,
     pub(super) state: Mutex<State>,
     /// Places of clients; one that is connected, or tries to, has taken one.
-    places: Arc<Semaphore>,
+    places: Mutex<Places>,
+    /// Connection to the kernel that tells the users of clients; `None` if it could not be opened.
+    owners: Mutex<Option<SocketOwners>>,
     /// Wakes the task that starts the checks, because the time of the next one may have changed.
     wake: Notify,
     settings: Arc<ClientConfig>,
@@ -77,10 +78,14 @@ impl State {
 
 impl Shared {
     pub(super) fn new(address: SocketAddr, settings: Arc<ClientConfig>) -> Self {
+        let owners = SocketOwners::open().inspect_err(
+            |error| tracing::debug!(%error, "users of the API endpoint are not known"),
+        );
         Self {
             address,
             state: Mutex::default(),
-            places: Arc::new(Semaphore::new(CONNECTIONS)),
+            places: Mutex::default(),
+            owners: Mutex::new(owners.ok()),
             wake: Notify::new(),
             settings,
         }
@@ -119,8 +124,14 @@ impl Shared {
 
     /// Returns the number of clients that are connected, or try to.
     pub(super) fn clients(&self) -> u32 {
-        let taken = CONNECTIONS.saturating_sub(self.places.available_permits());
-        u32::try_from(taken).unwrap_or(u32::MAX)
+        u32::try_from(self.places.lock().count()).unwrap_or(u32::MAX)
+    }
+
+    /// Returns the user of a client on this host, whose own address is `from`.
+    fn user_of(&self, client: &TcpStream, from: SocketAddr) -> User {
+        let address = client.local_addr().ok()?;
+        let found = self.owners.lock().as_mut()?.of_tcp(from, address);
+        found.inspect_err(|error| tracing::debug!(%error, "user of a client not known")).ok()?
     }
 
     /// Returns what is wrong. Whether servers answer is known only while there are clients, or just after.
@@ -165,7 +176,7 @@ pub(super) async fn run(shared: Arc<Shared>) {
         let due = shared.check_due();
         tokio::select! {
             accepted = listener.accept() => match accepted {
-                Ok((client, _)) => admit(&shared, client),
+                Ok((client, from)) => admit(&shared, client, from),
                 Err(error) => {
                     tracing::debug!(%error, "cannot accept a client of the API endpoint");
                     sleep(ACCEPT_PAUSE).await;
@@ -224,17 +235,30 @@ async fn not_bound(address: SocketAddr, error: &io::Error) -> EndpointProblem {
 }
 
 /// Serves a client, if there is a place for it.
-fn admit(shared: &Arc<Shared>, client: TcpStream) {
-    let Ok(place) = shared.places.clone().try_acquire_owned() else {
+fn admit(shared: &Arc<Shared>, client: TcpStream, from: SocketAddr) {
+    let user = shared.user_of(&client, from);
+    if !shared.places.lock().take(user) {
         shared.state.lock().refused += 1;
         return;
-    };
-    let shared = shared.clone();
+    }
+    let place = PlaceGuard { shared: shared.clone(), user };
     tokio::spawn(async move {
-        serve(client, &shared).await;
+        let shared = &place.shared;
+        serve(client, shared).await;
         shared.state.lock().last_client = Some(Instant::now());
-        drop(place);
     });
+}
+
+/// Place of a client. It is given back when this value is dropped.
+struct PlaceGuard {
+    shared: Arc<Shared>,
+    user: User,
+}
+
+impl Drop for PlaceGuard {
+    fn drop(&mut self) {
+        self.shared.places.lock().release(self.user);
+    }
 }
 
 /// Connects a client with a server, and passes bytes on until one of them ends, or the server is dead.

@@ -3,10 +3,12 @@
 
 use towline_types::id::IdentityKey;
 
-use super::{Event, Key, NoSuchAdmin, Now, Registry};
+use super::{CreateAdminError, Event, Key, NoSuchAdmin, Now, Registry};
 
 /// Largest number of keys, including revoked ones.
 const ADMINS: usize = 256;
+/// Largest number of valid keys up to which an operator may add one. The controller's own always has a place.
+const CREATED_ADMINS: usize = 64;
 /// Time in seconds for which a revoked key is still listed. Its certificates have expired by then, and a key
 /// that is not listed gives no access.
 const REVOKED_KEPT: i64 = 30 * 24 * 3600;
@@ -44,6 +46,30 @@ impl Registry {
         self.admins.insert(key, admin);
         self.dirty.insert(Key::Admin(key));
         self.events.push(Event::AdminAdded { name: name.to_owned(), key });
+    }
+
+    /// Adds the key of an administrator for an operator. Does nothing if the administrator with this name has the
+    /// key. Unlike [`Self::add_admin`] it displaces no valid key.
+    pub fn create_admin(
+        &mut self,
+        key: IdentityKey,
+        name: &str,
+        now: Now,
+    ) -> Result<(), CreateAdminError> {
+        match self.admins.get(&key) {
+            Some(admin) if admin.revoked_at.is_some() => {
+                return Err(CreateAdminError::Revoked { key });
+            }
+            Some(admin) if admin.name != name => return Err(CreateAdminError::OtherName { key }),
+            Some(_) => return Ok(()),
+            None => {}
+        }
+        let valid = self.admins.values().filter(|admin| admin.revoked_at.is_none()).count();
+        if valid >= CREATED_ADMINS {
+            return Err(CreateAdminError::TooMany);
+        }
+        self.add_admin(key, name, now);
+        Ok(())
     }
 
     /// Revokes the key of an administrator. Revoking it again is not an error.

@@ -223,6 +223,28 @@ pub struct NoSuchAdmin {
     pub key: IdentityKey,
 }
 
+/// Reason to refuse an administrator's key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum CreateAdminError {
+    /// The key was revoked.
+    #[error("the administrator's key {key} was revoked: use another one")]
+    Revoked {
+        /// Key of the request.
+        key: IdentityKey,
+    },
+    /// The key belongs to an administrator with another name.
+    #[error(
+        "the key {key} belongs to an administrator with another name: use that name, or another key"
+    )]
+    OtherName {
+        /// Key of the request.
+        key: IdentityKey,
+    },
+    /// There are too many valid keys.
+    #[error("too many keys of administrators: revoke some (`towline-controller admin list`)")]
+    TooMany,
+}
+
 /// Reason to refuse the creation of a token.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum CreateTokenError {

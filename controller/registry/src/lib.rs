@@ -62,8 +62,8 @@ use towline_types::pod_range::PodRange;
 pub use admins::Admin;
 use claims::Claims;
 pub use errors::{
-    CreateTokenError, JoinError, LoadError, NoSuchAdmin, NoSuchNode, NodeAbsent, OverlayInUse,
-    PublishError, ReadmitError, TokenUnknown,
+    CreateAdminError, CreateTokenError, JoinError, LoadError, NoSuchAdmin, NoSuchNode, NodeAbsent,
+    OverlayInUse, PublishError, ReadmitError, TokenUnknown,
 };
 pub use join::Join;
 pub use members::Member;

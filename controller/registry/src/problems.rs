@@ -138,7 +138,9 @@ pub(super) struct Problems {
 }
 
 impl Problems {
-    /// Adds a problem of a node at the front. Each problem occurs only once.
+    /// Adds a problem of a node at the front. Each problem occurs only once. If there are too many, the claims of other
+    /// nodes take at most half of the places, and among these the node with the most gives way: no node can displace
+    /// what others caused.
     pub(super) fn note(&mut self, node: NodeId, about: Option<ClaimKey>, problem: NodeProblem) {
         let problems = self.by_node.entry(node).or_default();
         if problems.front().is_some_and(|first| first.problem == problem) {
@@ -146,7 +148,9 @@ impl Problems {
         }
         problems.retain(|noted| noted.problem != problem);
         problems.push_front(Noted { about, problem });
-        problems.truncate(limits::PROBLEMS);
+        if problems.len() > limits::PROBLEMS {
+            remove_one(node, problems);
+        }
         if let Some(claim) = about {
             self.by_claim.entry(claim).or_default().insert(node);
         }
@@ -192,5 +196,79 @@ impl Problems {
     /// Returns the nodes whose problems changed since the previous call.
     pub(super) fn take_changed(&mut self) -> BTreeSet<NodeId> {
         std::mem::take(&mut self.changed)
+    }
+}
+
+/// Removes the problem of a node that gives way to others.
+fn remove_one(node: NodeId, problems: &mut VecDeque<Noted>) {
+    let by_other = |noted: &Noted| noted.about.map(|(of, _)| of).filter(|of| *of != node);
+    let mut shares = BTreeMap::<NodeId, usize>::new();
+    for other in problems.iter().filter_map(by_other) {
+        *shares.entry(other).or_default() += 1;
+    }
+    let is_over = shares.values().sum::<usize>() > limits::PROBLEMS / 2;
+    let largest = shares.values().max().copied();
+    let gives_way = |noted: &Noted| match by_other(noted) {
+        Some(other) => is_over && shares.get(&other).copied() == largest,
+        None => !is_over,
+    };
+    // The oldest one is the last.
+    if let Some(index) = problems.iter().rposition(gives_way) {
+        problems.remove(index);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NODE: NodeId = NodeId([1; 16]);
+
+    fn name(text: &str) -> NodeName {
+        text.parse().unwrap()
+    }
+
+    /// Adds a problem that a claim of another node causes.
+    fn claimed(problems: &mut Problems, by: u8, number: u8) {
+        let prefix = IpNet::new_assert(IpAddr::V4(Ipv4Addr::new(10, by, number, 0)), 24);
+        let claimant = name(&format!("other-{by}"));
+        let problem = WithheldReason::TooMany { prefix, claimant }.into();
+        problems.note(NODE, Some((NodeId([by; 16]), prefix)), problem);
+    }
+
+    #[test]
+    fn no_node_displaces_the_problems_that_others_caused() {
+        let mut problems = Problems::default();
+        let own: Vec<NodeProblem> = ["a", "b", "c"]
+            .map(|requested| NodeProblem::KeyUsed { name: name(requested) })
+            .to_vec();
+        for problem in &own {
+            problems.note(NODE, None, problem.clone());
+        }
+        claimed(&mut problems, 2, 0);
+        for number in 0..100 {
+            claimed(&mut problems, 3, number);
+        }
+        let found = problems.of(NODE);
+        assert_eq!(found.len(), limits::PROBLEMS);
+        assert!(own.iter().all(|problem| found.contains(problem)), "{found:?}");
+        let of = |by: u8| format!("`other-{by}`");
+        let count = |by| found.iter().filter(|p| p.to_string().contains(&of(by))).count();
+        assert_eq!((count(2), count(3)), (1, limits::PROBLEMS - own.len() - 1));
+        assert!(found[0].to_string().contains("10.3.99.0/24"), "the newest first: {found:?}");
+    }
+
+    #[test]
+    fn many_nodes_together_leave_half_of_the_places() {
+        let mut problems = Problems::default();
+        for requested in ["a", "b", "c", "d", "e"] {
+            problems.note(NODE, None, NodeProblem::KeyUsed { name: name(requested) });
+        }
+        for by in 2..50 {
+            claimed(&mut problems, by, 0);
+        }
+        let own = problems.of(NODE);
+        let own = own.iter().filter(|problem| matches!(problem, NodeProblem::KeyUsed { .. }));
+        assert_eq!(own.count(), limits::PROBLEMS / 2);
     }
 }

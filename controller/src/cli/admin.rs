@@ -1,14 +1,20 @@
 //! Command `towline-controller admin`.
 
-use anyhow::bail;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
 use clap::Subcommand;
 use serde::Serialize;
 use towline_proto::id::IdentityKey;
 use towline_proto::pb;
 use towline_service::output::{self, Format};
+use towline_service::pem;
 
 use super::client::{Client, status_error};
-use super::{Common, examples};
+use super::{Common, examples, span};
+use crate::authority;
+use crate::clock;
+use crate::state_dir::StateDir;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Admin {
@@ -18,6 +24,15 @@ pub(super) enum Admin {
         /// Output format
         #[arg(short, long, value_enum, default_value_t)]
         output: Format,
+    },
+    /// Create a credential for administration from another machine, or renew one
+    #[command(after_help = examples::ADMIN_CREATE)]
+    Create {
+        /// Name of the administrator: lower-case letters, digits and hyphens
+        name: String,
+        /// Directory of the credential, which is created; a key that is there is used again
+        #[arg(long, value_name = "DIR")]
+        directory: PathBuf,
     },
     /// Revoke keys of administrators; the controller replaces its own at once
     #[command(after_help = examples::ADMIN_REVOKE)]
@@ -35,6 +50,9 @@ pub(super) async fn run(command: Admin, common: &Common) -> anyhow::Result<()> {
             let admins = list(&mut client).await?;
             Ok(output::write(output, &admins, |_| table(&admins))?)
         }
+        Admin::Create { name, directory } => {
+            create(&mut client, &common.settings()?.state_dir(), name, &directory).await
+        }
         Admin::Revoke { admin } => {
             let keys = match admin.parse::<IdentityKey>() {
                 Ok(key) => vec![key],
@@ -48,6 +66,32 @@ pub(super) async fn run(command: Admin, common: &Common) -> anyhow::Result<()> {
             Ok(())
         }
     }
+}
+
+/// Writes a credential into a directory: the key of the administrator, its certificate, and that of the CA.
+async fn create(
+    client: &mut Client,
+    state_dir: &Path,
+    name: String,
+    directory: &Path,
+) -> anyhow::Result<()> {
+    let shown = directory.display();
+    if directory.join("ca.key").exists() {
+        bail!("{shown} is the state directory of a controller: give the credential its own");
+    }
+    let ca = StateDir::new(state_dir).read("ca.crt")?;
+    let ca = ca.with_context(|| format!("ca.crt is missing in {}", state_dir.display()))?;
+    let dir = StateDir::new(directory);
+    let csr = authority::admin_request(&dir)?;
+    let request = pb::CreateAdminRequest { name, csr };
+    let created = client.admin.create_admin(request).await.map_err(status_error)?.into_inner();
+    dir.write("admin.crt", 0o600, &pem::certificate(&created.certificate))?;
+    dir.write("ca.crt", 0o644, &ca)?;
+    let left = span(created.expires_at - clock::now().unix);
+    eprintln!(
+        "credential written to {shown}, valid for {left}: use it with --state-dir and --controller"
+    );
+    Ok(())
 }
 
 /// Returns the valid keys of the administrator with this name.

@@ -115,6 +115,14 @@ Examples:
   towline-controller admin list
   towline-controller admin list -o json";
 
+pub(super) const ADMIN_CREATE: &str = "\
+Examples:
+  towline-controller admin create anna --directory anna-mesh
+  # on her machine, with a copy of the directory, where the controller has `remote_admin = true`
+  towline-controller --state-dir anna-mesh --controller 203.0.113.10:7443 node list
+  # within 7 days, for another 7
+  towline-controller --state-dir anna-mesh --controller 203.0.113.10:7443 admin create anna --directory anna-mesh";
+
 pub(super) const ADMIN_REVOKE: &str = "\
 Examples:
   # the key is in the second column of `admin list`

@@ -15,9 +15,11 @@ use towline_proto::token::{JoinToken, TokenSecret};
 use towline_proto::{limits, pb};
 use towline_service::events::EventId;
 
+use crate::authority::{LOCAL_ADMIN, Subject, csr_key};
 use crate::clock;
 use crate::entropy::{random, secret_hash};
 use crate::ledger::Ledger;
+use crate::peer;
 use crate::stored::token_message;
 use crate::view::NodeView;
 use towline_registry::sessions::Sessions;
@@ -247,6 +249,34 @@ impl Admin for AdminService {
         let admins = self.shared.view.admins();
         let admins = admins.iter().map(|admin| admin_info(admin)).collect();
         Ok(Response::new(pb::ListAdminsResponse { admins }))
+    }
+
+    async fn create_admin(
+        &self,
+        request: Request<pb::CreateAdminRequest>,
+    ) -> Result<Response<pb::CreateAdminResponse>, Status> {
+        let request = request.into_inner();
+        let name: NodeName =
+            request.name.parse().map_err(|error: InvalidId| Invalid::from(error).status())?;
+        if name.as_str() == LOCAL_ADMIN {
+            return Err(Status::invalid_argument(format!(
+                "the name `{LOCAL_ADMIN}` is that of the credential in the controller's state directory: use another one"
+            )));
+        }
+        // A certificate gives no access before its key is listed.
+        let (key, certificate) = {
+            let (key, public) = csr_key(&request.csr).map_err(|error| error.status())?;
+            let (subject, now) = (Subject::Admin(name.as_str()), clock::now().unix);
+            let issued = self.shared.authority.issue(subject, &public, now);
+            (key, issued.map_err(|error| Status::unavailable(error.to_string()))?)
+        };
+        let change = move |ledger: &mut Ledger, _: &Sessions, now: Now| {
+            ledger.registry().create_admin(key, name.as_str(), now)
+        };
+        self.shared.apply(change).await?.map_err(|error| error.status())?;
+        let expires_at = peer::expires_at(&certificate).unwrap_or_default();
+        let certificate = certificate.to_vec();
+        Ok(Response::new(pb::CreateAdminResponse { certificate, expires_at }))
     }
 
     async fn revoke_admin(

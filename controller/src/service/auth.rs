@@ -171,6 +171,7 @@ pub const RPCS: &[Rpc] = &[
     rpc("/towline.v1.Admin/ListEvents", Role::Admin, Access::Read, Object::Reports),
     rpc("/towline.v1.Admin/Backup", Role::Admin, Access::Read, Object::Store),
     rpc("/towline.v1.Admin/ListAdmins", Role::Admin, Access::Read, Object::Admins),
+    rpc("/towline.v1.Admin/CreateAdmin", Role::Admin, Access::Change, Object::Admins),
     rpc("/towline.v1.Admin/RevokeAdmin", Role::Admin, Access::Change, Object::Admins),
     rpc("/grpc.health.v1.Health/Check", Role::Anyone, Access::Read, Object::Health),
     rpc("/grpc.health.v1.Health/Watch", Role::Anyone, Access::Read, Object::Health),
@@ -209,6 +210,20 @@ pub struct CallingNode {
     pub name: NodeName,
     /// Identity key of the node.
     pub identity: IdentityKey,
+    /// End of the certificate's validity, in seconds since 1970.
+    pub expires_at: i64,
+}
+
+impl CallingNode {
+    /// Returns whether the certificate has expired at `now`, in seconds since 1970.
+    pub fn is_expired(&self, now: i64) -> bool {
+        self.expires_at < now
+    }
+}
+
+/// Returns the status for a node whose certificate has expired.
+pub fn expired() -> Status {
+    Status::unauthenticated("the node's certificate has expired: renew it")
 }
 
 impl Caller {
@@ -317,12 +332,12 @@ impl Authorizer {
     ) -> Result<CallingNode, Status> {
         let (id, presented) = self.certificate(connection)?;
         if presented.is_expired(now) && !may_be_expired {
-            return Err(Status::unauthenticated("the node's certificate has expired: renew it"));
+            return Err(expired());
         }
         let identity = presented.peer.key;
         let member = self.map.member(id, &identity);
         let (name, _) = member.map_err(|error| no_access(&error, &self.map))?;
-        Ok(CallingNode { id, name, identity })
+        Ok(CallingNode { id, name, identity, expires_at: presented.expires_at })
     }
 
     fn certified(&self, connection: &ConnectionInfo) -> Result<CallerIdentity, Status> {

@@ -10,8 +10,8 @@ use crate::entropy::NoEntropy;
 use crate::map::{AccessError, Map};
 use crate::writer::Unavailable;
 use towline_registry::{
-    CreateTokenError, JoinError, NoSuchAdmin, NoSuchNode, NodeAbsent, OverlayInUse, PublishError,
-    ReadmitError, TokenUnknown,
+    CreateAdminError, CreateTokenError, JoinError, NoSuchAdmin, NoSuchNode, NodeAbsent,
+    OverlayInUse, PublishError, ReadmitError, TokenUnknown,
 };
 
 /// Error of an operation that has a gRPC code.
@@ -75,6 +75,16 @@ impl Refusal for CreateTokenError {
             Self::Unusable(_) | Self::ReplaceOnce | Self::EphemeralAfter(_) => {
                 Code::InvalidArgument
             }
+        }
+    }
+}
+
+impl Refusal for CreateAdminError {
+    fn code(&self) -> Code {
+        match self {
+            Self::Revoked { .. } => Code::PermissionDenied,
+            Self::OtherName { .. } => Code::AlreadyExists,
+            Self::TooMany => Code::ResourceExhausted,
         }
     }
 }

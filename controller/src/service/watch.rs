@@ -30,7 +30,7 @@ use towline_registry::{NodeProblem, Now};
 
 use super::Shared;
 use super::admission::{Place, drain_begins};
-use super::auth::CallingNode;
+use super::auth::{CallingNode, expired};
 use super::budgets::Work;
 use super::refusal::{Refusal as _, absent};
 use super::signals::ToWatch;
@@ -238,6 +238,10 @@ impl Watcher {
                     // Also while the client reads nothing, and so gets no changes.
                     if let Some(removed) = self.removed() {
                         return Some(removed);
+                    }
+                    // An agent opens the watch again with the certificate that it renewed in time.
+                    if self.node.is_expired(clock::now().unix) {
+                        return Some(expired());
                     }
                     if due == Due::Nothing {
                         due = Due::Heartbeat;
@@ -484,6 +488,11 @@ mod tests {
 
     impl Scene {
         fn new() -> Self {
+            Self::with_certificate(i64::MAX)
+        }
+
+        /// Opens a watch with a certificate that is valid until `expires_at`.
+        fn with_certificate(expires_at: i64) -> Self {
             let root = tempfile::tempdir().unwrap();
             let dir = StateDir::new(root.path());
             let authority = Authority::load_or_create(&dir, true, 1_700_000_000).unwrap();
@@ -527,7 +536,7 @@ mod tests {
                 tonic_prost::ProstCodec::<pb::WatchResponse, pb::WatchRequest>::default();
             let requests = Streaming::new_request(codec.decoder(), body, None, None);
             let (sender, responses) = mpsc::channel(1);
-            let node = CallingNode { id: NODE, name, identity };
+            let node = CallingNode { id: NODE, name, identity, expires_at };
             let watcher = Watcher::new(Arc::new(shared), node, SESSION, 0, None, sender);
             tokio::spawn(watcher.run(requests));
             Self { client, responses, stop, opened: Instant::now() }
@@ -572,6 +581,14 @@ mod tests {
         assert!(code.is_none_or(|code| code == Code::DeadlineExceeded), "{code:?}");
         assert_eq!(seconds, 45);
         assert!((2..=3).contains(&heartbeats), "one in 15 s: {heartbeats}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_watch_ends_with_the_certificate_that_opened_it() {
+        let mut scene = Scene::with_certificate(clock::now().unix - 1);
+        let (_, code, seconds) = scene.end().await;
+        assert!(code.is_none_or(|code| code == Code::Unauthenticated), "{code:?}");
+        assert_eq!(seconds, HEARTBEAT.as_secs());
     }
 
     #[tokio::test(start_paused = true)]

@@ -10,17 +10,19 @@ use towline_nftables::{
     Table, TableFamily, Transaction, internals as nftables_internals,
 };
 
-/// Reads the messages of a datagram as links, addresses, routes and policy rules.
+/// Reads the messages of a datagram as links, addresses, routes, policy rules and owners of sockets.
 ///
-/// At most one reader accepts a message. A route or rule that was read, encoded and read again stays
+/// At most one reader of rtnetlink accepts a message. A route or rule that was read, encoded and read again stays
 /// the same from then on.
 pub fn netlink(bytes: &[u8]) {
-    use netlink_internals::{address, link, route, route_request, rule, rule_request};
+    use netlink_internals::{address, link, route, route_request, rule, rule_request, socket_user};
     let mut read = 0;
     for received in messages(bytes) {
         read += received.payload.len();
         let values: usize = attributes(received.payload, 0).map(|inner| inner.value.len()).sum();
         assert!(values <= received.payload.len());
+        // It answers another protocol, with the same number as an address.
+        let _ = socket_user(&received, u16::from_ne_bytes([7, 7]));
         let link = link(&received).is_some();
         let address = address(&received).is_some();
         let route = route(&received);

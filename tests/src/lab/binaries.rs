@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow, bail};
 
 use super::output::line;
+use super::peers::cache_directory;
+use super::report::Forbidden;
 use crate::checkout;
 
 /// The build profile of the daemons.
@@ -57,6 +59,55 @@ impl Binaries {
         line(&format!("building the daemons of {} (release)", checkout.display()));
         Self::build_in(&checkout, Profile::Release, Some(&checkout.join("target")))
             .with_context(|| format!("in {}", checkout.display()))
+    }
+
+    /// Builds the daemons of a commit of this checkout's history in release mode, once, into the cache of the lab.
+    /// An existing build is used unchanged. Neither this checkout nor its repository is changed.
+    ///
+    /// # Errors
+    ///
+    /// [`Forbidden`] where the history does not have the commit, as in a shallow clone.
+    pub fn build_commit(commit: &str) -> anyhow::Result<Self> {
+        let directory =
+            cache_directory().map_err(anyhow::Error::msg)?.join(format!("commit-{commit}"));
+        let programs = directory.join("bin");
+        let built = Self {
+            towline: programs.join("towline"),
+            controller: programs.join("towline-controller"),
+            lab: None,
+        };
+        if built.towline.exists() && built.controller.exists() {
+            return Ok(built);
+        }
+        require_commit(commit)?;
+        let source = directory.join("source");
+        // An earlier attempt may have ended in the middle.
+        match std::fs::remove_dir_all(&source) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("cannot remove {}", source.display()));
+            }
+            _ => {}
+        }
+        for directory in [&source, &programs] {
+            std::fs::create_dir_all(directory)
+                .with_context(|| format!("cannot create {}", directory.display()))?;
+        }
+        let archive = directory.join("source.tar");
+        succeed(git().args(["archive", "--format=tar", "--output"]).arg(&archive).arg(commit))?;
+        succeed(Command::new("tar").arg("-xf").arg(&archive).arg("-C").arg(&source))?;
+        let fresh = Self::build_of(&source)?;
+        for (from, to) in [(&fresh.towline, &built.towline), (&fresh.controller, &built.controller)]
+        {
+            // A program that exists is complete.
+            let part = to.with_extension("part");
+            std::fs::copy(from, &part)
+                .and_then(|_| std::fs::rename(&part, to))
+                .with_context(|| format!("cannot copy {}", from.display()))?;
+        }
+        // Only the programs are kept.
+        let _ = std::fs::remove_dir_all(&source);
+        let _ = std::fs::remove_file(&archive);
+        Ok(built)
     }
 
     fn build_in(checkout: &Path, profile: Profile, target: Option<&Path>) -> anyhow::Result<Self> {
@@ -126,6 +177,42 @@ impl Binaries {
     }
 }
 
+/// Fails with [`Forbidden`] if the history of this checkout does not have a commit.
+pub fn require_commit(commit: &str) -> anyhow::Result<()> {
+    let object = format!("{commit}^{{commit}}");
+    let status = git()
+        .args(["cat-file", "-e", &object])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+    let why = match status {
+        Ok(status) if status.success() => return Ok(()),
+        Ok(_) => format!("the history of this checkout has no commit {commit}"),
+        Err(error) => format!("cannot start `git`: {error}"),
+    };
+    let remedy = "use a clone with its history: `git fetch --unshallow`".to_owned();
+    Err(Forbidden { what: why, remedy }.into())
+}
+
+/// Returns a command of git in this checkout.
+fn git() -> Command {
+    let mut command = Command::new("git");
+    command.arg("-C").arg(checkout::root());
+    command
+}
+
+/// Runs a command and fails if it does not succeed.
+fn succeed(command: &mut Command) -> anyhow::Result<()> {
+    let name = command.get_program().display().to_string();
+    let status =
+        command.stdin(Stdio::null()).status().with_context(|| format!("cannot start `{name}`"))?;
+    if !status.success() {
+        bail!("`{name}` failed: see its errors above");
+    }
+    Ok(())
+}
+
 /// Returns whether an environment variable describes the package that an outer `cargo run` or
 /// `cargo test` runs. Build scripts read some of these variables and would run again if they
 /// changed.
@@ -148,6 +235,12 @@ fn executable(message: &str) -> Option<(String, PathBuf)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_commit_that_the_history_lacks_forbids_the_scenario() {
+        let error = require_commit(&"0".repeat(40)).unwrap_err();
+        assert!(error.downcast_ref::<Forbidden>().is_some(), "{error:#}");
+    }
 
     #[test]
     fn executables_are_found_in_cargos_messages() {

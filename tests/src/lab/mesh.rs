@@ -239,12 +239,28 @@ impl Controller {
         self.await_answer(START_LIMIT)
     }
 
+    /// Starts or restarts the controller with the program of other binaries, which all later commands use too,
+    /// and with these further flags of `serve`. Waits until it answers.
+    pub fn replace(&mut self, binaries: &Binaries, flags: &[&str]) -> anyhow::Result<()> {
+        if let Some(daemon) = self.take_daemon() {
+            daemon.stop()?;
+        }
+        self.operator.program.clone_from(&binaries.controller);
+        self.launch_with(flags)?;
+        self.await_answer(START_LIMIT)
+    }
+
     /// Starts or restarts the controller, without waiting.
     pub fn launch(&mut self) -> anyhow::Result<()> {
+        self.launch_with(&[])
+    }
+
+    fn launch_with(&mut self, flags: &[&str]) -> anyhow::Result<()> {
         let mut program = self.operator.program(&["serve"]).args(["--listen", &self.listen]);
         for address in &self.advertise {
             program = program.args(["--advertise", &address.to_string()]);
         }
+        program = program.args(flags.iter().copied());
         // The previous process must end first, since it holds the port and the store.
         self.daemon = None;
         self.daemon =
@@ -372,6 +388,11 @@ impl Node {
     /// its arguments.
     pub fn wrap(&mut self, words: Vec<String>) {
         self.wrapper = words;
+    }
+
+    /// Uses the program of other binaries from the next start or command on.
+    pub fn replace(&mut self, binaries: &Binaries) {
+        self.program.clone_from(&binaries.towline);
     }
 
     /// Returns the node's name.

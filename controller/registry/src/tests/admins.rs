@@ -5,7 +5,7 @@ use std::time::Duration;
 use towline_types::id::IdentityKey;
 
 use super::World;
-use crate::{Key, NoSuchAdmin, Starts};
+use crate::{CreateAdminError, Key, NoSuchAdmin, Starts};
 
 fn key(number: u8) -> IdentityKey {
     IdentityKey([number; 32])
@@ -50,4 +50,24 @@ fn the_number_of_keys_is_bounded_and_a_revoked_one_goes_first() {
     world.registry.add_admin(IdentityKey(std::array::from_fn(|index| index as u8)), "b", world.now);
     assert_eq!(world.registry.admins().count(), 256);
     assert!(world.registry.admin(key(9)).is_none());
+}
+
+#[test]
+fn the_number_of_administrators_is_bounded_and_none_is_displaced() {
+    let mut world = World::new();
+    world.registry.add_admin(key(255), "local", world.now);
+    let created = (0..255)
+        .filter(|number| world.registry.create_admin(key(*number), "anna", world.now).is_ok());
+    assert_eq!(created.count(), 63);
+    let again = world.registry.create_admin(key(0), "anna", world.now);
+    assert_eq!(again, Ok(()), "a new certificate for a key that is listed");
+    let refused = world.registry.create_admin(key(100), "anna", world.now);
+    assert_eq!(refused, Err(CreateAdminError::TooMany));
+    let other = world.registry.create_admin(key(255), "anna", world.now);
+    assert_eq!(other, Err(CreateAdminError::OtherName { key: key(255) }));
+    world.registry.revoke_admin(key(0), world.now).unwrap();
+    let revoked = world.registry.create_admin(key(0), "anna", world.now);
+    assert_eq!(revoked, Err(CreateAdminError::Revoked { key: key(0) }));
+    assert_eq!(world.registry.create_admin(key(100), "ben", world.now), Ok(()));
+    assert!(world.registry.admin(key(255)).is_some_and(|admin| admin.revoked_at.is_none()));
 }

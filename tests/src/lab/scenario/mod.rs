@@ -27,6 +27,7 @@ pub mod interop;
 pub mod kubernetes;
 pub mod leak;
 pub mod many;
+pub mod mixed;
 pub mod mtu;
 pub mod nat;
 pub mod nodes;

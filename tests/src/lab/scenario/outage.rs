@@ -252,30 +252,13 @@ impl World {
                 node.agent()?.kill()?;
                 drop(node.take_agent());
                 // A reboot leaves no link. The agent starts with the signed map that it cached.
-                node.host().namespace().run(|| {
-                    let mut netlink = Rtnetlink::open()?;
-                    if let Some(link) = netlink.link(LINK)? {
-                        netlink.delete_link(link.index)?;
-                    }
-                    Ok(())
-                })?;
+                remove_link(node.host().namespace())?;
                 node.launch()
             }
             "roam" => {
                 let (before, after) =
                     (Ipv4Addr::new(203, 0, 113, 20), Ipv4Addr::new(203, 0, 113, 70));
-                let namespace = self.nodes[ROVER].host().namespace();
-                readdress(namespace, before, after)?;
-                // The default route may have ended with the address.
-                namespace.run(|| {
-                    let mut netlink = Rtnetlink::open()?;
-                    let link = netlink.link_index("eth0")?;
-                    let all = IpNet::V4(ipnet::Ipv4Net::default());
-                    // It still exists where the kernel promoted the new address.
-                    let _ = netlink
-                        .add_route(&Route::new(all).via(GATEWAY.into()).dev(link).metric(100));
-                    Ok(())
-                })
+                roam(self.nodes[ROVER].host().namespace(), before, after)
             }
             "nat_readdress" => {
                 let (before, after) =
@@ -352,6 +335,31 @@ impl World {
         }
         self.controller.restart()
     }
+}
+
+/// Gives a public host another IPv4 address, and keeps its default route.
+pub(super) fn roam(namespace: &Namespace, before: Ipv4Addr, after: Ipv4Addr) -> anyhow::Result<()> {
+    readdress(namespace, before, after)?;
+    // The default route may have ended with the address.
+    namespace.run(|| {
+        let mut netlink = Rtnetlink::open()?;
+        let link = netlink.link_index("eth0")?;
+        let all = IpNet::V4(ipnet::Ipv4Net::default());
+        // It still exists where the kernel promoted the new address.
+        let _ = netlink.add_route(&Route::new(all).via(GATEWAY.into()).dev(link).metric(100));
+        Ok(())
+    })
+}
+
+/// Removes the TUN link, which outlives the agent, as a reboot does.
+pub(super) fn remove_link(namespace: &Namespace) -> anyhow::Result<()> {
+    namespace.run(|| {
+        let mut netlink = Rtnetlink::open()?;
+        if let Some(link) = netlink.link(LINK)? {
+            netlink.delete_link(link.index)?;
+        }
+        Ok(())
+    })
 }
 
 /// Changes the IPv4 address of the link `eth0`.

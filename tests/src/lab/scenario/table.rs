@@ -9,7 +9,8 @@ use clap::{ArgMatches, Args, Command, FromArgMatches};
 use super::selection::{Entry, Selection, list};
 use super::{
     Setting, attack, bench, bootstrap, cluster, coexist, crash, demo, departure, explain, failover,
-    flood, hosts, idle, interop, kubernetes, leak, many, mtu, nat, nodes, outage, plan, scale, vm,
+    flood, hosts, idle, interop, kubernetes, leak, many, mixed, mtu, nat, nodes, outage, plan,
+    scale, vm,
 };
 use crate::lab::binaries::{Binaries, Profile};
 use crate::lab::interrupt;
@@ -86,6 +87,17 @@ pub const SCENARIOS: &[Scenario] = &[
         help: "Take all controllers away while nodes reboot and roam; bring back one that lost its store",
         arguments: none,
         run: |_, flags| on_plain_hosts(Profile::Dev, outage::run, flags),
+    },
+    Scenario {
+        name: "mixed",
+        aliases: &[],
+        help: "Let agents and controllers of an earlier version work with these (needs the git history)",
+        arguments: none,
+        run: |_, flags| {
+            // A refusal must not come after minutes of building.
+            mixed::require_history()?;
+            on_plain_hosts(Profile::Dev, mixed::run, flags)
+        },
     },
     Scenario {
         name: "idle",

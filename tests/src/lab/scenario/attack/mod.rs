@@ -9,6 +9,7 @@
 //! | [`sources`] | packets of a neighbour with a source of this node or of the mesh |
 //! | [`outward`] | traffic for the mesh that might leave in clear, with one guard or both |
 //! | [`records`] | records of a member with its own discovery client, and settings of a dishonest controller |
+//! | [`removals`] | a member that was removed, on a node that cannot reach the controller |
 //! | [`relay`] | an evil relay between two nodes |
 //! | [`local`] | access of another user to the TUN link, the state and the sockets of the agent |
 //!
@@ -23,6 +24,7 @@ mod oversized;
 mod probes;
 mod records;
 mod relay;
+mod removals;
 mod sources;
 mod stage;
 
@@ -163,6 +165,7 @@ fn every_case() -> Vec<Case> {
         sources::cases(),
         outward::cases(),
         records::cases(),
+        removals::cases(),
         relay::cases(),
     ];
     groups.into_iter().flatten().collect()

@@ -83,7 +83,7 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 /// Name of the member that attacks.
-const NAME: &str = "intruder";
+pub(super) const NAME: &str = "intruder";
 
 /// Publishes a record with these prefixes. It is granted if the controller withholds none of them.
 fn publish_once(
@@ -167,8 +167,16 @@ where
     joined(stage, flags, |stage, token| act(stage.hosts.evil.namespace(), || attempt(token)))
 }
 
+/// Joins a member that announces nothing, and leaves it in the mesh without a session.
+pub(super) fn join_as_member(stage: &Stage<'_>, token: &JoinToken) -> anyhow::Result<()> {
+    act(stage.hosts.evil.namespace(), move || async move {
+        Publisher::join(token).await?.publish(&[]).await?;
+        anyhow::Ok(())
+    })
+}
+
 /// Runs an attempt with a token with these flags, and removes the node that joined with it.
-fn joined<'s>(
+pub(super) fn joined<'s>(
     stage: &mut Stage<'s>,
     flags: &[String],
     attempt: impl FnOnce(&mut Stage<'s>, JoinToken) -> anyhow::Result<Outcome>,
