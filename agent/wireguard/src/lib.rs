@@ -28,6 +28,7 @@
 #![deny(clippy::indexing_slicing)]
 
 mod admission;
+mod batch;
 #[cfg(test)]
 mod defects;
 #[doc(hidden)]
