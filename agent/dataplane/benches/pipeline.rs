@@ -29,7 +29,9 @@ use towline_dataplane::drops::Drops;
 use towline_dataplane::switch::Switch;
 use towline_dataplane::udp::TooBig;
 use towline_dataplane::vnet::VnetHeader;
-use towline_dataplane::{Config, DataPlane, Event, Ready, Relay, TunIo, UdpIo};
+use towline_dataplane::{
+    Aead, Config, DataPlane, Engine, EngineChoice, Event, Ready, Relay, TunIo, UdpIo,
+};
 use towline_types::mtu::Mtu;
 use x25519_dalek::StaticSecret;
 
@@ -168,7 +170,9 @@ impl End {
         let wire = Wire { own: own.clone(), other: other.clone(), from: address(3 - number) };
         let (sender, events) = tokio::sync::mpsc::channel(256);
         let private_key = StaticSecret::from([number; 32]);
-        let config = Config { private_key, relay: Relay::default(), link: None, copy_dscp: false };
+        let relay = Relay::default();
+        let engine = Engine::select(EngineChoice::Auto, Aead::Auto);
+        let config = Config { private_key, relay, link: None, copy_dscp: false, engine };
         let plane = DataPlane::start(config, [(link, wire)], sender).expect("a data plane");
         Self { plane, host, events, address: address(number) }
     }

@@ -19,7 +19,7 @@ use super::pipeline::Pipeline;
 use super::relay::Relay;
 use super::table::Table;
 use super::udp::UdpIo;
-use towline_wireguard::Secrets;
+use towline_wireguard::{Engine, Secrets};
 
 /// Largest number of events that are kept until they are drained.
 const EVENTS: usize = 4096;
@@ -35,9 +35,15 @@ pub struct PacketPath {
 }
 
 impl PacketPath {
-    /// Creates a packet path without peers.
-    pub fn new(private_key: StaticSecret, relay: Relay, link: Option<u32>, now: Instant) -> Self {
-        let secrets = Arc::new(Secrets::new(private_key));
+    /// Creates a packet path without peers, with this WireGuard engine.
+    pub fn new(
+        private_key: StaticSecret,
+        engine: Engine,
+        relay: Relay,
+        link: Option<u32>,
+        now: Instant,
+    ) -> Self {
+        let secrets = Arc::new(Secrets::with_engine(private_key, engine));
         let table = Arc::new(ArcSwap::from_pointee(Table::default()));
         let drops = Arc::new(Drops::default());
         let (sender, events) = channel(EVENTS);
@@ -62,12 +68,13 @@ impl PacketPath {
         self.pipeline.set_mtu(mtu);
     }
 
-    /// Handles a batch from the network as a worker does.
+    /// Handles a batch from the network as a worker does. An engine that opens in place exchanges
+    /// the bytes of `batch` with those of `writes`.
     pub fn inbound(
         &mut self,
         now: Instant,
         allowed: Coalesce,
-        batch: &RecvBatch,
+        batch: &mut RecvBatch,
         writes: &mut WriteBatch,
         out: &mut SendBatch,
     ) {

@@ -34,12 +34,14 @@ use crate::sim::host::{self, Host};
 pub use aead::aead;
 pub use files::{files, request, stored, uapi};
 pub use kernel::{netlink, nftables};
-pub use pipeline::pipeline;
+pub use pipeline::{pipeline, pipeline_batch};
+pub use wireguard::wireguard;
 
 mod aead;
 mod files;
 mod kernel;
 mod pipeline;
+mod wireguard;
 
 /// A function of bytes, with inputs to start from.
 pub struct Target {
@@ -61,6 +63,8 @@ pub const TARGETS: &[Target] = &[
     Target { name: "inner", run: inner, seeds: inner_seeds },
     Target { name: "coalesce", run: coalesce, seeds: coalesce_seeds },
     Target { name: "pipeline", run: pipeline, seeds: pipeline::seeds },
+    Target { name: "pipeline_batch", run: pipeline_batch, seeds: pipeline::seeds },
+    Target { name: "wireguard", run: wireguard, seeds: wireguard::seeds },
     Target { name: "mesh", run: mesh, seeds: mesh_seeds },
     Target { name: "helper", run: helper, seeds: helper_seeds },
     Target { name: "aead", run: aead, seeds: aead::seeds },

@@ -87,7 +87,8 @@ impl Faulty {
             .try_send(Event::Probe { from: SocketAddr::from(([1; 4], 1)).into(), datagram })
             .unwrap();
         let private_key = StaticSecret::from([1; 32]);
-        let config = Config { private_key, relay: Relay::default(), link: None, copy_dscp: false };
+        let (relay, engine) = (Relay::default(), Engine::BORINGTUN);
+        let config = Config { private_key, relay, link: None, copy_dscp: false, engine };
         let plane = DataPlane::start(config, shards, sender).unwrap();
         Self { plane, host, reading, events }
     }
@@ -170,7 +171,8 @@ fn orders_that_a_worker_does_not_take_are_bounded_and_counted() {
     );
     let (sender, _events) = channel(8);
     let private_key = StaticSecret::from([1; 32]);
-    let config = Config { private_key, relay: Relay::default(), link: None, copy_dscp: false };
+    let (relay, engine) = (Relay::default(), Engine::BORINGTUN);
+    let config = Config { private_key, relay, link: None, copy_dscp: false, engine };
     let plane = DataPlane::start(config, [shard], sender).unwrap();
     host.send(&[0x45; 20]);
     let deadline = Instant::now() + TIMEOUT;

@@ -2,40 +2,22 @@
 //! WireGuard's messages around it. Decides nothing about time, retries or cookies: it makes and
 //! reads messages, and returns the keys of a session.
 
-use blake2::digest::consts::U16;
-use blake2::digest::{FixedOutput, KeyInit, Mac, Update};
-use blake2::{Blake2s256, Blake2sMac, Digest};
-use hmac::SimpleHmac;
-use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
+
+use super::invalid::Invalid;
+use super::macs::MacKeys;
+use super::symmetric::{Secret, Symmetric, TAG, agree};
 
 /// Length of an initiation in bytes.
 pub(crate) const INITIATION_BYTES: usize = 148;
 /// Length of a response in bytes.
 pub(crate) const RESPONSE_BYTES: usize = 92;
-
-const CONSTRUCTION: &[u8] = b"Noise_IKpsk2_25519_ChaChaPoly_BLAKE2s";
-const IDENTIFIER: &[u8] = b"WireGuard v1 zx2c4 Jason@zx2c4.com";
-const LABEL_MAC1: &[u8] = b"mac1----";
-
-/// Length of a tag in bytes.
-const TAG: usize = 16;
 /// Length of a TAI64N timestamp in bytes.
 pub(crate) const TIMESTAMP_BYTES: usize = 12;
 
-type Secret = Zeroizing<[u8; 32]>;
-
-/// Why a handshake message is not used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Invalid {
-    /// Wrong length, type or reserved bytes.
-    Malformed,
-    /// The first MAC is wrong, or what is encrypted is not authentic.
-    NotAuthentic,
-    /// A public key gives a shared secret of zeros.
-    WeakKey,
-}
+/// Prologue of the handshake.
+const IDENTIFIER: &[u8] = b"WireGuard v1 zx2c4 Jason@zx2c4.com";
 
 /// Keys of a new session.
 pub(crate) struct SessionKeys {
@@ -50,6 +32,7 @@ pub(crate) struct Pair {
     peer: PublicKey,
     static_static: Secret,
     psk: Secret,
+    macs: MacKeys,
 }
 
 impl Pair {
@@ -61,7 +44,8 @@ impl Pair {
     ) -> Result<Self, Invalid> {
         let public = PublicKey::from(&private);
         let static_static = agree(&private, &peer)?;
-        Ok(Self { private, public, peer, static_static, psk: Zeroizing::new(psk) })
+        let (psk, macs) = (Zeroizing::new(psk), MacKeys::new(&public, &peer));
+        Ok(Self { private, public, peer, static_static, psk, macs })
     }
 }
 
@@ -69,76 +53,6 @@ impl Pair {
 pub(crate) struct Initiated {
     symmetric: Symmetric,
     ephemeral: StaticSecret,
-}
-
-/// Hash and chaining key of a handshake.
-#[derive(Clone)]
-struct Symmetric {
-    chain: Secret,
-    hash: [u8; 32],
-}
-
-impl Symmetric {
-    /// Starts a handshake towards this responder.
-    fn new(responder: &PublicKey) -> Self {
-        let chain = hash(&[CONSTRUCTION]);
-        let start = hash(&[&chain, IDENTIFIER]);
-        Self { hash: hash(&[&start, responder.as_bytes()]), chain: Zeroizing::new(chain) }
-    }
-
-    fn mix_hash(&mut self, bytes: &[u8]) {
-        self.hash = hash(&[&self.hash, bytes]);
-    }
-
-    /// Mixes a public ephemeral key into both.
-    fn mix_ephemeral(&mut self, key: &PublicKey) {
-        self.mix_hash(key.as_bytes());
-        let [chain] = expand(&self.chain, key.as_bytes());
-        self.chain = chain;
-    }
-
-    /// Mixes a shared secret into the chaining key. Returns the key that follows.
-    fn mix_key(&mut self, secret: &Secret) -> Secret {
-        let [chain, key] = expand(&self.chain, &**secret);
-        self.chain = chain;
-        key
-    }
-
-    /// Mixes the pre-shared key into both. Returns the key that follows.
-    fn mix_psk(&mut self, psk: &Secret) -> Secret {
-        let [chain, temporary, key] = expand(&self.chain, &**psk);
-        self.chain = chain;
-        self.mix_hash(&*temporary);
-        key
-    }
-
-    /// Encrypts the front of `space`, whose last bytes get the tag.
-    fn seal(&mut self, key: &Secret, space: &mut [u8]) {
-        if let Some((plain, place)) = space.split_last_chunk_mut::<TAG>()
-            && let Ok(tag) =
-                cipher(key).seal_in_place_separate_tag(nonce(), Aad::from(self.hash), plain)
-            && let Some(tag) = tag.as_ref().first_chunk()
-        {
-            *place = *tag;
-        }
-        self.mix_hash(space);
-    }
-
-    /// Decrypts `sealed`, whose last bytes are the tag.
-    fn open<const N: usize>(&mut self, key: &Secret, sealed: &[u8]) -> Result<[u8; N], Invalid> {
-        let mut copy = Zeroizing::new(sealed.to_vec());
-        let plain = cipher(key)
-            .open_in_place(nonce(), Aad::from(self.hash), &mut copy)
-            .map_err(|_| Invalid::NotAuthentic)?;
-        let plain = <[u8; N]>::try_from(&*plain).map_err(|_| Invalid::Malformed)?;
-        self.mix_hash(sealed);
-        Ok(plain)
-    }
-
-    /// Returns the keys of the session: those that the initiator and the responder send with.
-    fn split(&self) -> [Secret; 2] {
-        expand(&self.chain, &[])
-    }
 }
 
 /// Writes an initiation with this index, without the second MAC.
@@ -149,20 +63,12 @@ pub(crate) fn initiate(
     timestamp: [u8; TIMESTAMP_BYTES],
 ) -> Result<(Initiated, [u8; INITIATION_BYTES]), Invalid> {
     let mut message = [0; INITIATION_BYTES];
-    let mut symmetric = Symmetric::new(&pair.peer);
-    let public = PublicKey::from(&ephemeral);
-    symmetric.mix_ephemeral(&public);
-    write(&mut message, 0, &1u32.to_le_bytes());
-    write(&mut message, 4, &index.to_le_bytes());
-    write(&mut message, 8, public.as_bytes());
-    let key = symmetric.mix_key(&agree(&ephemeral, &pair.peer)?);
-    write(&mut message, 40, pair.public.as_bytes());
-    symmetric.seal(&key, &mut message[40..88]);
-    let key = symmetric.mix_key(&pair.static_static);
-    write(&mut message, 88, &timestamp);
-    symmetric.seal(&key, &mut message[88..116]);
-    let mac1 = mac1(&pair.peer, &message[..116]);
-    write(&mut message, 116, &mac1);
+    message[..4].copy_from_slice(&1u32.to_le_bytes());
+    message[4..8].copy_from_slice(&index.to_le_bytes());
+    message[88..100].copy_from_slice(&timestamp);
+    let mut symmetric = Symmetric::new(IDENTIFIER, &pair.peer);
+    write_first(&mut symmetric, pair, &ephemeral, &mut message[8..116])?;
+    pair.macs.sign(&mut message)?;
     Ok((Initiated { symmetric, ephemeral }, message))
 }
 
@@ -182,18 +88,11 @@ pub(crate) fn receive(pair: &Pair, message: &[u8]) -> Result<Received, Invalid> 
     if message[..4] != 1u32.to_le_bytes() {
         return Err(Invalid::Malformed);
     }
-    check_mac1(&pair.public, &message[..116], &message[116..132])?;
-    let mut symmetric = Symmetric::new(&pair.public);
-    let ephemeral = PublicKey::from(read::<32>(message, 8));
-    symmetric.mix_ephemeral(&ephemeral);
-    let key = symmetric.mix_key(&agree(&pair.private, &ephemeral)?);
-    let claimed: [u8; 32] = symmetric.open(&key, &message[40..88])?;
-    if claimed != pair.peer.to_bytes() {
-        return Err(Invalid::NotAuthentic);
-    }
-    let key = symmetric.mix_key(&pair.static_static);
-    let timestamp = symmetric.open(&key, &message[88..116])?;
-    Ok(Received { symmetric, remote: u32::from_le_bytes(read(message, 4)), ephemeral, timestamp })
+    pair.macs.check(message)?;
+    let mut symmetric = Symmetric::new(IDENTIFIER, &pair.public);
+    let mut timestamp = [0; TIMESTAMP_BYTES];
+    let ephemeral = read_first(&mut symmetric, pair, &message[8..116], &mut timestamp)?;
+    Ok(Received { symmetric, remote: number(message, 4)?, ephemeral, timestamp })
 }
 
 /// Writes the response to an initiation, with this index and without the second MAC.
@@ -204,19 +103,12 @@ pub(crate) fn respond(
     index: u32,
 ) -> Result<(SessionKeys, [u8; RESPONSE_BYTES]), Invalid> {
     let mut message = [0; RESPONSE_BYTES];
+    message[..4].copy_from_slice(&2u32.to_le_bytes());
+    message[4..8].copy_from_slice(&index.to_le_bytes());
+    message[8..12].copy_from_slice(&received.remote.to_le_bytes());
     let mut symmetric = received.symmetric;
-    let public = PublicKey::from(ephemeral);
-    symmetric.mix_ephemeral(&public);
-    write(&mut message, 0, &2u32.to_le_bytes());
-    write(&mut message, 4, &index.to_le_bytes());
-    write(&mut message, 8, &received.remote.to_le_bytes());
-    write(&mut message, 12, public.as_bytes());
-    symmetric.mix_key(&agree(ephemeral, &received.ephemeral)?);
-    symmetric.mix_key(&agree(ephemeral, &pair.peer)?);
-    let key = symmetric.mix_psk(&pair.psk);
-    symmetric.seal(&key, &mut message[44..60]);
-    let mac1 = mac1(&pair.peer, &message[..60]);
-    write(&mut message, 60, &mac1);
+    write_second(&mut symmetric, pair, ephemeral, &received.ephemeral, &mut message[12..60])?;
+    pair.macs.sign(&mut message)?;
     let [receiving, sending] = symmetric.split();
     Ok((SessionKeys { sending, receiving }, message))
 }
@@ -232,100 +124,106 @@ pub(crate) fn finish(
     if message[..4] != 2u32.to_le_bytes() {
         return Err(Invalid::Malformed);
     }
-    check_mac1(&pair.public, &message[..60], &message[60..76])?;
+    pair.macs.check(message)?;
     let mut symmetric = initiated.symmetric.clone();
-    let ephemeral = PublicKey::from(read::<32>(message, 12));
-    symmetric.mix_ephemeral(&ephemeral);
-    symmetric.mix_key(&agree(&initiated.ephemeral, &ephemeral)?);
-    symmetric.mix_key(&agree(&pair.private, &ephemeral)?);
-    let key = symmetric.mix_psk(&pair.psk);
-    let [] = symmetric.open(&key, &message[44..60])?;
+    read_second(&mut symmetric, pair, &initiated.ephemeral, &message[12..60], &mut [])?;
     let [sending, receiving] = symmetric.split();
-    Ok((SessionKeys { sending, receiving }, u32::from_le_bytes(read(message, 4))))
+    Ok((SessionKeys { sending, receiving }, number(message, 4)?))
 }
 
-/// Returns the shared secret of two keys.
-fn agree(private: &StaticSecret, public: &PublicKey) -> Result<Secret, Invalid> {
-    let shared = private.diffie_hellman(public);
-    if !shared.was_contributory() {
-        return Err(Invalid::WeakKey);
+/// Writes the first message of the pattern (`e, es, s, ss`, payload) into `space`, which has the
+/// payload at its place.
+fn write_first(
+    symmetric: &mut Symmetric,
+    pair: &Pair,
+    ephemeral: &StaticSecret,
+    space: &mut [u8],
+) -> Result<(), Invalid> {
+    let public = PublicKey::from(ephemeral);
+    let (place, rest) = space.split_first_chunk_mut::<32>().ok_or(Invalid::Malformed)?;
+    let (identity, payload) =
+        rest.split_first_chunk_mut::<{ 32 + TAG }>().ok_or(Invalid::Malformed)?;
+    *place = public.to_bytes();
+    symmetric.mix_ephemeral(&public);
+    let key = symmetric.mix_key(&agree(ephemeral, &pair.peer)?);
+    identity[..32].copy_from_slice(pair.public.as_bytes());
+    symmetric.seal(&key, identity)?;
+    let key = symmetric.mix_key(&pair.static_static);
+    symmetric.seal(&key, payload)
+}
+
+/// Reads the first message of the pattern. Returns the ephemeral key of the initiator.
+fn read_first(
+    symmetric: &mut Symmetric,
+    pair: &Pair,
+    message: &[u8],
+    payload: &mut [u8],
+) -> Result<PublicKey, Invalid> {
+    let (ephemeral, rest) = message.split_first_chunk::<32>().ok_or(Invalid::Malformed)?;
+    let (identity, sealed) = rest.split_first_chunk::<{ 32 + TAG }>().ok_or(Invalid::Malformed)?;
+    let ephemeral = PublicKey::from(*ephemeral);
+    symmetric.mix_ephemeral(&ephemeral);
+    let key = symmetric.mix_key(&agree(&pair.private, &ephemeral)?);
+    let mut claimed = [0; 32];
+    symmetric.open(&key, identity, &mut claimed)?;
+    // The claimed key is not a secret.
+    if claimed != pair.peer.to_bytes() {
+        return Err(Invalid::NotAuthentic);
     }
-    Ok(Zeroizing::new(shared.to_bytes()))
+    let key = symmetric.mix_key(&pair.static_static);
+    symmetric.open(&key, sealed, payload)?;
+    Ok(ephemeral)
 }
 
-fn hash(parts: &[&[u8]]) -> [u8; 32] {
-    let mut state = Blake2s256::new();
-    for part in parts {
-        Digest::update(&mut state, part);
-    }
-    state.finalize().into()
+/// Writes the second message of the pattern (`e, ee, se, psk`, payload) into `space`, which has the
+/// payload at its place.
+fn write_second(
+    symmetric: &mut Symmetric,
+    pair: &Pair,
+    ephemeral: &StaticSecret,
+    remote: &PublicKey,
+    space: &mut [u8],
+) -> Result<(), Invalid> {
+    let public = PublicKey::from(ephemeral);
+    let (place, payload) = space.split_first_chunk_mut::<32>().ok_or(Invalid::Malformed)?;
+    *place = public.to_bytes();
+    symmetric.mix_ephemeral(&public);
+    symmetric.mix_key(&agree(ephemeral, remote)?);
+    symmetric.mix_key(&agree(ephemeral, &pair.peer)?);
+    let key = symmetric.mix_psk(&pair.psk);
+    symmetric.seal(&key, payload)
 }
 
-/// Returns HMAC-BLAKE2s.
-fn hmac(key: &[u8], parts: &[&[u8]]) -> Secret {
-    // HMAC takes a key of any length.
-
-    let mut state = <SimpleHmac<Blake2s256> as KeyInit>::new_from_slice(key).expect("any length");
-    for part in parts {
-        Update::update(&mut state, part);
-    }
-    Zeroizing::new(state.finalize_fixed().into())
+/// Reads the second message of the pattern.
+fn read_second(
+    symmetric: &mut Symmetric,
+    pair: &Pair,
+    ephemeral: &StaticSecret,
+    message: &[u8],
+    payload: &mut [u8],
+) -> Result<(), Invalid> {
+    let (remote, sealed) = message.split_first_chunk::<32>().ok_or(Invalid::Malformed)?;
+    let remote = PublicKey::from(*remote);
+    symmetric.mix_ephemeral(&remote);
+    symmetric.mix_key(&agree(ephemeral, &remote)?);
+    symmetric.mix_key(&agree(&pair.private, &remote)?);
+    let key = symmetric.mix_psk(&pair.psk);
+    symmetric.open(&key, sealed, payload)
 }
 
-/// Returns the first `N` outputs of HKDF (RFC 5869) with HMAC-BLAKE2s.
-fn expand<const N: usize>(salt: &Secret, input: &[u8]) -> [Secret; N] {
-    let key = hmac(&**salt, &[input]);
-    let mut outputs: [Secret; N] = std::array::from_fn(|_| Zeroizing::new([0; 32]));
-    let mut last: Option<Secret> = None;
-    for (output, number) in outputs.iter_mut().zip(1u8..) {
-        let before: &[u8] = last.as_ref().map_or(&[], |last| &**last);
-        *output = hmac(&*key, &[before, &[number]]);
-        last = Some(output.clone());
-    }
-    outputs
-}
-
-fn mac1(receiver: &PublicKey, message: &[u8]) -> [u8; 16] {
-    keyed_mac1(receiver, message).finalize_fixed().into()
-}
-
-fn check_mac1(receiver: &PublicKey, message: &[u8], mac: &[u8]) -> Result<(), Invalid> {
-    keyed_mac1(receiver, message).verify_slice(mac).map_err(|_| Invalid::NotAuthentic)
-}
-
-fn keyed_mac1(receiver: &PublicKey, message: &[u8]) -> Blake2sMac<U16> {
-    let key = hash(&[LABEL_MAC1, receiver.as_bytes()]);
-
-    let mut mac = <Blake2sMac<U16> as KeyInit>::new_from_slice(&key).expect("a key of 32 bytes");
-    Update::update(&mut mac, message);
-    mac
-}
-
-fn cipher(key: &Secret) -> LessSafeKey {
-
-    LessSafeKey::new(UnboundKey::new(&CHACHA20_POLY1305, &**key).expect("a key of 32 bytes"))
-}
-
-/// Returns the nonce of a handshake's key, each of which seals once.
-fn nonce() -> Nonce {
-    Nonce::assume_unique_for_key([0; 12])
-}
-
-fn write<const N: usize>(message: &mut [u8; N], at: usize, bytes: &[u8]) {
-    if let Some(place) = message.get_mut(at..at + bytes.len()) {
-        place.copy_from_slice(bytes);
-    }
-}
-
-fn read<const N: usize>(message: &[u8], at: usize) -> [u8; N] {
-    message.get(at..).and_then(|bytes| bytes.first_chunk()).copied().unwrap_or([0; N])
+/// Returns the 32-bit number at an offset.
+fn number(message: &[u8], at: usize) -> Result<u32, Invalid> {
+    crate::message::word(message, at).ok_or(Invalid::Malformed)
 }
 
 #[cfg(test)]
 mod tests {
     use boringtun::noise::{Tunn, TunnResult};
+    use data_encoding::HEXLOWER;
+    use ring::aead::Aad;
 
     use super::*;
+    use crate::batch::symmetric::{cipher, nonce};
 
     const PSK: [u8; 32] = [9; 32];
 
@@ -346,10 +244,68 @@ mod tests {
     fn keepalive(keys: &SessionKeys, receiver: u32) -> Vec<u8> {
         let mut message = [&4u32.to_le_bytes(), &receiver.to_le_bytes(), &[0; 8][..]].concat();
         let tag = cipher(&keys.sending)
+            .unwrap()
             .seal_in_place_separate_tag(nonce(), Aad::empty(), &mut [])
             .unwrap();
         message.extend(tag.as_ref());
         message
+    }
+
+    fn unhex<const N: usize>(text: &str) -> [u8; N] {
+        HEXLOWER.decode(text.as_bytes()).unwrap().try_into().unwrap()
+    }
+
+    /// The vector of the Noise specification's test suite (cacophony) for this pattern, whose
+    /// prologue and payloads are not those of WireGuard.
+    #[test]
+    fn messages_are_those_of_the_specification() {
+        const PROLOGUE: &[u8] = b"John Galt";
+        const FIRST: &str = "ca35def5ae56cec33dc2036731ab14896bc4c75dbb07a61f879f8e3afa4c7944\
+            001e21de9f98ddd8e2ad57527207feb56253c9c94a9e496782ecfcb2a75fbcaf1b52948cc48daefe660c62\
+            119ab5000980c84831215f2441eba616548e832985464cf17e51ee93109008399a21f7e13f";
+        const SECOND: &str = "95ebc60d2b1fa672c1f46a8aa265ef51bfe38e7ccb39ec5be34069f144808843\
+            cb765f2caef0751b8f007572dab0322217755c0632f365717edbf34d33e87a";
+        let key = |text: &str| StaticSecret::from(unhex::<32>(text));
+        let initiator = key("e61ef9919cde45dd5f82166404bd08e38bceb5dfdfded0a34c8df7ed542214d1");
+        let responder = key("4a3acbfdb163dec651dfa3194dece676d437029c62a408b4c5ea9114246e4893");
+        let ours = key("893e28b9dc6ca8d611ab664754b8ceb7bac5117349a4439a6b0569da977c464a");
+        let theirs = key("bbdb4cdbd309f1a1f2e1456967fe288cadd6f712d65dc7b7793d5e63da6b375b");
+        let psk = *b"This is my Austrian perspective!";
+        let [of_initiator, of_responder] = [&initiator, &responder].map(PublicKey::from);
+        let a = Pair::new(initiator, of_responder, psk).map_err(|_| ()).unwrap();
+        let b = Pair::new(responder, of_initiator, psk).map_err(|_| ()).unwrap();
+        let [mut a_state, mut b_state] = [(); 2].map(|()| Symmetric::new(PROLOGUE, &of_responder));
+
+        let mut first = [0; 96 + 16];
+        first[80..96].copy_from_slice(b"Ludwig von Mises");
+        write_first(&mut a_state, &a, &ours, &mut first).unwrap();
+        assert_eq!(HEXLOWER.encode(&first), FIRST);
+        let mut payload = [0; 16];
+        let ephemeral = read_first(&mut b_state, &b, &first, &mut payload).unwrap();
+        assert_eq!(&payload, b"Ludwig von Mises");
+
+        let mut second = [0; 48 + 15];
+        second[32..47].copy_from_slice(b"Murray Rothbard");
+        write_second(&mut b_state, &b, &theirs, &ephemeral, &mut second).unwrap();
+        assert_eq!(HEXLOWER.encode(&second), SECOND);
+        let mut payload = [0; 15];
+        read_second(&mut a_state, &a, &ours, &second, &mut payload).unwrap();
+        assert_eq!(&payload, b"Murray Rothbard");
+
+        let hash = "f5191b875290abcd41347ac3622d9679688a7e980229cb937ef748336cfde0e5";
+        assert_eq!((a_state.hash(), b_state.hash()), (&unhex(hash), &unhex(hash)));
+        // The first transport message of each end.
+        let plain = [&b"F. A. Hayek"[..], b"Carl Menger"];
+        let sealed = [
+            "8153ca9833bc3c1b91a7e66e5f4d4f5b59bf9e64c2f20d15f0bba7",
+            "07af0c9c86e1b4e80f36b04ff7688d51141af3debd0332f0a705ef",
+        ];
+        for ((key, plain), sealed) in a_state.split().iter().zip(plain).zip(sealed) {
+            let mut message = plain.to_vec();
+            let key = cipher(key).unwrap();
+            key.seal_in_place_append_tag(nonce(), Aad::empty(), &mut message).unwrap();
+            assert_eq!(HEXLOWER.encode(&message), sealed);
+        }
     }
 
     #[test]
@@ -402,7 +358,8 @@ mod tests {
         };
         assert_eq!(data.len(), 32);
         let mut sealed = data[16..].to_vec();
-        let opened = cipher(&keys.receiving).open_in_place(nonce(), Aad::empty(), &mut sealed);
+        let key = cipher(&keys.receiving).unwrap();
+        let opened = key.open_in_place(nonce(), Aad::empty(), &mut sealed);
         assert!(opened.is_ok());
     }
 

@@ -1,7 +1,7 @@
 //! Replay window of a receiving key, as RFC 6479 lays it out: a ring of words, of which the one
 //! after the newest is free, so that the window moves by clearing words and never by shifting.
 
-/// Words of 64 bits in the ring: 8,192 counters.
+/// Words of 64 bits in the ring: 8,192 counters, as the kernel's window has.
 const WORDS: u64 = 128;
 /// Counters behind the highest that are still accepted. One word of the ring is always partly
 /// ahead of the window.
@@ -21,6 +21,17 @@ impl ReplayWindow {
         Self { highest: 0, words: Box::new([0; WORDS as usize]) }
     }
 
+    /// Returns whether a counter would be accepted, so that a replay is refused before the cost of
+    /// its decryption.
+    #[inline]
+    pub(crate) fn is_new(&self, counter: u64) -> bool {
+        if counter > self.highest {
+            return true;
+        }
+        let word = self.words.get(slot(counter / 64)).copied().unwrap_or(u64::MAX);
+        self.highest - counter <= WINDOW && word & bit(counter) == 0
+    }
+
     /// Accepts the counter of an authentic message. Returns false if it was accepted before, or is
     /// older than the window.
     #[inline]
@@ -28,23 +39,28 @@ impl ReplayWindow {
         if counter > self.highest {
             let (from, to) = (self.highest / 64, counter / 64);
             // A jump over the whole ring clears each word once.
-            for word in (from + 1..=to).take(WORDS as usize) {
-                self.words[slot(word)] = 0;
+            for number in (from + 1..=to).take(WORDS as usize) {
+                if let Some(word) = self.words.get_mut(slot(number)) {
+                    *word = 0;
+                }
             }
             self.highest = counter;
         } else if self.highest - counter > WINDOW {
             return false;
         }
-        let word = &mut self.words[slot(counter / 64)];
-        let bit = 1 << (counter % 64);
-        let is_new = *word & bit == 0;
-        *word |= bit;
+        let Some(word) = self.words.get_mut(slot(counter / 64)) else { return false };
+        let is_new = *word & bit(counter) == 0;
+        *word |= bit(counter);
         is_new
     }
 }
 
 fn slot(word: u64) -> usize {
     (word % WORDS) as usize
+}
+
+fn bit(counter: u64) -> u64 {
+    1 << (counter % 64)
 }
 
 #[cfg(test)]
@@ -69,7 +85,9 @@ mod tests {
             for step in steps {
                 at = at.saturating_add_signed(step);
                 let is_old = highest.saturating_sub(at) > WINDOW;
-                prop_assert_eq!(window.accept(at), !is_old && taken.insert(at), "{}", at);
+                let expected = !is_old && taken.insert(at);
+                prop_assert_eq!(window.is_new(at), expected, "{}", at);
+                prop_assert_eq!(window.accept(at), expected, "{}", at);
                 highest = highest.max(at);
             }
         }

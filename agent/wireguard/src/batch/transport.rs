@@ -11,12 +11,13 @@ use towline_aead::{Backend, Key};
 
 use super::noise::SessionKeys;
 use super::replay::ReplayWindow;
+use super::timers::is_over;
 use crate::Refusal;
 
 /// Reject-After-Messages (whitepaper section 6.1).
-const REJECT_AFTER_MESSAGES: u64 = u64::MAX - (1 << 13);
+pub(crate) const REJECT_AFTER_MESSAGES: u64 = u64::MAX - (1 << 13);
 /// Rekey-After-Messages.
-const REKEY_AFTER_MESSAGES: u64 = 1 << 60;
+pub(crate) const REKEY_AFTER_MESSAGES: u64 = 1 << 60;
 /// Reject-After-Time.
 pub(crate) const REJECT_AFTER: Duration = Duration::from_secs(180);
 
@@ -33,6 +34,10 @@ pub(crate) struct Epoch {
     window: ReplayWindow,
     pub(crate) created: Instant,
     pub(crate) is_initiator: bool,
+    /// True once data was sent with this session.
+    pub(crate) has_sent_data: bool,
+    /// True once data was received with this session.
+    pub(crate) has_received_data: bool,
 }
 
 impl Epoch {
@@ -52,17 +57,24 @@ impl Epoch {
             window: ReplayWindow::new(),
             created: now,
             is_initiator,
+            has_sent_data: false,
+            has_received_data: false,
         }
     }
 
-    /// Returns the counter for the next message. `None` if the session has ended.
-    pub(crate) fn take_counter(&mut self, now: Instant) -> Option<u64> {
-        if self.next_counter >= REJECT_AFTER_MESSAGES || self.is_expired(now) {
+    /// Returns the counter for the next message. `None` if the session has sent as many as it may.
+    #[inline]
+    pub(crate) fn take_counter(&mut self) -> Option<u64> {
+        let counter = self.next_counter;
+        if counter >= REJECT_AFTER_MESSAGES {
             return None;
         }
-        let counter = self.next_counter;
         self.next_counter += 1;
         Some(counter)
+    }
+
+    pub(crate) fn is_exhausted(&self) -> bool {
+        self.next_counter >= REJECT_AFTER_MESSAGES
     }
 
     pub(crate) fn needs_rekey(&self) -> bool {
@@ -70,7 +82,7 @@ impl Epoch {
     }
 
     pub(crate) fn is_expired(&self, now: Instant) -> bool {
-        now.saturating_duration_since(self.created) >= REJECT_AFTER
+        is_over(self.created, REJECT_AFTER, now)
     }
 
     pub(crate) fn sending(&self) -> &Arc<Key> {
@@ -81,12 +93,25 @@ impl Epoch {
         &self.receiving
     }
 
-    /// Judges the counter of an authentic message.
-    pub(crate) fn accept(&mut self, counter: u64) -> Result<(), Refusal> {
+    /// Judges a counter before its message is decrypted.
+    #[inline]
+    pub(crate) fn judge(&self, counter: u64) -> Result<(), Refusal> {
         if counter >= REJECT_AFTER_MESSAGES {
             return Err(Refusal::CounterExhausted);
         }
+        if self.window.is_new(counter) { Ok(()) } else { Err(Refusal::Replayed) }
+    }
+
+    /// Accepts the counter of an authentic message that [`Self::judge`] let pass.
+    #[inline]
+    pub(crate) fn accept(&mut self, counter: u64) -> Result<(), Refusal> {
         if self.window.accept(counter) { Ok(()) } else { Err(Refusal::Replayed) }
+    }
+
+    /// Sets the counter of the next message, to test the limits.
+    #[cfg(test)]
+    pub(crate) fn set_counter(&mut self, counter: u64) {
+        self.next_counter = counter;
     }
 }
 
@@ -101,9 +126,10 @@ pub(crate) struct Epochs {
 impl Epochs {
     /// Adds a session that this node initiated: it is used at once.
     pub(crate) fn establish(&mut self, epoch: Epoch) {
-        // A session that nobody confirmed is superseded, and may not replace this one later.
-        self.next = None;
-        self.previous = self.current.replace(epoch);
+        // If both ends initiated at the same moment, the session that this node answered is the one
+        // that the peer sends with, so it is kept for receiving.
+        let current = self.current.replace(epoch);
+        self.previous = self.next.take().or(current);
     }
 
     /// Adds a session that this node answered: it is used once the peer confirms it.
@@ -112,11 +138,18 @@ impl Epochs {
     }
 
     /// Returns the session with this index of ours.
+    #[inline]
     pub(crate) fn receiving(&mut self, local: u32) -> Option<&mut Epoch> {
         [&mut self.current, &mut self.previous, &mut self.next]
             .into_iter()
             .flatten()
             .find(|epoch| epoch.local == local)
+    }
+
+    /// Returns whether an index of ours belongs to a session.
+    pub(crate) fn has(&self, local: u32) -> bool {
+        let all = [&self.current, &self.previous, &self.next];
+        all.into_iter().flatten().any(|epoch| epoch.local == local)
     }
 
     /// Notes that an authentic message arrived for this index. Returns true if that confirmed the
@@ -130,17 +163,26 @@ impl Epochs {
         true
     }
 
-    pub(crate) fn current(&mut self) -> Option<&mut Epoch> {
+    /// Returns the session that this node sends with.
+    pub(crate) fn current(&self) -> Option<&Epoch> {
+        self.current.as_ref()
+    }
+
+    /// Returns the session that this node sends with.
+    pub(crate) fn current_mut(&mut self) -> Option<&mut Epoch> {
         self.current.as_mut()
     }
 
-    /// Removes what is too old to be used. Returns whether any was.
-    pub(crate) fn expire(&mut self, now: Instant) -> bool {
-        let mut expired = false;
+    /// Removes what is too old to be used.
+    pub(crate) fn expire(&mut self, now: Instant) {
         for epoch in [&mut self.previous, &mut self.current, &mut self.next] {
-            expired |= epoch.take_if(|epoch| epoch.is_expired(now)).is_some();
+            epoch.take_if(|epoch| epoch.is_expired(now));
         }
-        expired
+    }
+
+    /// Removes all sessions.
+    pub(crate) fn clear(&mut self) {
+        *self = Self::default();
     }
 }
 
@@ -179,10 +221,22 @@ mod tests {
         assert!(epochs.confirm(10));
         assert!(!epochs.confirm(10));
         assert_eq!(epochs.current().map(|epoch| epoch.local), Some(10));
-        // A session of ours supersedes one that the peer has not confirmed.
+        // Only the last one that waits can be confirmed.
+        epochs.prepare(epoch(20, now));
+        epochs.prepare(epoch(22, now));
+        assert!(!epochs.has(20) && epochs.has(22));
+    }
+
+    #[test]
+    fn ends_that_initiate_at_the_same_moment_understand_each_other() {
+        let now = Instant::now();
+        let mut epochs = Epochs::default();
+        epochs.establish(epoch(10, now));
         epochs.prepare(epoch(20, now));
         epochs.establish(epoch(30, now));
-        assert!(epochs.receiving(20).is_none());
+        assert_eq!(epochs.current().map(|epoch| epoch.local), Some(30));
+        assert!(epochs.has(20) && !epochs.has(10));
+        assert!(!epochs.confirm(20), "it is used for receiving only");
     }
 
     #[test]
@@ -190,19 +244,21 @@ mod tests {
         let now = Instant::now();
         let mut epochs = Epochs::default();
         let mut last = epoch(10, now);
-        assert!(last.take_counter(now + REJECT_AFTER).is_none());
-        assert!(!last.needs_rekey());
-        last.next_counter = REKEY_AFTER_MESSAGES;
+        assert!(!last.needs_rekey() && !last.is_exhausted());
+        last.set_counter(REKEY_AFTER_MESSAGES);
         assert!(last.needs_rekey());
-        last.next_counter = REJECT_AFTER_MESSAGES - 1;
-        assert!(last.take_counter(now).is_some());
-        assert!(last.take_counter(now).is_none());
-        assert_eq!(last.accept(REJECT_AFTER_MESSAGES), Err(Refusal::CounterExhausted));
+        last.set_counter(REJECT_AFTER_MESSAGES - 1);
+        assert!(last.take_counter().is_some());
+        assert!(last.take_counter().is_none() && last.is_exhausted());
+        assert_eq!(last.judge(REJECT_AFTER_MESSAGES), Err(Refusal::CounterExhausted));
+        assert_eq!(last.judge(REJECT_AFTER_MESSAGES - 1), Ok(()));
         assert_eq!(last.accept(REJECT_AFTER_MESSAGES - 1), Ok(()));
+        assert_eq!(last.judge(REJECT_AFTER_MESSAGES - 1), Err(Refusal::Replayed));
         assert_eq!(last.accept(REJECT_AFTER_MESSAGES - 1), Err(Refusal::Replayed));
         epochs.establish(last);
-        assert!(!epochs.expire(now));
-        assert!(epochs.expire(now + REJECT_AFTER));
+        epochs.expire(now + REJECT_AFTER - Duration::from_millis(1));
+        assert!(epochs.current().is_some());
+        epochs.expire(now + REJECT_AFTER);
         assert!(epochs.current().is_none());
     }
 
@@ -213,7 +269,7 @@ mod tests {
             SessionKeys { sending: Zeroizing::new([2; 32]), receiving: Zeroizing::new([1; 32]) };
         let (mut ours, theirs) =
             (epoch(10, now), Epoch::new(&keys, Backend::select(Aead::Ring), [11, 10], false, now));
-        let counter = ours.take_counter(now).unwrap();
+        let counter = ours.take_counter().unwrap();
         let mut arena = vec![7; 100 + TAG_BYTES];
         let packets = [Packet { start: 0, len: 100, counter }];
         ours.sending().seal(&mut arena, &packets).unwrap();

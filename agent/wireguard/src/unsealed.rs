@@ -1,17 +1,17 @@
 //! Messages in a send buffer that are not sealed yet.
 //!
-//! The engine writes header and payload of a data message into the buffer and leaves a note here.
-//! Before the buffer is sent, everything in it is sealed at once, one batch for each key. A buffer
-//! that holds this list must not show its bytes to a sender before [`Pending::seal`] succeeded, or
-//! plaintext would leave the node.
+//! The batch engine writes header and payload of a data message into the buffer and leaves a note
+//! here. Before the buffer is sent, everything in it is sealed at once, one batch for each key. A
+//! buffer with messages in this list must not show its bytes to a sender before [`Unsealed::seal`]
+//! succeeded, or plaintext would leave the node.
 
 use std::sync::Arc;
 
-use towline_aead::{Key, Misplaced, Packet};
+use towline_aead::{Key, Packet};
 
-/// Messages that are not sealed yet, in the order of their positions.
-#[derive(Default)]
-pub(crate) struct Pending {
+/// Messages in a send buffer that are not sealed yet, in the order of their positions.
+#[derive(Debug, Default)]
+pub struct Unsealed {
     packets: Vec<Packet>,
     /// Consecutive packets with one key: the key, and the number of the packet after the last.
     runs: Vec<(Arc<Key>, usize)>,
@@ -19,8 +19,9 @@ pub(crate) struct Pending {
     batch: Vec<Packet>,
 }
 
-impl Pending {
+impl Unsealed {
     /// Notes a message whose payload is at `packet`.
+    #[inline]
     pub(crate) fn push(&mut self, key: &Arc<Key>, packet: Packet) {
         self.packets.push(packet);
         match self.runs.last_mut() {
@@ -29,13 +30,28 @@ impl Pending {
         }
     }
 
-    /// Seals all messages and forgets them.
-    ///
-    /// # Errors
-    ///
-    /// Returns an error if a position is not inside the arena. Nothing in it may be sent then.
-    pub(crate) fn seal(&mut self, arena: &mut [u8]) -> Result<(), Misplaced> {
-        let mut result = Ok(());
+    /// Returns whether every message is sealed.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.packets.is_empty()
+    }
+
+    /// Returns the number of messages that are not sealed.
+    pub fn len(&self) -> usize {
+        self.packets.len()
+    }
+
+    /// Forgets all messages, because their buffer was cleared.
+    pub fn clear(&mut self) {
+        self.packets.clear();
+        self.runs.clear();
+    }
+
+    /// Seals all messages of the buffer `arena`. Returns false if that failed, which the buffer's
+    /// owner must answer by clearing it: nothing in it may be sent then.
+    #[must_use]
+    pub fn seal(&mut self, arena: &mut [u8]) -> bool {
+        let mut sealed = true;
         // Usually there is one run. The packets of a key that has several are sealed with the first.
         for index in 0..self.runs.len() {
             let Some((key, _)) = self.runs.get(index) else { break };
@@ -52,13 +68,10 @@ impl Pending {
                 }
                 start = *end;
             }
-            if let Err(error) = key.seal(arena, &self.batch) {
-                result = Err(error);
-            }
+            sealed &= key.seal(arena, &self.batch).is_ok();
         }
-        self.packets.clear();
-        self.runs.clear();
-        result
+        self.clear();
+        sealed
     }
 }
 
@@ -77,30 +90,31 @@ mod tests {
             let backend = Backend::select(Aead::Auto);
             let keys: Vec<Arc<Key>> =
                 (0..4).map(|number| Arc::new(Key::new(&[number; 32], backend))).collect();
-            let (mut pending, mut end) = (Pending::default(), 0);
+            let (mut unsealed, mut end) = (Unsealed::default(), 0);
             let mut packets = Vec::new();
             for (counter, (key, len)) in (0..).zip(&messages) {
                 let packet = Packet { start: end + 16, len: *len, counter };
                 end = packet.start + len + TAG_BYTES;
-                pending.push(&keys[*key], packet);
+                unsealed.push(&keys[*key], packet);
                 packets.push((*key, packet));
             }
             let mut arena = vec![3; end];
             let mut expected = arena.clone();
-            prop_assert_eq!(pending.seal(&mut arena), Ok(()));
+            prop_assert_eq!(unsealed.len(), messages.len());
+            prop_assert!(unsealed.seal(&mut arena));
             for (key, packet) in &packets {
                 keys[*key].seal(&mut expected, &[*packet]).unwrap();
             }
             prop_assert!(arena == expected);
-            prop_assert_eq!(pending.seal(&mut []), Ok(()), "nothing is left");
+            prop_assert!(unsealed.is_empty() && unsealed.seal(&mut []), "nothing is left");
         }
     }
 
     #[test]
-    fn a_message_outside_of_the_arena_is_an_error() {
+    fn a_message_outside_of_the_arena_is_not_sealed() {
         let key = Arc::new(Key::new(&[1; 32], Backend::select(Aead::Auto)));
-        let mut pending = Pending::default();
-        pending.push(&key, Packet { start: 0, len: 10, counter: 0 });
-        assert_eq!(pending.seal(&mut [0; 10]), Err(Misplaced));
+        let mut unsealed = Unsealed::default();
+        unsealed.push(&key, Packet { start: 0, len: 10, counter: 0 });
+        assert!(!unsealed.seal(&mut [0; 10]));
     }
 }
