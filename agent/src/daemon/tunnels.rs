@@ -106,7 +106,7 @@ fn start_data_plane(
         relay,
         link: None,
         copy_dscp: config.wireguard.copy_dscp,
-        engine: Engine::BORINGTUN,
+        engine: Engine::select(config.wireguard.engine.into(), config.wireguard.aead.into()),
     };
     let data_plane = match purpose {
         Purpose::Node => {
