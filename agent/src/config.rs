@@ -23,7 +23,7 @@ use towline_proto::token::ControllerAddress;
 
 use crate::prefixes::Filter;
 use crate::static_peers::{self, PeerConfig};
-use towline_dataplane::Offloads;
+use towline_dataplane::{Aead, EngineChoice, Offloads};
 use towline_host::Names;
 use towline_service::config_file::{self, FileError};
 use towline_service::log::LogConfig;
@@ -121,8 +121,57 @@ pub struct WireguardConfig {
     /// True if outer packets get the DSCP of the inner ones. It tells everybody on the way which
     /// traffic is which.
     pub copy_dscp: bool,
+    /// Implementation of WireGuard's handshake and sessions. Peers with different ones understand each
+    /// other.
+    pub engine: WireguardEngine,
+    /// Implementation of the cipher that the engine `batch` uses.
+    pub aead: WireguardAead,
     /// True if `wg show` is answered, at `/run/wireguard/LINK.sock`.
     pub uapi: bool,
+}
+
+/// Implementation of WireGuard's handshake and sessions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WireguardEngine {
+    /// `batch` on a CPU with a fast cipher for batches (AVX2 or AVX-512) that passes its test at start,
+    /// `boringtun` on any other.
+    #[default]
+    Auto,
+    /// Towline's own: packets are encrypted and decrypted in batches, in place.
+    Batch,
+    /// The library boringtun: one packet at a time.
+    Boringtun,
+}
+
+impl From<WireguardEngine> for EngineChoice {
+    fn from(engine: WireguardEngine) -> Self {
+        match engine {
+            WireguardEngine::Auto => Self::Auto,
+            WireguardEngine::Batch => Self::Batch,
+            WireguardEngine::Boringtun => Self::Boringtun,
+        }
+    }
+}
+
+/// Implementation of ChaCha20-Poly1305.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WireguardAead {
+    /// The fastest that this CPU has and that passes its test at start.
+    #[default]
+    Auto,
+    /// The library ring: one packet at a time.
+    Ring,
+}
+
+impl From<WireguardAead> for Aead {
+    fn from(aead: WireguardAead) -> Self {
+        match aead {
+            WireguardAead::Auto => Self::Auto,
+            WireguardAead::Ring => Self::Ring,
+        }
+    }
 }
 
 /// Settings of the TUN link.
@@ -376,7 +425,14 @@ impl Default for Config {
 
 impl Default for WireguardConfig {
     fn default() -> Self {
-        Self { port: 51830, workers: 1, copy_dscp: false, uapi: true }
+        Self {
+            port: 51830,
+            workers: 1,
+            copy_dscp: false,
+            engine: WireguardEngine::Auto,
+            aead: WireguardAead::Auto,
+            uapi: true,
+        }
     }
 }
 

@@ -23,9 +23,9 @@ use towline_agent::tun_owner::{self, Secured, secure};
 use towline_core::own_networks::OwnNetworks;
 use towline_core::peer_table::{PeerEntry, PeerTable};
 use towline_dataplane::{
-    Config, DataPlane, Event, Fault, Feature, HostTunnels, OffReason, Offloads, OpenTunError,
-    OpenUdpError, Probes, open_tun, open_tun_queues, open_tun_with, open_udp, open_udp_group,
-    own_tun,
+    Aead, Config, DataPlane, Engine, EngineChoice, Event, Fault, Feature, HostTunnels, OffReason,
+    Offloads, OpenTunError, OpenUdpError, Probes, open_tun, open_tun_queues, open_tun_with,
+    open_udp, open_udp_group, own_tun,
 };
 use towline_netlink::codec::Message;
 use towline_netlink::{AddressOptions, Connection, Protocol, Rtnetlink, VethPeer};
@@ -213,11 +213,15 @@ fn pair_with(offloads: Offloads, outer: [&str; 2], workers: usize) -> [Node; 2] 
             let queues = queues.into_iter().map(|tun| tun.with_host_tunnels(tunnels.clone()));
             let (sender, events) = channel(1024);
             let private_key = StaticSecret::from([number as u8; 32]);
+            // One node has each engine.
+            let choice =
+                if number % 2 == 1 { EngineChoice::Batch } else { EngineChoice::Boringtun };
             let config = Config {
                 probes: Probes::new(private_key.clone(), 1),
                 private_key,
                 link: None,
                 copy_dscp: false,
+                engine: Engine::select(choice, Aead::Auto),
             };
             (DataPlane::start(config, queues.zip(sockets), sender).unwrap(), events)
         });

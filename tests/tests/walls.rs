@@ -45,8 +45,16 @@ const WALLS: &[Wall] = &[
     Wall { package: "towline-aead", ours: &[], others: Some(&["ring", "thiserror", "zeroize"]) },
     Wall {
         package: "towline-wireguard",
-        ours: &["towline-types"],
-        others: Some(&["boringtun", "x25519-dalek"]),
+        ours: &["towline-aead", "towline-types"],
+        others: Some(&[
+            "blake2",
+            "boringtun",
+            "chacha20poly1305",
+            "hmac",
+            "ring",
+            "x25519-dalek",
+            "zeroize",
+        ]),
     },
     Wall {
         package: "towline-dataplane",

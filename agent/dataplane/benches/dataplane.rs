@@ -6,14 +6,16 @@ use std::net::{IpAddr, SocketAddr};
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use towline_core::path::Path;
-use towline_dataplane::arena::{Datagrams, HEADROOM, SendBatch, TAILROOM, WriteBatch};
+use towline_dataplane::arena::{HEADROOM, SendBatch, TAILROOM, WriteBatch};
 use towline_dataplane::coalesce::{Coalesce, Coalescer};
 use towline_dataplane::headers::IpHeader;
 use towline_dataplane::split::Split;
 use towline_dataplane::table::Routes;
 use towline_dataplane::vnet::VnetHeader;
-use towline_wireguard::internals::pair;
-use towline_wireguard::{DATA_HEADER, DATA_OVERHEAD, Segments};
+use towline_wireguard::internals::{World, pair_of};
+use towline_wireguard::{
+    Aead, Buffers, DATA_HEADER, DATA_OVERHEAD, Engine, EngineChoice, Message, Scratch, Segments,
+};
 
 mod fixtures;
 
@@ -100,32 +102,42 @@ fn dataplane(c: &mut Criterion) {
         });
     });
 
-    let [mut a, mut b] = pair();
-    let mut out = SendBatch::new(1 << 17, 8);
-    group.bench_function("seal", |bench| {
-        bench.iter(|| {
-            out.clear();
-            a.seal(&mut Ready(segments.iter()), &mut out.to(&to))
-        });
-    });
-
-    let mut plain = vec![0; SEGMENTS * segment_size];
-    group.bench_function("open", |bench| {
-        bench.iter_batched_ref(
-            || {
+    for engine in [Engine::BORINGTUN, Engine::select(EngineChoice::Batch, Aead::Auto)] {
+        let name = |what: &str| format!("{what}/{}/{}", engine.name(), engine.aead());
+        let mut world = World::new(1);
+        let [mut a, mut b] = pair_of([engine; 2], &mut world);
+        let now = world.now;
+        let mut out = SendBatch::new(1 << 17, 8);
+        group.bench_function(name("seal"), |bench| {
+            bench.iter(|| {
                 out.clear();
-                a.seal(&mut Ready(segments.iter()), &mut out.to(&to));
-                out.bytes()[..SEGMENTS * segment_size].to_vec()
-            },
-            |datagrams| {
-                let mut opened = 0;
-                let datagrams = Datagrams::new(datagrams, 0, segment_size).expect("datagrams");
-                b.open(datagrams.with_space(0, &mut plain), |_, _| opened += 1);
-                assert_eq!(opened, SEGMENTS);
-            },
-            BatchSize::PerIteration,
-        );
-    });
+                a.seal(now, &mut Ready(segments.iter()), &mut out.to(&to));
+                out.seal()
+            });
+        });
+
+        let mut plain = vec![0; SEGMENTS * segment_size];
+        let mut scratch = Scratch::default();
+        group.bench_function(name("open"), |bench| {
+            bench.iter_batched_ref(
+                || {
+                    out.clear();
+                    a.seal(now, &mut Ready(segments.iter()), &mut out.to(&to));
+                    out.seal();
+                    out.bytes()[..SEGMENTS * segment_size].to_vec()
+                },
+                |sealed| {
+                    let mut opened = 0;
+                    let messages = (0..SEGMENTS)
+                        .map(|number| Message { start: number * segment_size, len: segment_size });
+                    let (plain, scratch) = (&mut plain[..], &mut scratch);
+                    b.open(now, messages, Buffers { sealed, plain, scratch }, |_, _| opened += 1);
+                    assert_eq!(opened, SEGMENTS);
+                },
+                BatchSize::PerIteration,
+            );
+        });
+    }
     group.finish();
 
     let mut group = c.benchmark_group("lookup");

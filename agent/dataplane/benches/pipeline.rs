@@ -29,7 +29,9 @@ use towline_dataplane::drops::Drops;
 use towline_dataplane::switch::Switch;
 use towline_dataplane::udp::TooBig;
 use towline_dataplane::vnet::VnetHeader;
-use towline_dataplane::{Config, DataPlane, Event, Probes, Ready, TunIo, UdpIo};
+use towline_dataplane::{
+    Aead, Config, DataPlane, Engine, EngineChoice, Event, Probes, Ready, TunIo, UdpIo,
+};
 use towline_types::frame::ProbeVersion;
 use towline_types::mtu::Mtu;
 use x25519_dalek::StaticSecret;
@@ -170,7 +172,8 @@ impl End {
         let (sender, events) = tokio::sync::mpsc::channel(256);
         let private_key = StaticSecret::from([number; 32]);
         let probes = Probes::new(private_key.clone(), 1);
-        let config = Config { private_key, probes, link: None, copy_dscp: false };
+        let engine = Engine::select(EngineChoice::Auto, Aead::Auto);
+        let config = Config { private_key, probes, link: None, copy_dscp: false, engine };
         let plane = DataPlane::start(config, [(link, wire)], sender).expect("a data plane");
         Self { plane, host, events, address: address(number) }
     }

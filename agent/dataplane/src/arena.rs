@@ -11,7 +11,7 @@ use towline_core::path::Path;
 use towline_types::frame::{RELAYED_HEADER_BYTES, relayed_header};
 
 use super::vnet::VnetHeader;
-use towline_wireguard::Sink;
+use towline_wireguard::{Sink, Unsealed};
 
 /// Largest number of bytes in one send. The largest UDP payload over IPv4 is 65,507; 20 bytes less
 /// leaves room for the larger IPv6 header.
@@ -70,6 +70,8 @@ pub struct SendBatch {
     used: usize,
     gso_batches: Vec<GsoBatch>,
     max_gso_batches: usize,
+    /// Data messages that are in clear until [`SendBatch::seal`].
+    unsealed: Unsealed,
 }
 
 impl SendBatch {
@@ -80,6 +82,7 @@ impl SendBatch {
             used: 0,
             gso_batches: Vec::with_capacity(gso_batches),
             max_gso_batches: gso_batches,
+            unsealed: Unsealed::default(),
         }
     }
 
@@ -162,14 +165,27 @@ impl SendBatch {
         true
     }
 
-    /// Returns the GSO batches, in order.
-    pub fn gso_batches(&self) -> &[GsoBatch] {
-        &self.gso_batches
+    /// Seals the data messages that the WireGuard engine left unsealed, all together. Must be called
+    /// before the batch is sent ([`super::UdpIo::flush`] does). Returns the number of datagrams that
+    /// were lost: if that fails, all.
+    pub fn seal(&mut self) -> usize {
+        if self.unsealed.is_empty() || self.unsealed.seal(&mut self.bytes) {
+            return 0;
+        }
+        let lost = self.gso_batches.iter().map(|gso| gso.segments).sum();
+        self.clear();
+        lost
     }
 
-    /// Returns the block of bytes that [`GsoBatch::start`] is an offset of.
+    /// Returns the GSO batches, in order. None as long as a message is in clear.
+    pub fn gso_batches(&self) -> &[GsoBatch] {
+        if self.unsealed.is_empty() { &self.gso_batches } else { &[] }
+    }
+
+    /// Returns the block of bytes that [`GsoBatch::start`] is an offset of. Empty as long as a message
+    /// is in clear.
     pub fn bytes(&self) -> &[u8] {
-        &self.bytes
+        if self.unsealed.is_empty() { &self.bytes } else { &[] }
     }
 
     /// Returns whether there is nothing to send.
@@ -181,6 +197,7 @@ impl SendBatch {
     pub fn clear(&mut self) {
         self.used = 0;
         self.gso_batches.clear();
+        self.unsealed.clear();
     }
 }
 
@@ -197,6 +214,11 @@ impl Sink for SendTo<'_> {
     #[inline]
     fn place(&mut self, len: usize) -> Option<&mut [u8]> {
         self.batch.place(&self.to.path, len)
+    }
+
+    #[inline]
+    fn unsealed(&mut self) -> (usize, &mut Unsealed) {
+        (self.batch.used + header_bytes(&self.to.path), &mut self.batch.unsealed)
     }
 
     #[inline]
@@ -289,25 +311,6 @@ impl<'a> Datagrams<'a> {
     #[inline]
     pub fn iter(&self) -> Chunks<'a, u8> {
         self.bytes.chunks(self.segment_size.get())
-    }
-
-    /// Returns an iterator over the datagrams without their first `skip` bytes, each with the bytes
-    /// at the same offset of `plain`, which has the same length. A datagram that is shorter is
-    /// empty.
-    #[inline]
-    pub fn with_space<'b>(
-        &self,
-        skip: usize,
-        plain: &'b mut [u8],
-    ) -> impl Iterator<Item = (&'b [u8], &'b mut [u8])>
-    where
-        'a: 'b,
-    {
-        let mut spaces = plain.chunks_mut(self.segment_size.get());
-        self.iter().map(move |datagram| {
-            let space = spaces.next().and_then(|space| space.get_mut(skip..));
-            (datagram.get(skip..).unwrap_or_default(), space.unwrap_or_default())
-        })
     }
 
     /// Returns the length of the first run: the first datagram, and those after it for as long as
@@ -430,8 +433,8 @@ impl RecvBatch {
         }
     }
 
-    /// Exchanges the slots with the block of a [`WriteBatch`] with the same number of slots, for an
-    /// engine that decrypts in place. [`RecvBatch::received`] then describes that block.
+    /// Exchanges the slots with the block of a [`WriteBatch`] with the same number of slots, after an
+    /// engine has decrypted in place. [`RecvBatch::received`] then describes that block.
     pub fn swap(&mut self, writes: &mut WriteBatch) {
         debug_assert_eq!(self.bytes.len(), writes.bytes.len());
         std::mem::swap(&mut self.bytes, &mut writes.bytes);
@@ -742,6 +745,32 @@ mod tests {
         assert_eq!(batch.received()[2].places().count(), 2);
         batch.clear();
         assert_eq!(batch.next_slot(), 0);
+    }
+
+    /// The sink of an engine that seals later: until then, nothing of the batch can be sent.
+    #[test]
+    fn a_batch_with_messages_in_clear_shows_nothing() {
+        use towline_wireguard::internals::{World, pair_of};
+        use towline_wireguard::{Aead, Engine, EngineChoice, Single};
+        let mut world = World::new(1);
+        let engine = Engine::select(EngineChoice::Batch, Aead::Auto);
+        let [mut session, _] = pair_of([engine; 2], &mut world);
+        let mut batch = SendBatch::new(1_000, 4);
+        let direct = Path::direct(([127, 0, 0, 1], 1).into());
+        let relayed = direct.on_channel(towline_core::path::ChannelId(7));
+        assert!(batch.push(direct, b"a handshake"));
+        for to in [direct, relayed] {
+            let packet = [0x45; 32];
+            session.seal(world.now, &mut Single::new(&packet), &mut batch.to(&to.into()));
+            assert!(!batch.is_empty() && batch.gso_batches().is_empty());
+            assert!(batch.bytes().is_empty());
+        }
+        assert_eq!(batch.seal(), 0);
+        let shown = batch.gso_batches().iter().map(|gso| (gso.segments, gso.len));
+        assert_eq!(shown.collect::<Vec<_>>(), [(1, 11), (1, 64), (1, 64 + RELAYED_HEADER_BYTES)]);
+        assert!(!batch.bytes().windows(16).any(|bytes| *bytes == [0x45; 16]), "nothing in clear");
+        batch.clear();
+        assert!(batch.is_empty());
     }
 
     #[test]

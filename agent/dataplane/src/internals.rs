@@ -20,7 +20,7 @@ use super::pipeline::Pipeline;
 use super::probes::Probes;
 use super::table::Table;
 use super::udp::UdpIo;
-use towline_wireguard::Secrets;
+use towline_wireguard::{Engine, Secrets};
 
 pub use super::forwarding::{Forward, Forwarding};
 
@@ -40,10 +40,10 @@ pub struct PacketPath {
 }
 
 impl PacketPath {
-    /// Creates a packet path without peers.
-    pub fn new(private_key: StaticSecret, link: Option<u32>, now: Instant) -> Self {
+    /// Creates a packet path without peers, with this WireGuard engine.
+    pub fn new(private_key: StaticSecret, engine: Engine, link: Option<u32>, now: Instant) -> Self {
         let probes = Probes::new(private_key.clone(), 1);
-        let secrets = Arc::new(Secrets::new(private_key));
+        let secrets = Arc::new(Secrets::with_engine(private_key, engine));
         let table = Arc::new(ArcSwap::from_pointee(Table::default()));
         let forwarding = Arc::new(ArcSwap::from_pointee(Forwarding::default()));
         let drops = Arc::new(Drops::default());
@@ -83,12 +83,13 @@ impl PacketPath {
         self.pipeline.set_mtu(mtu);
     }
 
-    /// Handles a batch from the network as a worker does.
+    /// Handles a batch from the network as a worker does. An engine that opens in place exchanges
+    /// the bytes of `batch` with those of `writes`.
     pub fn inbound(
         &mut self,
         now: Instant,
         allowed: Coalesce,
-        batch: &RecvBatch,
+        batch: &mut RecvBatch,
         writes: &mut WriteBatch,
         out: &mut SendBatch,
     ) {

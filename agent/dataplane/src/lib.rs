@@ -29,6 +29,7 @@
 //! | `worker` | a thread: what wakes it, and the order of its work |
 //! | `batch_delay` | the delay after a batch of small packets |
 //! | `pipeline` | the path of a batch in each direction |
+//! | `runs` | received messages that are opened together |
 //! | `tunnel` | one tunnel: timers, keepalives, waiting packets |
 //! | `inner_traffic` | when it is reported that inner packets travelled |
 //! | `roaming` | when it is reported that a peer sends from elsewhere |
@@ -61,6 +62,7 @@ pub mod memory;
 mod pipeline;
 mod probes;
 mod roaming;
+mod runs;
 pub mod split;
 mod steering;
 pub mod switch;
@@ -97,6 +99,7 @@ pub use drops::{DropReason, ForeignSource};
 pub use events::{Event, Fault};
 pub use probes::Probes;
 pub use switch::{Feature, OffReason};
+pub use towline_wireguard::{Aead, Engine, EngineChoice};
 pub use tun::{
     HostTunnels, NoTun, OpenTunError, Tun, TunIo, open_tun, open_tun_queues, open_tun_with, own_tun,
 };
@@ -122,6 +125,8 @@ pub struct Config {
     /// True if outer packets get the DSCP of the inner ones. Their ECN field follows RFC 6040 either
     /// way.
     pub copy_dscp: bool,
+    /// WireGuard engine of all tunnels.
+    pub engine: Engine,
 }
 
 impl std::fmt::Debug for Config {
@@ -305,7 +310,7 @@ impl DataPlane {
         let (fault_state, faults) = FaultState::new();
         let (alive, ended) = mpsc::channel();
         let mut running = Running {
-            secrets: Arc::new(Secrets::new(config.private_key)),
+            secrets: Arc::new(Secrets::with_engine(config.private_key, config.engine)),
             probes: config.probes.clone(),
             table: Arc::new(ArcSwap::from_pointee(Table::default())),
             forwarding: Arc::new(ArcSwap::from_pointee(Forwarding::default())),
@@ -367,6 +372,11 @@ impl DataPlane {
     /// Returns the node's own public key.
     pub fn public_key(&self) -> WireguardKey {
         self.0.secrets.public_key()
+    }
+
+    /// Returns the WireGuard engine of all tunnels.
+    pub fn engine(&self) -> Engine {
+        self.0.secrets.engine()
     }
 
     /// Replaces the peer table. Peers that stay in it keep their sessions.

@@ -17,7 +17,8 @@ use towline_types::source_limiter::SourceLimiter;
 use towline_types::stun;
 
 use super::arena::{
-    Datagrams, Destination, GsoBatch, NoDatagrams, RecvBatch, SendBatch, TunBatch, WriteBatch,
+    Datagrams, Destination, GsoBatch, NoDatagrams, Received, RecvBatch, SendBatch, TunBatch,
+    WriteBatch,
 };
 use super::coalesce::{Coalesce, Coalescer};
 use super::drops::{DropReason, Drops};
@@ -26,12 +27,16 @@ use super::forwarding::{Forward, Forwarding};
 use super::headers::{
     IpHeader, ecn, is_congested, mark_congestion, outer_traffic_class, traffic_class,
 };
-use super::probes::{Probes, Received};
+use super::probes::{self, Probes};
+use super::runs::{Handshake, OpenedPacket, Run};
 use super::split::Split;
 use super::table::{Peer, Slot, Table};
 use super::tunnel::TunnelContext;
 use super::udp::UdpIo;
-use towline_wireguard::{Admission, DATA_HEADER, HANDSHAKE_BYTES, MessageKind, Secrets, Segments};
+use towline_wireguard::{
+    Admission, Buffers, DATA_HEADER, HANDSHAKE_BYTES, Message, MessageKind, Scratch, Secrets,
+    Segments,
+};
 
 /// Rate and burst of handshakes from one source address. Many nodes may share one address.
 const HANDSHAKES: Rate = Rate::per_second(64, 128);
@@ -74,8 +79,16 @@ pub(super) struct Pipeline {
     /// MTU of the link in bytes. No segment is padded beyond it, nor beyond the peer's.
     mtu: usize,
     coalescer: Coalescer,
-    /// Start and length of each decrypted packet of one run. Kept between calls for its capacity.
-    opened: Vec<(usize, usize)>,
+    /// Runs of data messages that are not opened yet. Kept between calls for its capacity, like the
+    /// next three.
+    runs: Vec<Run>,
+    /// Handshake messages that are not handled yet. Data goes first: it belongs to sessions that
+    /// exist already.
+    noted_handshakes: Vec<Handshake>,
+    /// Packets that were decrypted.
+    opened: Vec<OpenedPacket>,
+    /// Working memory of the WireGuard engine.
+    scratch: Scratch,
     /// Counters of the data messages that arrived coalesced by `UDP_GRO`. Cleared with each batch.
     coalesced: Coalesced,
     /// True if outer packets get the DSCP of the inner ones.
@@ -126,7 +139,10 @@ impl Pipeline {
             link,
             mtu: usize::MAX,
             coalescer: Coalescer::default(),
+            runs: Vec::with_capacity(RECEIVE_SLOTS * 2),
+            noted_handshakes: Vec::new(),
             opened: Vec::with_capacity(super::arena::SLOT_BYTES / 32),
+            scratch: Scratch::default(),
             coalesced: Coalesced::default(),
             copy_dscp: false,
             traffic_class: 0,
@@ -185,10 +201,7 @@ impl Pipeline {
                 Err(reason) => self.drops.count(*reason),
             }
         }
-        if !out.is_empty() {
-            udp.send(now, out, &self.drops);
-            out.clear();
-        }
+        udp.flush(now, out, &self.drops);
     }
 
     fn seal<U: UdpIo>(
@@ -233,18 +246,18 @@ impl Pipeline {
                 }
                 break;
             }
-            udp.send(now, out, &self.drops);
-            out.clear();
+            udp.flush(now, out, &self.drops);
         }
     }
 
     /// Opens the datagrams of `batch` into `writes`, with packets coalesced as `allowed` permits,
-    /// and appends responses to `out`.
+    /// and appends responses to `out`. An engine that opens in place opens all of them together, and
+    /// then the bytes of both batches are exchanged; boringtun opens what each receive call returned.
     pub(super) fn inbound(
         &mut self,
         now: Instant,
         allowed: Coalesce,
-        batch: &RecvBatch,
+        batch: &mut RecvBatch,
         writes: &mut WriteBatch,
         out: &mut SendBatch,
     ) {
@@ -253,34 +266,66 @@ impl Pipeline {
         self.forwards.clear();
         self.coalesced = Coalesced::default();
         self.accepted = None;
-        for received in batch.received() {
-            let datagrams = batch.datagrams(received);
-            self.traffic_class = received.traffic_class;
-            if self.link.is_some() && received.from.local.map(|local| local.interface) == self.link
-            {
-                let count = match datagrams {
-                    Ok(datagrams) => datagrams.count().get(),
-                    Err(NoDatagrams::Oversized { count }) => count,
-                    Err(NoDatagrams::Empty) => 1,
-                };
-                self.drops.add(DropReason::TunnelInTunnel, count as u64);
-                continue;
-            }
-            match datagrams {
-                Ok(datagrams) => {
-                    let mut rest = Some(datagrams);
-                    while let Some(datagrams) = rest {
-                        let run = self.step(now, &table, received.from, datagrams, writes, out);
-                        rest = datagrams.skip(run);
-                    }
-                }
-                Err(NoDatagrams::Oversized { count }) => {
-                    self.drops.add(DropReason::Oversized, count as u64);
-                }
-                Err(NoDatagrams::Empty) => self.drops.count(DropReason::UnknownKind),
+        let in_place = self.secrets.engine().opens_in_place();
+        for number in 0..batch.received().len() {
+            let Some(received) = batch.received().get(number).copied() else { break };
+            self.sort(now, &table, batch, &received, out);
+            if !in_place {
+                self.open(now, &table, batch, writes, out);
+                self.pass(&table, writes);
             }
         }
+        if in_place {
+            self.open(now, &table, batch, writes, out);
+            batch.swap(writes);
+            self.pass(&table, writes);
+        }
         self.coalescer.finish(writes);
+    }
+
+    /// Returns the block of bytes that holds what was received in the last batch.
+    pub(super) fn received_bytes<'a>(
+        &self,
+        batch: &'a RecvBatch,
+        writes: &'a WriteBatch,
+    ) -> &'a [u8] {
+        if self.secrets.engine().opens_in_place() { writes.bytes() } else { batch.bytes() }
+    }
+
+    /// Handles the datagrams of one receive call, except that data messages and handshakes are noted
+    /// for [`Self::open`].
+    fn sort(
+        &mut self,
+        now: Instant,
+        table: &Table,
+        batch: &RecvBatch,
+        received: &Received,
+        out: &mut SendBatch,
+    ) {
+        let datagrams = batch.datagrams(received);
+        self.traffic_class = received.traffic_class;
+        if self.link.is_some() && received.from.local.map(|local| local.interface) == self.link {
+            let count = match datagrams {
+                Ok(datagrams) => datagrams.count().get(),
+                Err(NoDatagrams::Oversized { count }) => count,
+                Err(NoDatagrams::Empty) => 1,
+            };
+            self.drops.add(DropReason::TunnelInTunnel, count as u64);
+            return;
+        }
+        match datagrams {
+            Ok(datagrams) => {
+                let mut rest = Some(datagrams);
+                while let Some(datagrams) = rest {
+                    let run = self.step(now, table, received.from, datagrams, out);
+                    rest = datagrams.skip(run);
+                }
+            }
+            Err(NoDatagrams::Oversized { count }) => {
+                self.drops.add(DropReason::Oversized, count as u64);
+            }
+            Err(NoDatagrams::Empty) => self.drops.count(DropReason::UnknownKind),
+        }
     }
 
     /// Returns the GSO batches of the last batch that must be forwarded to other nodes. They refer
@@ -302,16 +347,15 @@ impl Pipeline {
         table: &Table,
         from: Path,
         datagrams: Datagrams<'_>,
-        writes: &mut WriteBatch,
         out: &mut SendBatch,
     ) -> NonZeroUsize {
         let Some((channel, _)) = relayed(datagrams.first()) else {
-            return self.datagrams(now, table, from, datagrams, writes, out);
+            return self.datagrams(now, table, from, datagrams, out);
         };
         let on_channel = datagrams.take(channel_run(&datagrams));
         self.forward(now, &from, channel, on_channel).unwrap_or_else(|| {
             let from = from.on_channel(ChannelId(channel));
-            self.datagrams(now, table, from, on_channel, writes, out)
+            self.datagrams(now, table, from, on_channel, out)
         })
     }
 
@@ -342,15 +386,14 @@ impl Pipeline {
         Some(run)
     }
 
-    /// Handles the first datagram, or all leading datagrams that are data messages of one session.
-    /// Returns the number of datagrams handled.
+    /// Handles the first datagram, or notes all leading datagrams that are data messages of one
+    /// session. Returns the number of datagrams handled.
     fn datagrams(
         &mut self,
         now: Instant,
         table: &Table,
         from: Path,
         datagrams: Datagrams<'_>,
-        writes: &mut WriteBatch,
         out: &mut SendBatch,
     ) -> NonZeroUsize {
         let skip = if from.is_relayed() { RELAYED_HEADER_BYTES } else { 0 };
@@ -358,11 +401,19 @@ impl Pipeline {
         match (DatagramKind::of(first), MessageKind::of(first)) {
             (DatagramKind::WireGuard, Some(MessageKind::Data { receiver })) => {
                 let run = data_run(&datagrams, skip, receiver);
-                self.open(now, table, from, receiver, datagrams.take(run), writes, out);
+                let class = self.traffic_class;
+                match table.by_receiver(receiver) {
+                    Some(slot) => {
+                        let datagrams = datagrams.take(run);
+                        self.runs.push(Run::new(slot, from, receiver, class, skip, &datagrams));
+                    }
+                    None => self.drops.add(DropReason::UnknownIndex, run.get() as u64),
+                }
                 return run;
             }
             (DatagramKind::WireGuard, Some(kind)) => {
-                self.handshake(now, table, from, kind, first, out);
+                let at = Message { start: datagrams.start() + skip, len: first.len() };
+                self.noted_handshakes.push(Handshake { from, kind, at });
             }
             (DatagramKind::Probe, _) => self.probe(now, table, from, first, out),
             (kind, _) => self.other(now, from, kind, first, out),
@@ -370,46 +421,55 @@ impl Pipeline {
         NonZeroUsize::MIN
     }
 
-    /// Opens a run of data messages that have the same receiver index.
-    #[expect(clippy::too_many_arguments, reason = "a run, its sender and where the results go")]
+    /// Opens the runs that were noted, one batch for each session, and then handles the handshake
+    /// messages.
     fn open(
         &mut self,
         now: Instant,
         table: &Table,
-        from: Path,
-        receiver: u32,
-        datagrams: Datagrams<'_>,
+        batch: &mut RecvBatch,
         writes: &mut WriteBatch,
         out: &mut SendBatch,
     ) {
-        let found = table.by_receiver(receiver);
-        let Some((slot, peer)) = found.and_then(|slot| Some((slot, table.peer(slot)?))) else {
-            self.drops.add(DropReason::UnknownIndex, datagrams.count().get() as u64);
-            return;
-        };
+        let mut runs = std::mem::take(&mut self.runs);
         let mut opened = std::mem::take(&mut self.opened);
-        opened.clear();
-        let start = datagrams.start();
-        let range = start..start + datagrams.bytes().len();
-        let plain = writes.bytes_mut().get_mut(range).unwrap_or_default();
-        let mut context = self.context(now, peer, out);
-        let corrupted = peer.tunnel.lock().open(
-            from,
-            peer.endpoint(),
-            receiver,
-            datagrams,
-            plain,
-            &mut context,
-            |at, len| opened.push((start + at, len)),
-        );
-        let count = datagrams.count().get();
-        if count > 1 {
-            self.coalesced.datagrams += count;
+        let mut scratch = std::mem::take(&mut self.scratch);
+        // The sort is stable, so each peer's messages keep their order.
+        runs.sort_by_key(|run| run.slot);
+        for group in runs.chunk_by(|last, run| run.continues(last)) {
+            let Some(Run { slot, traffic_class, .. }) = group.first().copied() else { continue };
+            let counts = group.iter().map(Run::count);
+            let Some(peer) = table.peer(slot) else {
+                self.drops.add(DropReason::UnknownIndex, counts.sum::<usize>() as u64);
+                continue;
+            };
+            let (sealed, plain) = (batch.bytes_mut(), writes.bytes_mut());
+            let buffers = Buffers { sealed, plain, scratch: &mut scratch };
+            let mut context = self.context(now, peer, out);
+            let corrupted =
+                peer.tunnel.lock().open(peer.endpoint(), group, buffers, &mut context, |at| {
+                    opened.push(OpenedPacket { slot, traffic_class, at });
+                });
+            self.coalesced.datagrams += counts.filter(|count| *count > 1).sum::<usize>();
             self.coalesced.corrupted += corrupted;
         }
+        runs.clear();
+        (self.runs, self.opened, self.scratch) = (runs, opened, scratch);
+        let mut handshakes = std::mem::take(&mut self.noted_handshakes);
+        for Handshake { from, kind, at } in handshakes.drain(..) {
+            let message = batch.bytes().get(at.start..at.start + at.len).unwrap_or_default();
+            self.handshake(now, table, from, kind, message, out);
+        }
+        self.noted_handshakes = handshakes;
+    }
+
+    /// Passes the packets that were decrypted to the coalescer, if their addresses are allowed.
+    fn pass(&mut self, table: &Table, writes: &mut WriteBatch) {
+        let mut opened = std::mem::take(&mut self.opened);
         let mut last: Option<(IpAddr, Option<Slot>)> = None;
-        for (at, len) in &opened {
-            let packet = writes.bytes().get(*at..at + len);
+        for OpenedPacket { slot, traffic_class, at } in opened.drain(..) {
+            let range = at.start..at.start + at.len;
+            let packet = writes.bytes().get(range.clone());
             let Some(inner) = packet.and_then(IpHeader::parse) else {
                 self.drops.count(DropReason::OpenedMalformed);
                 continue;
@@ -428,12 +488,12 @@ impl Pipeline {
                 self.drops.count(DropReason::WrongDestination);
                 continue;
             }
-            if is_congested(self.traffic_class)
-                && let Some(packet) = writes.bytes_mut().get_mut(*at..at + len)
+            if is_congested(traffic_class)
+                && let Some(packet) = writes.bytes_mut().get_mut(range)
             {
                 mark_congestion(packet);
             }
-            self.coalescer.add(writes, *at, &inner);
+            self.coalescer.add(writes, at.start, &inner);
         }
         self.opened = opened;
     }
@@ -512,7 +572,7 @@ impl Pipeline {
     ) {
         let endpoint = |peer: &WireguardKey| table.by_key(peer)?.endpoint();
         let received = self.probes.receive(now, from, datagram, &mut self.probe_buffer, endpoint);
-        let Received { peer, mut message, answer } = match received {
+        let probes::Received { peer, mut message, answer } = match received {
             Ok(received) => received,
             Err(reason) => return self.drops.count(reason),
         };
@@ -604,14 +664,10 @@ impl Pipeline {
             live |= peer.tunnel.lock().tick(peer.endpoint(), peer.keepalive(), &mut context);
             // One tick of a tunnel writes at most a few messages.
             if out.spare(8 * HANDSHAKE_BYTES).is_none() {
-                udp.send(now, out, &self.drops);
-                out.clear();
+                udp.flush(now, out, &self.drops);
             }
         }
-        if !out.is_empty() {
-            udp.send(now, out, &self.drops);
-            out.clear();
-        }
+        udp.flush(now, out, &self.drops);
         live
     }
 

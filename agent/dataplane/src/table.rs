@@ -129,7 +129,7 @@ impl Table {
 
     /// Returns the peer that a WireGuard receiver index belongs to.
     pub(super) fn by_receiver(&self, receiver: u32) -> Option<Slot> {
-        // In boringtun the upper 24 bits identify the tunnel and the lower 8 the session.
+        // In both engines the upper 24 bits identify the tunnel and the lower 8 the session.
         self.by_index.get(&(receiver >> 8)).copied()
     }
 

@@ -15,8 +15,9 @@ use super::counters::PeerCounters;
 use super::drops::Drops;
 use super::events::{Event, EventSink};
 use super::headers::{PROTOCOL_TCP, PROTOCOL_UDP};
+use super::runs::Run;
 use super::tunnel::{Tunnel, TunnelContext};
-use towline_wireguard::{MessageKind, Secrets};
+use towline_wireguard::{Buffers, MessageKind, Scratch, Secrets};
 
 /// Description of a TCP or UDP packet.
 #[derive(Debug, Clone)]
@@ -205,6 +206,7 @@ impl Side {
 
     /// Returns the datagrams sent since the last call.
     pub(super) fn sent(&mut self) -> Vec<Vec<u8>> {
+        assert_eq!(self.out.seal(), 0, "nothing is lost");
         let bytes = self.out.bytes();
         let gso_batches = self.out.gso_batches().iter();
         let sent = gso_batches
@@ -219,9 +221,12 @@ impl Side {
     pub(super) fn take(&mut self, now: Instant, from: Path, known: Path, datagram: &[u8]) {
         self.with(now, |tunnel, context| match MessageKind::of(datagram).unwrap() {
             MessageKind::Data { receiver } => {
-                let one = Datagrams::new(datagram, 0, 0).unwrap();
-                let (mut plain, each) = (vec![0; datagram.len()], |_, _| {});
-                tunnel.open(from, Some(known), receiver, one, &mut plain, context, each);
+                let run =
+                    Run::new(0, from, receiver, 0, 0, &Datagrams::new(datagram, 0, 0).unwrap());
+                let (mut sealed, mut plain) = (datagram.to_vec(), vec![0; datagram.len()]);
+                let scratch = &mut Scratch::default();
+                let buffers = Buffers { sealed: &mut sealed, plain: &mut plain, scratch };
+                tunnel.open(Some(known), &[run], buffers, context, |_| {});
             }
             _ => tunnel.handshake(datagram, from, Some(known), context),
         });

@@ -8,8 +8,8 @@
 //!   commanded; it reports [`Observation::Wanted`].
 //! - A keepalive is sent only on a session, and only when nothing else was sent for the interval.
 //!   So two ends with keepalives neither compete to initiate nor add traffic to a busy tunnel.
-//! - The initiator of a session starts the next handshake (rekey) while keepalives hold it open (boringtun counts data
-//!   only). The responder does not.
+//! - The initiator of a session starts the next handshake (rekey) while keepalives hold it open (the engines count
+//!   data only). The responder does not.
 //! - A tunnel that was rebuilt (pre-shared key, boot epoch) uses the old session until the new one
 //!   is established, so there is no gap.
 
@@ -19,29 +19,29 @@ use std::time::{Duration, Instant};
 
 use towline_core::path::Path;
 use towline_core::peer_table::{Observation, REKEY_TIMEOUT};
-use towline_types::frame::RELAYED_HEADER_BYTES;
 use towline_types::id::{PresharedKey, WireguardKey};
 
-use super::arena::{Datagrams, Destination, SendBatch};
+use super::arena::{Destination, SendBatch};
 use super::counters::PeerCounters;
 use super::drops::{DropReason, Drops};
 use super::events::EventSink;
 use super::inner_traffic::InnerTraffic;
 use super::roaming::RoamReports;
+use super::runs::Run;
 use towline_wireguard::{
-    Answered, HANDSHAKE_BYTES, MessageKind, Opened, Refusal, Secrets, Segments, Session, Single,
-    Tick,
+    Answered, Buffers, HANDSHAKE_BYTES, Inputs, Message, MessageKind, Opened, Refusal, Secrets,
+    Segments, Session, Single, Tick,
 };
 
 /// Rekey-After-Time (whitepaper section 6.1): age at which the initiator renews a session.
 const REKEY_AFTER: Duration = Duration::from_secs(120);
-/// Reject-After-Time (180 s) plus a margin: boringtun has dropped the session by then.
+/// Reject-After-Time (180 s) plus a margin: the engine has dropped the session by then.
 const SESSION_GONE: Duration = Duration::from_secs(182);
-/// Rekey-Attempt-Time (90 s) plus a margin: boringtun has given up by then.
+/// Rekey-Attempt-Time (90 s) plus a margin: the engine has given up by then.
 const ATTEMPT_GONE: Duration = Duration::from_secs(92);
 /// Upper bound of the random delay of a repeated initiation, in milliseconds.
 const RETRY_JITTER_MS: u64 = 333;
-/// Time within which a second command to initiate on the same paths is ignored: boringtun may have
+/// Time within which a second command to initiate on the same paths is ignored: the engine may have
 /// repeated the initiation just before it arrived.
 const SAME_COMMAND: Duration = Duration::from_millis(20);
 /// Largest number of segments that wait for a session. A super-packet counts once per segment.
@@ -71,11 +71,11 @@ pub(super) struct Tunnel {
     psk: Option<PresharedKey>,
     /// Tunnel index of `active`: the upper 24 bits of its receiver indices.
     index: u32,
-    /// Current WireGuard engine. Created when it is first needed, because it takes several
+    /// Current WireGuard state. Created when it is first needed, because it takes several
     /// kilobytes.
-    active: Option<Box<Session>>,
-    /// Engine from before a rebuild, and its tunnel index. Removed once it has no session.
-    retired: Option<(Box<Session>, u32)>,
+    active: Option<Session>,
+    /// State from before a rebuild, and its tunnel index. Removed once it has no session.
+    retired: Option<(Session, u32)>,
     /// Handshake that this node started. Cleared when it is answered or given up.
     initiation: Option<Initiation>,
     /// Receiver index of a session that the peer initiated and has not used yet, and the path on which
@@ -201,7 +201,7 @@ impl Tunnel {
     ) -> usize {
         self.last_sent = Some(now);
         if let Some(session) = self.sealing() {
-            let sealed = session.seal(segments, &mut out.to(to));
+            let sealed = session.seal(now, segments, &mut out.to(to));
             if sealed.lost > 0 {
                 drops.add(DropReason::NoSession, sealed.lost as u64);
             }
@@ -239,46 +239,51 @@ impl Tunnel {
         }
     }
 
-    /// Opens a run of data messages that all have the receiver index `receiver` into the same
-    /// offsets of `plain`, which has the same length. Calls `each` with the position and the length
-    /// of each packet. Returns the number of messages that were not authentic.
-    #[expect(clippy::too_many_arguments, reason = "the run, its sender and the context")]
+    /// Opens runs of data messages that continue each other. Calls `each` with the position of each
+    /// packet in the buffer where the engine leaves packets. Returns the number of messages that
+    /// arrived with others in one receive call and were not authentic.
     pub(super) fn open(
         &mut self,
-        from: Path,
         known: Option<Path>,
-        receiver: u32,
-        datagrams: Datagrams<'_>,
-        plain: &mut [u8],
+        runs: &[Run],
+        buffers: Buffers<'_>,
         context: &mut TunnelContext<'_>,
-        mut each: impl FnMut(usize, usize),
+        mut each: impl FnMut(Message),
     ) -> usize {
+        let Some(Run { from, receiver, skip, .. }) = runs.first().copied() else { return 0 };
         let session = match (&mut self.active, &mut self.retired) {
             (Some(active), _) if receiver >> 8 == self.index => active,
             (_, Some((retired, index))) if receiver >> 8 == *index => retired,
             _ => {
-                context.drops.add(DropReason::NoSession, datagrams.count().get() as u64);
+                let count: usize = runs.iter().map(Run::count).sum();
+                context.drops.add(DropReason::NoSession, count as u64);
                 return 0;
             }
         };
         let drops = context.drops;
         let (mut authentic, mut packets, mut corrupted) = (0, false, 0);
-        let skip = if from.is_relayed() { RELAYED_HEADER_BYTES } else { 0 };
-        let mut space = skip;
-        session.open(datagrams.with_space(skip, plain), |bytes, opened| {
+        let mut counts = runs.iter().map(Run::count);
+        // Messages of the run, and those of it that are not handled yet.
+        let (mut count, mut left) = (0, 0);
+        let messages = runs.iter().flat_map(Run::messages);
+        session.open(context.now, messages, buffers, |message, opened| {
+            if left == 0 {
+                count = counts.next().unwrap_or(0);
+                left = count;
+            }
+            left = left.saturating_sub(1);
             match opened {
                 Opened::Packet { start, len } => {
-                    authentic += skip + bytes;
+                    authentic += skip + message.len;
                     packets = true;
-                    each(space + start, len);
+                    each(Message { start, len });
                 }
-                Opened::Keepalive => authentic += skip + bytes,
+                Opened::Keepalive => authentic += skip + message.len,
                 Opened::Refused(refusal) => {
-                    corrupted += usize::from(refusal == Refusal::NotAuthentic);
+                    corrupted += usize::from(count > 1 && refusal == Refusal::NotAuthentic);
                     drops.count(refusal.into());
                 }
             }
-            space += datagrams.segment_size().get();
         });
         if authentic == 0 {
             return corrupted;
@@ -318,7 +323,10 @@ impl Tunnel {
             return;
         }
         let mut reply = [0; HANDSHAKE_BYTES];
-        match self.active().handshake(message, &mut reply) {
+        let active = self.active();
+        let answered =
+            Inputs::system(context.now, |inputs| active.handshake(inputs, message, &mut reply));
+        match answered {
             Answered::Response { len, receiver } => {
                 context.counters.received(message.len());
                 self.unconfirmed = Some((receiver, from));
@@ -359,7 +367,8 @@ impl Tunnel {
             return;
         }
         let mut message = [0; HANDSHAKE_BYTES];
-        let len = self.active().initiate(&mut message);
+        let active = self.active();
+        let len = Inputs::system(context.now, |inputs| active.initiate(inputs, &mut message));
         if len > 0 {
             self.initiated(&message[..len], to, context);
         }
@@ -397,7 +406,8 @@ impl Tunnel {
         let mut message = [0; HANDSHAKE_BYTES];
         let mut renew = false;
         if let Some((retired, _)) = &mut self.retired {
-            renew = matches!(retired.tick(&mut message), Tick::Initiation(_));
+            let tick = Inputs::system(context.now, |inputs| retired.tick(inputs, &mut message));
+            renew = matches!(tick, Tick::Initiation(_));
             if !retired.is_ready() {
                 self.retired = None;
             }
@@ -407,10 +417,12 @@ impl Tunnel {
             (age >= REKEY_TIMEOUT, age >= REKEY_TIMEOUT + initiation.jitter)
         });
         let tick = match (&mut self.active, repeated) {
-            // boringtun would repeat the initiation now. The jitter keeps all nodes that lost the
+            // The engine would repeat the initiation now. The jitter keeps all nodes that lost the
             // same peer from repeating theirs at the same moment.
             (_, Some((true, false))) | (None, _) => Tick::Quiet,
-            (Some(active), _) => active.tick(&mut message),
+            (Some(active), _) => {
+                Inputs::system(context.now, |inputs| active.tick(inputs, &mut message))
+            }
         };
         match tick {
             Tick::Quiet if renew && self.initiation.is_none() => {
@@ -418,7 +430,8 @@ impl Tunnel {
                 self.initiate(to, context);
             }
             Tick::Quiet => {
-                // boringtun does not repeat an initiation after it answered one from the peer.
+                // boringtun does not repeat an initiation after it answered one from the peer, the
+                // batch engine not after the peer used that session.
                 if let Some((_, true)) = repeated {
                     self.initiation = None;
                 }
@@ -463,7 +476,7 @@ impl Tunnel {
         let Some(to) = self.endpoint(known) else { return };
         let mut message = [0; HANDSHAKE_BYTES];
         if let Some(session) = self.sealing() {
-            let len = session.keepalive(&mut message);
+            let len = session.keepalive(context.now, &mut message);
             self.send(&message[..len], to, context);
         }
     }
@@ -484,14 +497,13 @@ impl Tunnel {
 
     fn active(&mut self) -> &mut Session {
         let Self { secrets, peer, psk, index, .. } = self;
-        self.active
-            .get_or_insert_with(|| Box::new(Session::new(secrets, *peer, psk.as_ref(), *index)))
+        self.active.get_or_insert_with(|| Session::new(secrets, *peer, psk.as_ref(), *index))
     }
 
     fn sealing(&mut self) -> Option<&mut Session> {
         match &mut self.active {
             Some(active) if active.is_ready() => Some(active),
-            _ => self.retired.as_mut().map(|(retired, _)| &mut **retired).filter(|r| r.is_ready()),
+            _ => self.retired.as_mut().map(|(retired, _)| retired).filter(|r| r.is_ready()),
         }
     }
 
@@ -566,13 +578,18 @@ impl Tunnel {
 mod tests {
     use super::*;
     use crate::testing::Side;
+    use towline_wireguard::{Aead, Engine, EngineChoice};
     use x25519_dalek::StaticSecret;
 
     const KEEPALIVE: Option<Duration> = Some(Duration::from_secs(25));
 
-    /// Returns two sides that know each other's key.
+    /// Returns two sides that know each other's key. The first has boringtun, the second the batch
+    /// engine.
     fn pair() -> [Side; 2] {
-        let secrets = [1, 2].map(|byte| Arc::new(Secrets::new(StaticSecret::from([byte; 32]))));
+        let batch = Engine::select(EngineChoice::Batch, Aead::Auto);
+        let secrets = [(1, Engine::BORINGTUN), (2, batch)].map(|(byte, engine)| {
+            Arc::new(Secrets::with_engine(StaticSecret::from([byte; 32]), engine))
+        });
         [0, 1].map(|me| {
             let address = Path::direct(([192, 0, 2, me as u8], 51830).into());
             Side::new(&secrets[me], secrets[1 - me].public_key(), 100 + me as u32, address)

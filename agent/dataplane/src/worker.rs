@@ -364,12 +364,13 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
         self.received.clear();
         self.udp.receive(sockets, &mut self.received, &self.drops).map_err(errno)?;
         let allowed = self.tun.coalesce();
-        self.pipeline.inbound(now, allowed, &self.received, &mut self.writes, &mut self.out);
+        self.pipeline.inbound(now, allowed, &mut self.received, &mut self.writes, &mut self.out);
         let Coalesced { datagrams, corrupted } = self.pipeline.coalesced();
         self.udp.record_gro(now, datagrams, corrupted);
         if !self.pipeline.forwards().is_empty() {
             let forwards = self.pipeline.forwards();
-            self.udp.send_gso_batches(now, self.received.bytes(), forwards, &self.drops);
+            let bytes = self.pipeline.received_bytes(&self.received, &self.writes);
+            self.udp.send_gso_batches(now, bytes, forwards, &self.drops);
         }
         if !self.writes.is_empty() {
             self.tun.write(now, &self.writes, &self.drops);
@@ -392,10 +393,7 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
     }
 
     fn flush(&mut self, now: Instant) {
-        if !self.out.is_empty() {
-            self.udp.send(now, &self.out, &self.drops);
-            self.out.clear();
-        }
+        self.udp.flush(now, &mut self.out, &self.drops);
     }
 }
 

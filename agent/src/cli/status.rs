@@ -68,6 +68,11 @@ fn text(status: &pb::StatusResponse, health: String, wide: bool) -> String {
     line("overlay", output::list(&status.overlay_addresses));
     line("public key", status.public_key.clone());
     line("link", format!("{}, mtu {}, udp port {}", status.link, status.mtu, status.listen_port));
+    // Older agents do not report it, and one that is down has none.
+    if !status.wireguard_engine.is_empty() {
+        let (engine, aead) = (&status.wireguard_engine, &status.wireguard_aead);
+        line("wireguard", format!("engine {engine}, cipher {aead}"));
+    }
     if let Some(controller) = status.controller.as_ref().filter(|_| !down) {
         let last_heard = controller.last_heard_ms.map(Duration::from_millis).map(output::span);
         line(

@@ -49,6 +49,7 @@ impl Reporter<'_> {
             up += u32::from(state == PeerState::Up);
         }
         let snapshot = daemon.tunnels.data_plane().snapshot();
+        let engine = daemon.tunnels.data_plane().engine();
         let blocked = daemon.host.blocked();
         let (problems, mut notes) = (self.problems(), daemon.host.notes());
         let configured = config.wireguard.port;
@@ -74,6 +75,8 @@ impl Reporter<'_> {
             listen_port: config.wireguard.port.into(),
             link: config.link.name.clone(),
             mtu: config.link.mtu.into(),
+            wireguard_engine: engine.name().into(),
+            wireguard_aead: engine.aead().into(),
             candidates: daemon.announcer.candidates().iter().map(Into::into).collect(),
             controller: daemon.controller.status(),
             kubernetes: daemon.kubernetes.status(),

@@ -3,7 +3,7 @@
 use anyhow::Context as _;
 use tokio::sync::{mpsc, watch};
 use towline_core::peer_table::PeerTable;
-use towline_dataplane::{self as dataplane, DataPlane, HostTunnels, Probes};
+use towline_dataplane::{self as dataplane, DataPlane, Engine, HostTunnels, Probes};
 
 use super::Purpose;
 use crate::config::Config;
@@ -106,6 +106,7 @@ fn start_data_plane(
         probes,
         link: None,
         copy_dscp: config.wireguard.copy_dscp,
+        engine: Engine::select(config.wireguard.engine.into(), config.wireguard.aead.into()),
     };
     let data_plane = match purpose {
         Purpose::Node => {

@@ -11,7 +11,7 @@ use boringtun::noise::{Packet, Tunn, TunnResult};
 use towline_types::id::{PresharedKey, WireguardKey};
 use x25519_dalek::{PublicKey, StaticSecret};
 
-use crate::{HANDSHAKE_BYTES, Refusal};
+use crate::{Engine, HANDSHAKE_BYTES, Refusal};
 
 /// Initiations per second above which initiators must prove their address with a cookie. Each
 /// initiation costs about a quarter of a millisecond.
@@ -21,6 +21,8 @@ const INITIATIONS_PER_SECOND: u64 = 256;
 pub struct Secrets {
     private: StaticSecret,
     public: PublicKey,
+    /// Engine of the tunnels. Admission is boringtun's for both.
+    engine: Engine,
     /// Limiter of initiations for all peers together.
     gate: RateLimiter,
     /// Limiter that always demands a cookie. Used for source addresses that send too many
@@ -50,8 +52,13 @@ pub enum Admission {
 }
 
 impl Secrets {
-    /// Creates the limiters for the node with this private key.
+    /// Creates the limiters for the node with this private key, whose tunnels use boringtun.
     pub fn new(private: StaticSecret) -> Self {
+        Self::with_engine(private, Engine::BORINGTUN)
+    }
+
+    /// Creates the limiters for the node with this private key, whose tunnels use this engine.
+    pub fn with_engine(private: StaticSecret, engine: Engine) -> Self {
         let public = PublicKey::from(&private);
         Self {
             gate: RateLimiter::new(&public, INITIATIONS_PER_SECOND),
@@ -60,7 +67,14 @@ impl Secrets {
             cookie_keys: [RandomState::new(), RandomState::new()],
             private,
             public,
+            engine,
         }
+    }
+
+    /// Returns the engine of the tunnels.
+    #[inline]
+    pub fn engine(&self) -> Engine {
+        self.engine
     }
 
     /// Returns the node's public key.
@@ -100,6 +114,11 @@ impl Secrets {
         };
         let half = parse_handshake_anon(&self.private, &self.public, &message).ok()?;
         Some(WireguardKey(half.peer_static_public))
+    }
+
+    /// Returns the private key, for handshakes.
+    pub(crate) fn private(&self) -> &StaticSecret {
+        &self.private
     }
 
     /// Creates boringtun's state of a tunnel with a peer. `index` is the 24-bit tunnel index.

@@ -1,5 +1,8 @@
 //! The seam to the caller's buffers: plaintext comes from [`Segments`], sealed messages go into a
 //! [`Sink`]. Both are called for every packet, so they are type parameters, never trait objects.
+//! Received messages are [`Message`]s in [`Buffers`].
+
+use crate::Unsealed;
 
 /// Plaintext to seal, one segment after another.
 pub trait Segments {
@@ -33,11 +36,47 @@ impl Segments for Single<'_> {
     }
 }
 
-/// Space for sealed messages, one after another.
+/// Space for data messages, one after another, in one buffer.
 pub trait Sink {
     /// Returns the space for the next message, which has at least `len` bytes. `None` if there is
     /// no room.
     fn place(&mut self, len: usize) -> Option<&mut [u8]>;
+    /// Returns the position of the space for the next message in the buffer, and the list of the
+    /// messages in it that are not sealed yet. The owner of the buffer seals them before it sends
+    /// the buffer ([`Unsealed::seal`]).
+    fn unsealed(&mut self) -> (usize, &mut Unsealed);
     /// Appends the first `len` bytes of the space as a message.
     fn commit(&mut self, len: usize);
+}
+
+/// Position of a received message in its buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Message {
+    /// Position of the first byte.
+    pub start: usize,
+    /// Length in bytes.
+    pub len: usize,
+}
+
+/// Buffers that data messages are opened in.
+#[derive(Debug)]
+pub struct Buffers<'a> {
+    /// Buffer with the received messages. An engine that opens in place
+    /// ([`crate::Engine::opens_in_place`]) leaves the packets in it.
+    pub sealed: &'a mut [u8],
+    /// Buffer for the packets of the other engines, which is as long.
+    pub plain: &'a mut [u8],
+    /// Working memory, kept between calls for its capacity.
+    pub scratch: &'a mut Scratch,
+}
+
+/// Working memory of [`crate::Session::open`].
+#[derive(Debug, Default)]
+pub struct Scratch {
+    /// Messages whose authenticity decides.
+    pub(crate) packets: Vec<towline_aead::Packet>,
+    /// One entry for each of `packets`.
+    pub(crate) authentic: Vec<bool>,
+    /// One entry for each message: why it is refused without decryption, if it is.
+    pub(crate) refusals: Vec<Option<crate::Refusal>>,
 }

@@ -1,272 +1,145 @@
-//! Handshakes and sessions with one peer, on boringtun.
+//! The seam: WireGuard state of a tunnel with one peer, on the engine of the node.
 //!
-//! boringtun 0.7.1 has gaps and defects. Those that need neither timers nor paths are worked around
-//! here, the others in the data plane's tunnels:
-//!
-//! - Payloads from [`Segments`] are padded to 16 bytes already (whitepaper section 5.4.6).
-//! - A counter past Reject-After-Messages is refused before boringtun processes it. Near 2^64
-//!   boringtun's replay window would overflow.
-//! - boringtun's handshake limiter is one global counter that also counts responses, and its cookie
-//!   ignores the port. [`Secrets::admit`] checks initiations alone, with a cookie that covers
-//!   address and port. The tunnels get a limiter that never refuses.
-//! - boringtun's clock advances only in `update_timers`, so [`Session::refresh`] is called before
-//!   everything that depends on time.
-//! - boringtun panics when a buffer is too small, so every buffer is checked here first.
-//! - boringtun's persistent keepalive and its packet queue are not used.
-//!
-//! On an established session nothing here reads the clock per packet, allocates or takes a lock,
-//! except for the two uncontended locks of boringtun's replay window.
+//! Each call is one of a batch or of a handshake message, so the choice between the engines costs
+//! nothing per packet.
 
-use boringtun::noise::errors::WireGuardError;
-use boringtun::noise::{Tunn, TunnResult};
+use std::time::Instant;
+
 use towline_types::id::{PresharedKey, WireguardKey};
 
-use crate::message::word;
-use crate::{
-    DATA_HEADER, DATA_OVERHEAD, HANDSHAKE_BYTES, MessageKind, Refusal, Secrets, Segments, Sink,
-};
-
-/// Reject-After-Messages (whitepaper section 6.1): a data message with this or a larger counter is
-/// refused.
-const REJECT_AFTER_MESSAGES: u64 = u64::MAX - (1 << 13);
+use crate::batch::session::BatchSession;
+use crate::engine::Kind;
+use crate::single::SingleSession;
+use crate::{Answered, Buffers, Inputs, Message, Opened, Sealed, Secrets, Segments, Sink, Tick};
 
 /// WireGuard state of a tunnel with one peer: its handshake and its sessions.
-pub struct Session {
-    tunn: Tunn,
-    /// True while there is a session to seal with. Updated after every call of boringtun that may
-    /// change it.
-    ready: bool,
+pub struct Session(Inner);
+
+enum Inner {
+    Single(Box<SingleSession>),
+    Batch(Box<BatchSession>),
 }
 
 impl std::fmt::Debug for Session {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Session").field("ready", &self.ready).finish_non_exhaustive()
+        f.debug_struct("Session").field("ready", &self.is_ready()).finish_non_exhaustive()
     }
 }
 
-/// Result of [`Session::seal`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Sealed {
-    /// Length of all sealed messages, in bytes.
-    pub bytes: usize,
-    /// Number of segments that could not be sealed because the session has just ended.
-    pub lost: usize,
-}
-
-/// Result of opening one data message.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Opened {
-    /// A packet in the space of the message, truncated to the length that its header claims.
-    Packet {
-        /// Position of the first byte in that space.
-        start: usize,
-        /// Length in bytes.
-        len: usize,
-    },
-    /// A keepalive: authentic and empty.
-    Keepalive,
-    /// The message is refused for this reason.
-    Refused(Refusal),
-}
-
-/// Result of a handshake message.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Answered {
-    /// An authentic initiation was answered. The new session is used once the first datagram for
-    /// `receiver` arrives, which confirms it.
-    Response {
-        /// Length of the response in bytes.
-        len: usize,
-        /// Receiver index of the new session.
-        receiver: u32,
-    },
-    /// The initiation of this node was answered: the session is established, and a keepalive
-    /// confirms it.
-    Established {
-        /// Length of the keepalive in bytes.
-        len: usize,
-    },
-    /// A cookie for the next initiation of this node.
-    Cookie,
-    /// The message is refused for this reason.
-    Refused(Refusal),
-}
-
-/// Result of [`Session::tick`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Tick {
-    /// No message is due now.
-    Quiet,
-    /// An initiation of this number of bytes must be sent.
-    Initiation(usize),
-    /// A keepalive of this number of bytes must be sent.
-    Keepalive(usize),
-    /// The session expired, or the handshake was given up. Nothing happens until the next
-    /// initiation.
-    Expired,
-}
-
 impl Session {
-    /// Creates the state without a session. `index` is the 24-bit tunnel index.
+    /// Creates the state without a session, on the engine of `secrets`. `index` is the 24-bit tunnel
+    /// index.
     pub fn new(
         secrets: &Secrets,
         peer: WireguardKey,
         psk: Option<&PresharedKey>,
         index: u32,
     ) -> Self {
-        Self { tunn: secrets.tunn(peer, psk, index), ready: false }
+        Self(match secrets.engine().kind() {
+            Kind::Boringtun => {
+                Inner::Single(Box::new(SingleSession::new(secrets, peer, psk, index)))
+            }
+            Kind::Batch(backend) => {
+                Inner::Batch(Box::new(BatchSession::new(secrets, peer, psk, index, backend)))
+            }
+        })
     }
 
     /// Returns whether there is a session to seal with.
     #[inline]
     pub fn is_ready(&self) -> bool {
-        self.ready
-    }
-
-    /// Seals segments into `sink` until none is left or the sink is full. Call only when
-    /// [`Session::is_ready`].
-    #[inline]
-    pub fn seal(&mut self, segments: &mut impl Segments, sink: &mut impl Sink) -> Sealed {
-        let mut sealed = Sealed::default();
-        while let Some(len) = segments.next_len() {
-            let need = (len + DATA_OVERHEAD).max(HANDSHAKE_BYTES);
-            let Some(space) = sink.place(need) else { break };
-            let segment = segments.take();
-            // Without a session boringtun would return an initiation here, which does not carry
-            // this segment.
-            if let TunnResult::WriteToNetwork(message) = self.tunn.encapsulate(segment, space)
-                && message.first() == Some(&4)
-            {
-                let len = message.len();
-                sink.commit(len);
-                sealed.bytes += len;
-            } else {
-                sealed.lost += 1;
-            }
+        match &self.0 {
+            Inner::Single(session) => session.is_ready(),
+            Inner::Batch(session) => session.is_ready(),
         }
-        sealed
     }
 
-    /// Opens data messages, each into its own space, which must be at least as long as the message.
-    /// Calls `each` once for every message, with its length in bytes.
+    /// Returns whether [`Session::open`] leaves packets in the buffer of their messages, as
+    /// [`crate::Engine::opens_in_place`] says.
     #[inline]
-    pub fn open<'a>(
+    pub fn opens_in_place(&self) -> bool {
+        matches!(self.0, Inner::Batch(_))
+    }
+
+    /// Writes segments as data messages into `sink` until none is left or the sink is full. They are
+    /// sealed at once, or noted in [`Sink::unsealed`]. Call only when [`Session::is_ready`].
+    #[inline]
+    pub fn seal(
         &mut self,
-        messages: impl Iterator<Item = (&'a [u8], &'a mut [u8])>,
-        mut each: impl FnMut(usize, Opened),
-    ) {
-        for (message, space) in messages {
-            each(message.len(), self.open_one(message, space));
-        }
-        if !self.ready {
-            self.refresh_ready();
+        now: Instant,
+        segments: &mut impl Segments,
+        sink: &mut impl Sink,
+    ) -> Sealed {
+        match &mut self.0 {
+            Inner::Single(session) => session.seal(segments, sink),
+            Inner::Batch(session) => session.seal(now, segments, sink),
         }
     }
 
-    fn open_one(&mut self, message: &[u8], space: &mut [u8]) -> Opened {
-        let Some(counter) = message.get(8..16).and_then(|bytes| bytes.first_chunk()) else {
-            return Opened::Refused(Refusal::Malformed);
-        };
-        if u64::from_le_bytes(*counter) >= REJECT_AFTER_MESSAGES {
-            return Opened::Refused(Refusal::CounterExhausted);
-        }
-        let Some(space) = space.get_mut(DATA_HEADER..message.len()) else {
-            return Opened::Refused(Refusal::Malformed);
-        };
-        match self.tunn.decapsulate(None, message, space) {
-            TunnResult::WriteToTunnelV4(packet, _) | TunnResult::WriteToTunnelV6(packet, _) => {
-                Opened::Packet { start: DATA_HEADER, len: packet.len() }
-            }
-            TunnResult::Done => Opened::Keepalive,
-            TunnResult::Err(WireGuardError::InvalidPacket) => Opened::Refused(Refusal::NoPacket),
-            TunnResult::Err(error) => Opened::Refused(Refusal::from(&error)),
-            TunnResult::WriteToNetwork(_) => Opened::Refused(Refusal::Malformed),
+    /// Opens data messages, which are in the order of their positions and all have the receiver
+    /// index of the first. Calls `each` once for every message, in order.
+    #[inline]
+    pub fn open(
+        &mut self,
+        now: Instant,
+        messages: impl Iterator<Item = Message> + Clone,
+        buffers: Buffers<'_>,
+        each: impl FnMut(Message, Opened),
+    ) {
+        match &mut self.0 {
+            Inner::Single(session) => session.open(messages, buffers, each),
+            Inner::Batch(session) => session.open(now, messages, buffers, each),
         }
     }
 
     /// Handles a handshake message and writes the answer to `reply`.
-    pub fn handshake(&mut self, message: &[u8], reply: &mut [u8]) -> Answered {
-        if reply.len() < HANDSHAKE_BYTES {
-            return Answered::Refused(Refusal::InvalidHandshake);
+    pub fn handshake(
+        &mut self,
+        inputs: &mut Inputs<'_>,
+        message: &[u8],
+        reply: &mut [u8],
+    ) -> Answered {
+        match &mut self.0 {
+            Inner::Single(session) => session.handshake(message, reply),
+            Inner::Batch(session) => session.handshake(inputs, message, reply),
         }
-        self.refresh();
-        let answered = match self.tunn.decapsulate(None, message, reply) {
-            TunnResult::WriteToNetwork(answer) => {
-                match (MessageKind::of(answer), word(answer, 4)) {
-                    // The second word is the index that this node chose.
-                    (Some(MessageKind::Response { .. }), Some(receiver)) => {
-                        Answered::Response { len: answer.len(), receiver }
-                    }
-                    (Some(MessageKind::Data { .. }), _) => {
-                        Answered::Established { len: answer.len() }
-                    }
-                    _ => Answered::Refused(Refusal::InvalidHandshake),
-                }
-            }
-            TunnResult::Done => Answered::Cookie,
-            TunnResult::Err(error) => Answered::Refused(match Refusal::from(&error) {
-                Refusal::NotAuthentic => Refusal::InvalidHandshake,
-                other => other,
-            }),
-            _ => Answered::Refused(Refusal::InvalidHandshake),
-        };
-        self.refresh_ready();
-        answered
     }
 
     /// Starts a handshake, even when one is under way (a response to the earlier initiation is
     /// still accepted). Returns the length of the initiation in `message`, or 0 if it could not be
     /// made.
-    pub fn initiate(&mut self, message: &mut [u8]) -> usize {
-        if message.len() < HANDSHAKE_BYTES {
-            return 0;
-        }
-        self.refresh();
-        match self.tunn.format_handshake_initiation(message, true) {
-            TunnResult::WriteToNetwork(initiation) => initiation.len(),
-            _ => 0,
+    pub fn initiate(&mut self, inputs: &mut Inputs<'_>, message: &mut [u8]) -> usize {
+        match &mut self.0 {
+            Inner::Single(session) => session.initiate(message),
+            Inner::Batch(session) => session.initiate(inputs, message),
         }
     }
 
     /// Seals an empty payload. Returns the length of the datagram in `message`, or 0 without a
     /// session.
-    pub fn keepalive(&mut self, message: &mut [u8]) -> usize {
-        if !self.ready || message.len() < HANDSHAKE_BYTES {
-            return 0;
-        }
-        match self.tunn.encapsulate(&[], message) {
-            TunnResult::WriteToNetwork(datagram) => datagram.len(),
-            _ => 0,
+    pub fn keepalive(&mut self, now: Instant, message: &mut [u8]) -> usize {
+        match &mut self.0 {
+            Inner::Single(session) => session.keepalive(message),
+            Inner::Batch(session) => session.keepalive(now, message),
         }
     }
 
     /// Advances the protocol timers. Call it a few times per second while there is a session or a
-    /// handshake.
-    pub fn tick(&mut self, message: &mut [u8]) -> Tick {
-        if message.len() < HANDSHAKE_BYTES {
-            return Tick::Quiet;
+    /// handshake. The caller adds the random delay before an initiation is repeated: it does not
+    /// call this meanwhile.
+    pub fn tick(&mut self, inputs: &mut Inputs<'_>, message: &mut [u8]) -> Tick {
+        match &mut self.0 {
+            Inner::Single(session) => session.tick(message),
+            Inner::Batch(session) => session.tick(inputs, message),
         }
-        let tick = match self.tunn.update_timers(message) {
-            TunnResult::WriteToNetwork(datagram) if datagram.first() == Some(&1) => {
-                Tick::Initiation(datagram.len())
-            }
-            TunnResult::WriteToNetwork(datagram) => Tick::Keepalive(datagram.len()),
-            TunnResult::Err(WireGuardError::ConnectionExpired) => Tick::Expired,
-            _ => Tick::Quiet,
-        };
-        self.refresh_ready();
-        tick
     }
 
-    /// Updates boringtun's clock and discards the message that its timers produce. Without this,
-    /// boringtun would date a new session to the start of a long silence and end it at once.
-    pub fn refresh(&mut self) {
-        let mut unsent = [0; HANDSHAKE_BYTES];
-        self.tunn.update_timers(&mut unsent);
-        self.refresh_ready();
-    }
-
-    fn refresh_ready(&mut self) {
-        self.ready = self.tunn.time_since_last_handshake().is_some();
+    /// Returns the batch engine's state.
+    #[cfg(test)]
+    pub(crate) fn batch(&mut self) -> &mut BatchSession {
+        match &mut self.0 {
+            Inner::Single(_) => panic!("not the batch engine"),
+            Inner::Batch(session) => session,
+        }
     }
 }

@@ -34,9 +34,10 @@ use crate::sim::host::{self, Host};
 pub use aead::aead;
 pub use files::{files, request, stored, uapi};
 pub use kernel::{netlink, nftables};
-pub use pipeline::pipeline;
+pub use pipeline::{pipeline, pipeline_batch};
 pub use probe_session::probe_session;
 pub use relay::relay;
+pub use wireguard::wireguard;
 
 mod aead;
 mod files;
@@ -44,6 +45,7 @@ mod kernel;
 mod pipeline;
 mod probe_session;
 mod relay;
+mod wireguard;
 
 /// A function of bytes, with inputs to start from.
 pub struct Target {
@@ -66,6 +68,8 @@ pub const TARGETS: &[Target] = &[
     Target { name: "inner", run: inner, seeds: inner_seeds },
     Target { name: "coalesce", run: coalesce, seeds: coalesce_seeds },
     Target { name: "pipeline", run: pipeline, seeds: pipeline::seeds },
+    Target { name: "pipeline_batch", run: pipeline_batch, seeds: pipeline::seeds },
+    Target { name: "wireguard", run: wireguard, seeds: wireguard::seeds },
     Target { name: "mesh", run: mesh, seeds: mesh_seeds },
     Target { name: "relay", run: relay, seeds: relay::seeds },
     Target { name: "helper", run: helper, seeds: helper_seeds },

@@ -8,6 +8,7 @@
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::BorrowedFd;
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use towline_core::forwarding::{ForwardingEnd, ForwardingTable};
@@ -34,7 +35,8 @@ use towline_proto::id::WireguardKey;
 use towline_proto::mtu::Mtu;
 use towline_proto::rate::Rate;
 use towline_wireguard::{
-    Answered, DATA_OVERHEAD, HANDSHAKE_BYTES, MessageKind, Secrets, Segments, Session, Single,
+    Aead, Answered, DATA_OVERHEAD, Engine, EngineChoice, HANDSHAKE_BYTES, Inputs, MessageKind,
+    Secrets, Segments, Session, Single,
 };
 use x25519_dalek::StaticSecret;
 
@@ -54,10 +56,22 @@ fn address(number: u8) -> SocketAddr {
     SocketAddr::from(([192, 0, 2, number], 51_830))
 }
 
-/// Runs the packet path on one input; see the module's documentation.
+/// Runs the packet path on one input, with boringtun as its engine; see the module's documentation.
 pub fn pipeline(bytes: &[u8]) {
+    run(Engine::BORINGTUN, bytes);
+}
+
+/// Runs the packet path on one input, with the batch engine; see the module's documentation.
+pub fn pipeline_batch(bytes: &[u8]) {
+    run(*BATCH, bytes);
+}
+
+/// The batch engine with the fastest AEAD of this CPU.
+static BATCH: LazyLock<Engine> = LazyLock::new(|| Engine::select(EngineChoice::Batch, Aead::Auto));
+
+fn run(engine: Engine, bytes: &[u8]) {
     let mut input = Input(bytes);
-    let mut bench = Bench::new();
+    let mut bench = Bench::new(engine);
     for _ in 0..CALLS {
         let Some(what) = input.byte() else { break };
         match what % 8 {
@@ -127,9 +141,9 @@ impl UdpIo for Sink {
 }
 
 impl Bench {
-    fn new() -> Self {
+    fn new(engine: Engine) -> Self {
         let now = *EPOCH;
-        let mut path = PacketPath::new(StaticSecret::from([1; 32]), Some(LINK), now);
+        let mut path = PacketPath::new(StaticSecret::from([1; 32]), engine, Some(LINK), now);
         let ends = [3, 4].map(|number| ForwardingEnd {
             node: WireguardKey([number; 32]),
             path: address(number).into(),
@@ -200,10 +214,11 @@ impl Bench {
     }
 
     fn head(&mut self, input: &mut Input<'_>) -> Vec<u8> {
+        let now = self.now;
         let data = |session: &mut Session| {
             // Receiver index that the node has chosen.
             let mut message = [0; HANDSHAKE_BYTES];
-            let len = session.keepalive(&mut message);
+            let len = session.keepalive(now, &mut message);
             message[..len.min(16)].to_vec()
         };
         match input.below(10) {
@@ -247,7 +262,8 @@ impl Bench {
             if payload >= 32 {
                 packet[16..20].copy_from_slice(&[10, 0, 0, 1]);
             }
-            self.peer.seal(&mut Single::new(&packet), &mut sealed.to(&to.into()));
+            let mut segment = Single::new(&packet);
+            self.peer.seal(self.now, &mut segment, &mut sealed.to(&to.into()));
         }
         let len: usize = sealed.gso_batches().iter().map(|gso| gso.len).sum();
         let size = match input.below(4) {
@@ -273,7 +289,8 @@ impl Bench {
 
     fn initiation(&mut self) {
         let mut message = [0; HANDSHAKE_BYTES];
-        let len = self.peer.initiate(&mut message);
+        let peer = &mut self.peer;
+        let len = Inputs::system(self.now, |inputs| peer.initiate(inputs, &mut message));
         self.arrive(address(2).into(), &message[..len], 0);
     }
 
@@ -306,7 +323,7 @@ impl Bench {
         };
         let before = drops(&self.path);
         let allowed = Coalesce { tcp: true, udp: true, tunnels: [4789, 0, 0, 0], whole: [0; 4] };
-        self.path.inbound(self.now, allowed, &self.received, &mut self.writes, &mut self.out);
+        self.path.inbound(self.now, allowed, &mut self.received, &mut self.writes, &mut self.out);
         let mut outcomes = usize::try_from(drops(&self.path) - before).expect("a few");
 
         let mut free_from = 0;
@@ -347,6 +364,7 @@ impl Bench {
     /// Delivers to the peer what was sent to it; its responses arrive in the next batch.
     fn answers(&mut self) {
         let mut messages = Vec::new();
+        assert_eq!(self.out.seal(), 0, "nothing is lost");
         for gso in self.out.gso_batches().iter().filter(|gso| gso.to.path.remote == address(2)) {
             let bytes = &self.out.bytes()[gso.start..gso.start + gso.len];
             messages.extend(bytes.chunks(gso.segment_size.get()).map(<[u8]>::to_vec));
@@ -362,9 +380,10 @@ impl Bench {
                 continue;
             }
             let mut reply = [0; HANDSHAKE_BYTES];
-            if let Answered::Response { len, .. } | Answered::Established { len } =
-                self.peer.handshake(&message, &mut reply)
-            {
+            let peer = &mut self.peer;
+            let answered =
+                Inputs::system(self.now, |inputs| peer.handshake(inputs, &message, &mut reply));
+            if let Answered::Response { len, .. } | Answered::Established { len } = answered {
                 self.arrive(address(2).into(), &reply[..len], 0);
             }
         }
@@ -512,7 +531,11 @@ mod tests {
     /// Without this test the seeds might show only that junk is dropped.
     #[test]
     fn seeds_reach_a_session_and_a_channel() {
-        let mut bench = Bench::new();
+        [Engine::BORINGTUN, *BATCH].into_iter().for_each(reach_a_session_and_a_channel);
+    }
+
+    fn reach_a_session_and_a_channel(engine: Engine) {
+        let mut bench = Bench::new(engine);
         bench.initiation();
         bench.inbound();
         bench.inbound();
@@ -523,7 +546,7 @@ mod tests {
         path.inbound(*now, allowed, received, writes, out);
         assert_eq!(writes.frames().len(), 20);
 
-        let mut bench = Bench::new();
+        let mut bench = Bench::new(engine);
         bench.junk(&mut Input(&seeds()[4][1..]));
         let Bench { now, path, received, writes, out, .. } = &mut bench;
         path.inbound(*now, allowed, received, writes, out);

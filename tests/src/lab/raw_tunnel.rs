@@ -3,14 +3,14 @@
 
 use std::net::{SocketAddr, UdpSocket};
 use std::path::Path as FilePath;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use data_encoding::BASE64;
 use towline_core::path::Path;
 use towline_dataplane::arena::SendBatch;
 use towline_proto::id::WireguardKey;
-use towline_wireguard::{Answered, HANDSHAKE_BYTES, PADDING, Secrets, Session, Single};
+use towline_wireguard::{Answered, HANDSHAKE_BYTES, Inputs, PADDING, Secrets, Session, Single};
 use x25519_dalek::{PublicKey, StaticSecret};
 
 use super::interrupt::wait_up_to;
@@ -66,7 +66,9 @@ impl RawTunnel {
         let mut tunnel = Self { session, socket, to };
         let done = wait_up_to(HANDSHAKE_LIMIT, || {
             let mut message = [0; HANDSHAKE_BYTES];
-            let length = tunnel.session.initiate(&mut message);
+            let session = &mut tunnel.session;
+            let length =
+                Inputs::system(Instant::now(), |inputs| session.initiate(inputs, &mut message));
             tunnel.socket.send(&message[..length])?;
             tunnel.await_response()
         })?;
@@ -88,9 +90,11 @@ impl RawTunnel {
             if datagram[0] != 2 && datagram[0] != 3 {
                 continue;
             }
-            if let Answered::Established { len } =
-                self.session.handshake(&datagram[..length], &mut reply)
-            {
+            let session = &mut self.session;
+            let answered = Inputs::system(Instant::now(), |inputs| {
+                session.handshake(inputs, &datagram[..length], &mut reply)
+            });
+            if let Answered::Established { len } = answered {
                 self.socket.send(&reply[..len])?;
                 return Ok(Some(()));
             }
@@ -107,7 +111,8 @@ impl RawTunnel {
         padded.resize(packet.len().next_multiple_of(PADDING), 0);
         let mut out = SendBatch::new(padded.len() + 2 * HANDSHAKE_BYTES, 1);
         let to = Path::from(self.to).into();
-        self.session.seal(&mut Single::new(&padded), &mut out.to(&to));
+        self.session.seal(Instant::now(), &mut Single::new(&padded), &mut out.to(&to));
+        out.seal();
         for gso in out.gso_batches() {
             self.socket.send(&out.bytes()[gso.start..gso.start + gso.len])?;
         }

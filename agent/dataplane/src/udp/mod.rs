@@ -39,10 +39,21 @@ pub trait UdpIo: Send + 'static {
     /// Returns the system's error if the socket can no longer receive.
     fn receive(&mut self, ready: Ready, batch: &mut RecvBatch, drops: &Drops) -> io::Result<()>;
 
-    /// Sends the whole batch in order. Waits a short time if a socket buffer is full. Datagrams
-    /// that cannot be sent are counted.
+    /// Sends the whole batch, which is sealed, in order. Waits a short time if a socket buffer is
+    /// full. Datagrams that cannot be sent are counted.
     fn send(&mut self, now: Instant, batch: &SendBatch, drops: &Drops) {
         self.send_gso_batches(now, batch.bytes(), batch.gso_batches(), drops);
+    }
+
+    /// Seals what is unsealed in a batch, sends all of it like [`UdpIo::send`], and clears it.
+    fn flush(&mut self, now: Instant, batch: &mut SendBatch, drops: &Drops) {
+        if batch.is_empty() {
+            return;
+        }
+        let lost = batch.seal();
+        drops.add(DropReason::NoSession, lost as u64);
+        self.send(now, batch, drops);
+        batch.clear();
     }
 
     /// Sends GSO batches like [`UdpIo::send`], with offsets into `bytes`.

@@ -87,7 +87,8 @@ impl Faulty {
         sender.try_send(Event::Probe { peer, from, message }).unwrap();
         let private_key = StaticSecret::from([1; 32]);
         let probes = Probes::new(private_key.clone(), 1);
-        let config = Config { private_key, probes, link: None, copy_dscp: false };
+        let engine = Engine::BORINGTUN;
+        let config = Config { private_key, probes, link: None, copy_dscp: false, engine };
         let plane = DataPlane::start(config, shards, sender).unwrap();
         Self { plane, host, reading, events }
     }
@@ -171,7 +172,8 @@ fn orders_that_a_worker_does_not_take_are_bounded_and_counted() {
     let (sender, _events) = channel(8);
     let private_key = StaticSecret::from([1; 32]);
     let probes = Probes::new(private_key.clone(), 1);
-    let config = Config { private_key, probes, link: None, copy_dscp: false };
+    let engine = Engine::BORINGTUN;
+    let config = Config { private_key, probes, link: None, copy_dscp: false, engine };
     let plane = DataPlane::start(config, [shard], sender).unwrap();
     host.send(&[0x45; 20]);
     let deadline = Instant::now() + TIMEOUT;

@@ -25,13 +25,16 @@ use towline_dataplane::drops::Drops;
 use towline_dataplane::memory::{self, Datagram, MemoryHost, MemoryTun, Network};
 use towline_dataplane::switch::Switch;
 use towline_dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_UDP_L4, VnetHeader};
-use towline_dataplane::{Config, DataPlane, Event, Fault, Probes, StuckWorkers, TunIo, checksum};
+use towline_dataplane::{
+    Aead, Config, DataPlane, Engine, EngineChoice, Event, Fault, Probes, StuckWorkers, TunIo,
+    checksum,
+};
 use towline_types::frame::{Probe, ProbeVersion, relayed_header};
 use towline_types::id::{PresharedKey, WireguardKey};
 use towline_types::mtu::Mtu;
 use towline_types::rate::Rate;
 use towline_types::stun;
-use towline_wireguard::{HANDSHAKE_BYTES, Secrets, Session};
+use towline_wireguard::{HANDSHAKE_BYTES, Inputs, Secrets, Session};
 use x25519_dalek::{PublicKey, StaticSecret};
 
 /// Longest time to wait for something that must happen.
@@ -39,6 +42,13 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// Time to wait for something that must not happen. Every thread has run by then.
 const A_WHILE: Duration = Duration::from_millis(100);
 const PATTERN: &[u8] = b"an inner byte pattern that nobody may see";
+
+/// Returns the WireGuard engine of an end: the batch engine where the number is odd, so that each
+/// engine talks to the other in both roles.
+fn engine_of(number: u8) -> Engine {
+    let choice = if number % 2 == 1 { EngineChoice::Batch } else { EngineChoice::Boringtun };
+    Engine::select(choice, Aead::Auto)
+}
 
 /// Data plane with its host and its events.
 struct End {
@@ -58,7 +68,13 @@ impl End {
         let (sender, events) = channel(256);
         let private_key = StaticSecret::from([number; 32]);
         let probes = Probes::new(private_key.clone(), 1);
-        let config = Config { private_key, probes: probes.clone(), link: None, copy_dscp: false };
+        let config = Config {
+            private_key,
+            probes: probes.clone(),
+            link: None,
+            copy_dscp: false,
+            engine: engine_of(number),
+        };
         let plane =
             DataPlane::start(config, [(tun, network.bind(address).unwrap())], sender).unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();

@@ -217,3 +217,35 @@ fn oversized_datagrams_are_dropped_and_counted_and_hang_nothing() {
     assert_eq!(forwarded, [Datagram { from: b.address, to: ends[1], bytes }]);
     assert_eq!(b.drops("oversized"), count);
 }
+
+/// An engine that opens in place leaves its own packets in the buffer that the relay sends from.
+#[test]
+fn a_relay_of_either_engine_forwards_unchanged_what_arrives_between_its_own_packets() {
+    for number in [2, 3] {
+        let network = Network::new();
+        let (mut a, relay) = (End::new(&network, 1), End::new(&network, number));
+        a.apply([(relay.key(), relay.entry())]);
+        relay.apply([(a.key(), a.entry())]);
+        let ends = [7, 8].map(|n| SocketAddr::from(([192, 0, 2, n], 51830)));
+        relay.relay(77, ends, 1 << 33);
+        a.plane.handshake(relay.key(), vec![relay.address.into()]);
+        a.observed(relay.key(), |what| {
+            what == Observation::Handshake { from: relay.address.into() }
+        });
+        let own: Vec<_> = (0..200).map(|payload| packet(&a, &relay, payload)).collect();
+        let mut expected = Vec::new();
+        for (mark, packet) in (0..200u8).zip(&own) {
+            let bytes = [&relayed_header(77)[..], &[4, 0, 0, 0], &[mark; 60]].concat();
+            let datagram = Datagram { from: ends[0], to: relay.address, bytes: bytes.clone() };
+            network.inject(datagram);
+            expected.push(Datagram { from: relay.address, to: ends[1], bytes });
+            a.host.send(packet);
+        }
+        for packet in &own {
+            assert_eq!(relay.host.receive(TIMEOUT).as_ref(), Some(packet));
+        }
+        // Each packet arrived after the datagram that was sent before it, which was forwarded first.
+        let forwarded: Vec<_> = network.seen().into_iter().filter(|d| d.to == ends[1]).collect();
+        assert_eq!(forwarded, expected);
+    }
+}

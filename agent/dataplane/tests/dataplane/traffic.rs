@@ -513,7 +513,8 @@ fn a_forged_address_of_a_peer_does_not_keep_it_out() {
     // An unknown node sends well-formed initiations.
     let forger = Secrets::new(StaticSecret::from([77; 32]));
     let mut initiation = [0; HANDSHAKE_BYTES];
-    let len = Session::new(&forger, b.key(), None, 1).initiate(&mut initiation);
+    let mut session = Session::new(&forger, b.key(), None, 1);
+    let len = Inputs::system(Instant::now(), |inputs| session.initiate(inputs, &mut initiation));
     let (key, target, owner, plane) = (b.key(), b.address, a.address, &a.plane);
     let (network, stop) = (&network, &AtomicBool::new(false));
     std::thread::scope(|scope| {

@@ -8,10 +8,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail, ensure};
 
 use super::flood;
-use super::pair::{NAT_TIMEOUT, Pair, Side, Terms, Wiring};
+use super::pair::{NAT_TIMEOUT, Opponent, Pair, Side, Terms, Wiring};
 use crate::lab::interrupt::{sleep, wait_for};
 use crate::lab::namespace::join;
-use crate::lab::peers::Installed;
 use crate::lab::ping::Ticker;
 use crate::lab::report::round;
 use crate::lab::scenario::Setting;
@@ -25,21 +24,21 @@ pub(super) enum Outcome {
 }
 
 /// Function that runs one case.
-pub(super) type Judge = fn(&Setting, &Installed) -> anyhow::Result<Outcome>;
+pub(super) type Judge = fn(&Setting, &Opponent<'_>) -> anyhow::Result<Outcome>;
 
 /// All cases, by name.
 pub(super) const CASES: [(&str, Judge); 11] = [
-    ("we_initiate", |setting, program| initiate(setting, program, Side::Ours)),
-    ("they_initiate", |setting, program| initiate(setting, program, Side::Theirs)),
+    ("we_initiate", |setting, opponent| initiate(setting, opponent, Side::Ours)),
+    ("they_initiate", |setting, opponent| initiate(setting, opponent, Side::Theirs)),
     ("preshared_key", preshared_key),
-    ("roaming_ours", |setting, program| roam(setting, program, Side::Ours)),
-    ("roaming_theirs", |setting, program| roam(setting, program, Side::Theirs)),
-    ("cookie_ours", |setting, program| cookie(setting, program, Side::Ours)),
-    ("cookie_theirs", |setting, program| cookie(setting, program, Side::Theirs)),
-    ("nat_ours", |setting, program| nat(setting, program, Side::Ours)),
-    ("nat_theirs", |setting, program| nat(setting, program, Side::Theirs)),
-    ("rekey_we_initiated", |setting, program| rekey(setting, program, Side::Ours)),
-    ("rekey_they_initiated", |setting, program| rekey(setting, program, Side::Theirs)),
+    ("roaming_ours", |setting, opponent| roam(setting, opponent, Side::Ours)),
+    ("roaming_theirs", |setting, opponent| roam(setting, opponent, Side::Theirs)),
+    ("cookie_ours", |setting, opponent| cookie(setting, opponent, Side::Ours)),
+    ("cookie_theirs", |setting, opponent| cookie(setting, opponent, Side::Theirs)),
+    ("nat_ours", |setting, opponent| nat(setting, opponent, Side::Ours)),
+    ("nat_theirs", |setting, opponent| nat(setting, opponent, Side::Theirs)),
+    ("rekey_we_initiated", |setting, opponent| rekey(setting, opponent, Side::Ours)),
+    ("rekey_they_initiated", |setting, opponent| rekey(setting, opponent, Side::Theirs)),
 ];
 
 /// Limit for the first handshake.
@@ -59,8 +58,8 @@ const BYTES: u64 = 4_000_000;
 const PACE: Duration = Duration::from_millis(20);
 
 /// Checks that `caller` can initiate the handshake, and that data flows in both directions.
-fn initiate(setting: &Setting, program: &Installed, caller: Side) -> anyhow::Result<Outcome> {
-    let pair = Pair::start(setting, program, Wiring::Plain, Terms::called_by(caller))?;
+fn initiate(setting: &Setting, opponent: &Opponent<'_>, caller: Side) -> anyhow::Result<Outcome> {
+    let pair = Pair::start(setting, opponent, Wiring::Plain, Terms::called_by(caller))?;
     let first = pair.ping_ok(caller, HANDSHAKE_LIMIT)?;
     pair.ping_ok(caller.other(), HANDSHAKE_LIMIT)?;
     pair.exchange(caller, BYTES)?;
@@ -69,24 +68,24 @@ fn initiate(setting: &Setting, program: &Installed, caller: Side) -> anyhow::Res
 }
 
 /// Checks that a tunnel comes up with the same pre-shared key, and not with two different ones.
-fn preshared_key(setting: &Setting, program: &Installed) -> anyhow::Result<Outcome> {
+fn preshared_key(setting: &Setting, opponent: &Opponent<'_>) -> anyhow::Result<Outcome> {
     for caller in [Side::Ours, Side::Theirs] {
         let right = Terms { preshared_keys: Some([[7; 32]; 2]), ..Terms::called_by(caller) };
-        let pair = Pair::start(setting, program, Wiring::Plain, right)?;
+        let pair = Pair::start(setting, opponent, Wiring::Plain, right)?;
         pair.ping_ok(caller, HANDSHAKE_LIMIT)?;
         pair.exchange(caller, BYTES)?;
     }
     let wrong = Terms { preshared_keys: Some([[7; 32], [8; 32]]), ..Terms::called_by(Side::Ours) };
-    let pair = Pair::start(setting, program, Wiring::Plain, wrong)?;
+    let pair = Pair::start(setting, opponent, Wiring::Plain, wrong)?;
     let reply = pair.ping(Side::Ours, Duration::from_secs(2))?;
     ensure!(reply.is_none(), "a tunnel came up although the pre-shared keys differ");
     held([])
 }
 
 /// Checks that the tunnel survives when `side` loses the uplink it uses.
-fn roam(setting: &Setting, program: &Installed, side: Side) -> anyhow::Result<Outcome> {
+fn roam(setting: &Setting, opponent: &Opponent<'_>, side: Side) -> anyhow::Result<Outcome> {
     let caller = side;
-    let pair = Pair::start(setting, program, Wiring::Roaming(side), Terms::called_by(caller))?;
+    let pair = Pair::start(setting, opponent, Wiring::Roaming(side), Terms::called_by(caller))?;
     pair.ping_ok(caller, HANDSHAKE_LIMIT)?;
     let gap = ticking(&pair, side, || {
         sleep(Duration::from_millis(500))?;
@@ -100,9 +99,9 @@ fn roam(setting: &Setting, program: &Installed, side: Side) -> anyhow::Result<Ou
 }
 
 /// Checks that the other side can connect while `side` is flooded with initiations.
-fn cookie(setting: &Setting, program: &Installed, side: Side) -> anyhow::Result<Outcome> {
+fn cookie(setting: &Setting, opponent: &Opponent<'_>, side: Side) -> anyhow::Result<Outcome> {
     let caller = side.other();
-    let pair = Pair::start(setting, program, Wiring::Plain, Terms::called_by(caller))?;
+    let pair = Pair::start(setting, opponent, Wiring::Plain, Terms::called_by(caller))?;
     let key = if side == Side::Ours { pair.our_key() } else { pair.their_key() };
     let target = pair.outer(side)?;
     // Some implementations demand a cookie only from addresses that send too much. Part of the
@@ -141,9 +140,9 @@ fn cookie(setting: &Setting, program: &Installed, side: Side) -> anyhow::Result<
 
 /// Checks that the keepalive of `side`, which is behind a NAT with a short timeout, keeps the NAT
 /// mapping open.
-fn nat(setting: &Setting, program: &Installed, side: Side) -> anyhow::Result<Outcome> {
+fn nat(setting: &Setting, opponent: &Opponent<'_>, side: Side) -> anyhow::Result<Outcome> {
     let terms = Terms { keepalive: Some(1), ..Terms::called_by(side) };
-    let mut pair = match Pair::start(setting, program, Wiring::Behind(side), terms) {
+    let mut pair = match Pair::start(setting, opponent, Wiring::Behind(side), terms) {
         Ok(pair) => pair,
         Err(error) if format!("{error:#}").contains("nf_conntrack_udp_timeout") => {
             return Ok(Outcome::Impossible(format!("{error:#}")));
@@ -174,8 +173,8 @@ fn nat(setting: &Setting, program: &Installed, side: Side) -> anyhow::Result<Out
 }
 
 /// Checks that traffic flows without a gap while the session that `caller` initiated is renewed.
-fn rekey(setting: &Setting, program: &Installed, caller: Side) -> anyhow::Result<Outcome> {
-    let pair = Pair::start(setting, program, Wiring::Plain, Terms::called_by(caller))?;
+fn rekey(setting: &Setting, opponent: &Opponent<'_>, caller: Side) -> anyhow::Result<Outcome> {
+    let pair = Pair::start(setting, opponent, Wiring::Plain, Terms::called_by(caller))?;
     pair.ping_ok(caller, HANDSHAKE_LIMIT)?;
     let gap = ticking(&pair, caller, || {
         let begun = Instant::now();

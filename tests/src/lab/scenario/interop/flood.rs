@@ -7,13 +7,13 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::bail;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use towline_agent::keys::Wireguard;
 use towline_proto::id::WireguardKey;
-use towline_wireguard::{HANDSHAKE_BYTES, Secrets, Session};
+use towline_wireguard::{HANDSHAKE_BYTES, Inputs, Secrets, Session};
 
 use crate::lab::interrupt;
 use crate::lab::namespace::Namespace;
@@ -43,7 +43,8 @@ pub(in crate::lab::scenario) fn run(
     for index in 0..STRANGERS {
         let stranger = Secrets::new(Wireguard::generate()?.secret().clone());
         let mut message = [0; HANDSHAKE_BYTES];
-        let len = Session::new(&stranger, key, None, index).initiate(&mut message);
+        let mut session = Session::new(&stranger, key, None, index);
+        let len = Inputs::system(Instant::now(), |inputs| session.initiate(inputs, &mut message));
         // The kernel fills in the total length, identification and checksum.
         let mut packet = vec![0; IP_HEADER + UDP_HEADER];
         packet[0] = 0x45;

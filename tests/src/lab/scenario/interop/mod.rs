@@ -18,16 +18,19 @@ use serde::Serialize;
 
 use super::Setting;
 use crate::lab::interrupt;
-use crate::lab::peers::{Installed, WireGuard};
+use crate::lab::peers::WireGuard;
 use crate::lab::privilege::Rank;
 use crate::lab::report::{Figures, Forbidden, round};
 use cases::{CASES, Judge, Outcome};
+use pair::Opponent;
 
 /// Results of one run.
 #[derive(Debug, Default, Serialize)]
 pub struct Interop {
     /// True if the lab ran in a user namespace, without root rights on this machine.
     pub rootless: bool,
+    /// Towline's WireGuard engine, as it was configured.
+    pub engine: String,
     /// Version of each implementation, by its name.
     pub versions: BTreeMap<&'static str, String>,
     /// Results by implementation and case.
@@ -68,6 +71,9 @@ pub struct Options {
     /// Run only these implementations and cases.
     #[arg(value_parser = PossibleValuesParser::new(names()))]
     pub only: Vec<String>,
+    /// WireGuard engine of Towline.
+    #[arg(long, default_value = "auto", value_parser = ["auto", "batch", "boringtun"])]
+    pub engine: String,
 }
 
 /// Returns the names of all implementations and cases.
@@ -83,7 +89,7 @@ const SOCKETS: &str = "/var/run/wireguard";
 ///
 /// # Errors
 /// Returns [`Forbidden`] if the other implementations cannot create their sockets.
-pub fn run(setting: &Setting, Options { only }: &Options) -> anyhow::Result<Interop> {
+pub fn run(setting: &Setting, Options { only, engine }: &Options) -> anyhow::Result<Interop> {
     std::fs::create_dir_all(SOCKETS).and_then(|()| tempfile::tempfile_in(SOCKETS)).map_err(
         |error| Forbidden {
             what: format!(
@@ -92,7 +98,8 @@ pub fn run(setting: &Setting, Options { only }: &Options) -> anyhow::Result<Inte
             remedy: "run as root".into(),
         },
     )?;
-    let mut interop = Interop { rootless: setting.rank == Rank::Rootless, ..Interop::default() };
+    let (rootless, engine) = (setting.rank == Rank::Rootless, engine.as_str());
+    let mut interop = Interop { rootless, engine: engine.into(), ..Interop::default() };
     let chosen = |name: &str, among: &[&str]| {
         let named = only.iter().any(|only| among.contains(&only.as_str()));
         !named || only.iter().any(|only| only == name)
@@ -111,7 +118,11 @@ pub fn run(setting: &Setting, Options { only }: &Options) -> anyhow::Result<Inte
     let tried = std::thread::scope(|scope| {
         let threads: Vec<_> = programs
             .iter()
-            .map(|program| (program, scope.spawn(|| try_all(setting, program, &cases))))
+            .map(|program| {
+                let opponent = Opponent { program, engine };
+                let cases = &cases;
+                (program, scope.spawn(move || try_all(setting, &opponent, cases)))
+            })
             .collect();
         let results = threads
             .into_iter()
@@ -137,11 +148,15 @@ type Tried = (&'static str, f64, anyhow::Result<Outcome>);
 
 /// Runs the re-key cases in parallel, because they take long, and meanwhile the other cases one
 /// after another.
-fn try_all(setting: &Setting, program: &Installed, cases: &[(&'static str, Judge)]) -> Vec<Tried> {
+fn try_all(
+    setting: &Setting,
+    opponent: &Opponent<'_>,
+    cases: &[(&'static str, Judge)],
+) -> Vec<Tried> {
     let one = |(name, judge): &(&'static str, Judge)| -> Tried {
         let begun = Instant::now();
-        let result = judge(setting, program);
-        let which = program.which.name();
+        let result = judge(setting, opponent);
+        let which = opponent.program.which.name();
         setting.output.note(&match &result {
             Ok(_) => format!("{which}: {name} done"),
             Err(error) => format!("{which}: {name}: {error:#}"),

@@ -32,6 +32,15 @@ pub(super) enum Side {
     Theirs,
 }
 
+/// Other implementation of a case, and the WireGuard engine with which Towline meets it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Opponent<'a> {
+    /// The other implementation.
+    pub(super) program: &'a Installed,
+    /// Towline's engine, as its configuration names it.
+    pub(super) engine: &'a str,
+}
+
 /// Network between the two hosts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Wiring {
@@ -91,7 +100,7 @@ impl Pair {
     /// Builds the hosts, and configures and starts both programs.
     pub(super) fn start(
         setting: &Setting,
-        program: &Installed,
+        opponent: &Opponent<'_>,
         wiring: Wiring,
         terms: Terms,
     ) -> anyhow::Result<Self> {
@@ -137,6 +146,7 @@ impl Pair {
         let their_key = Wireguard::generate()?;
         let configuration =
             our_configuration(&lab, &their_key, terms, outer(Side::Theirs, THEIR_PORT)?)?;
+        let configuration = format!("[wireguard]\nengine = {:?}\n{configuration}", opponent.engine);
         let mut ours = Node::new(&lab, &hosts[0], "ours", &setting.binaries, &configuration)?;
         let our_key = ours.command_ok(&["pubkey"])?.trim().parse()?;
         ours.launch()?;
@@ -147,7 +157,7 @@ impl Pair {
 
         let link = link_name();
         let log = lab.directory().join("theirs.log");
-        let theirs = Peer::start(program, hosts[1].namespace(), &link, &log)?;
+        let theirs = Peer::start(opponent.program, hosts[1].namespace(), &link, &log)?;
         let mut pair = Self {
             ours,
             theirs,
