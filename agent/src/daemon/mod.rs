@@ -25,6 +25,7 @@
 //! | `Observer` | events, rates of traffic, and the problems that are known |
 //! | `SummarySchedule` | when the next summary of the tunnels goes to the controller |
 //! | `RemovalExchange` | questions to peers about removed nodes, and answers |
+//! | `StartTrace` | the spans of this start (feature `otel`) |
 //! | `Leaving` | a `towline leave` that waits for a controller |
 //! | `ApiEndpoint` | the local port that leads to an API server |
 //! | `WireguardSocket` | the socket of `wg show`, and its server |
@@ -46,6 +47,8 @@ mod report;
 mod restorations;
 mod signals;
 mod sleep;
+#[cfg(feature = "otel")]
+mod spans;
 mod standby;
 mod start;
 mod start_report;
@@ -89,6 +92,8 @@ use crate::events::Event;
 use crate::node_ip::NodeIps;
 use crate::state::StateDir;
 use crate::static_peers;
+#[cfg(feature = "otel")]
+use crate::telemetry::{StartTrace, Step};
 use announcer::Announcer;
 use controller_link::{ControllerLink, Received};
 use firewall_search::FirewallSearch;
@@ -229,6 +234,8 @@ struct Daemon {
     wireguard_socket: Option<WireguardSocket>,
     /// Set while the daemon runs, if the configuration has an address for it.
     api_endpoint: Option<ApiEndpoint>,
+    #[cfg(feature = "otel")]
+    trace: StartTrace,
 }
 
 /// # Inputs
@@ -336,6 +343,8 @@ impl Daemon {
         let now = Instant::now();
         match report {
             Report::Event(dataplane::Event::Peer { peer, what }) => {
+                #[cfg(feature = "otel")]
+                self.trace_observation(&peer, &what);
                 self.mesh.handle_observation(now, peer, what);
             }
             Report::Event(dataplane::Event::Probe { peer, from, message }) => {
@@ -385,6 +394,8 @@ impl Daemon {
     }
 
     fn controller_event(&mut self, event: discovery::Event) {
+        #[cfg(feature = "otel")]
+        self.trace_controller(&event);
         match &event {
             discovery::Event::Connected { address, .. } => {
                 let address = address.to_string();
@@ -638,7 +649,11 @@ impl Daemon {
                 }
                 Output::SecondPort { open: true } => self.open_second_port(),
                 Output::SecondPort { open: false } => self.tunnels.data_plane().close_second_port(),
-                Output::Handshake { peer, to } => self.tunnels.data_plane().handshake(peer, to),
+                Output::Handshake { peer, to } => {
+                    #[cfg(feature = "otel")]
+                    self.trace_step(Step::Attempt, &peer);
+                    self.tunnels.data_plane().handshake(peer, to);
+                }
                 Output::PeerTable(table) => self.peer_table(&table),
                 Output::ForwardingTable(table) => {
                     self.tunnels.data_plane().apply_forwarding(&table);

@@ -28,6 +28,8 @@ use crate::config::Config;
 use crate::discovery::{self, Announcement, Discovery};
 use crate::map_cache::MapCache;
 use crate::state::{CachedPrefixes, Counters, Keys, Membership, StateDir};
+#[cfg(feature = "otel")]
+use crate::telemetry;
 use crate::{host_addresses, join, kubernetes, reserved_port, static_peers};
 
 /// State that a start reads from the state directory.
@@ -182,6 +184,13 @@ impl Daemon {
             version = towline_proto::VERSION,
             "agent started"
         );
+        #[cfg(feature = "otel")]
+        let trace = {
+            // No map was stored yet.
+            let is_first = stored.map.as_ref().is_some_and(|map| map.position().1 == 0);
+            let started = std::time::SystemTime::now();
+            telemetry::start_trace(&config.telemetry, mesh.grant(), is_first, started)
+        };
         let controller = stored.discovery(&config, &state, announced)?;
         let kubernetes = KubernetesNode::new(kubernetes::start(kubernetes::Setup {
             config: config.kubernetes.clone(),
@@ -210,6 +219,8 @@ impl Daemon {
             leaving: None,
             wireguard_socket: None,
             api_endpoint: None,
+            #[cfg(feature = "otel")]
+            trace,
         })
     }
 }
