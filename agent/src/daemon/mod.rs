@@ -266,8 +266,9 @@ impl Daemon {
         self.configuration_changed();
         let exit = loop {
             if let Some(slept) = sleep.woke(sleep::asleep()) {
-                tracing::info!(?slept, "the machine slept: connecting again");
-                self.observer.happened(&Event::MachineSlept { time: slept });
+                let event = Event::MachineSlept { time: slept };
+                tracing::info!(event = event.code(), ?slept, "the machine slept: connecting again");
+                self.observer.happened(&event);
                 self.mesh.handle_wake(Instant::now());
                 self.addresses_changed();
             }
@@ -358,8 +359,8 @@ impl Daemon {
                 }
             }
             Report::Fault(fault) => {
-                tracing::error!(%fault, "data plane failed: restarting it");
                 let event = Event::DataPlaneRestarted { fault: fault.to_string() };
+                tracing::error!(event = event.code(), %fault, "data plane failed: restarting it");
                 self.observer.happened(&event);
                 let probes = self.prober.handle_for_data_plane();
                 let key = self.prober.own_key();
@@ -398,12 +399,15 @@ impl Daemon {
         self.trace_controller(&event);
         match &event {
             discovery::Event::Connected { address, .. } => {
-                let address = address.to_string();
-                self.observer.happened(&Event::ControllerConnected { address });
+                let event = Event::ControllerConnected { address: address.to_string() };
+                tracing::info!(event = event.code(), controller = %address, "controller connected");
+                self.observer.happened(&event);
                 self.summaries.connected(Instant::now(), rand::rng().random());
             }
             discovery::Event::Disconnected { reason } if self.controller.is_connected() => {
-                self.observer.happened(&Event::ControllerLost(observer::reason(reason)));
+                let event = Event::ControllerLost(observer::reason(reason));
+                tracing::info!(event = event.code(), code = reason.code(), %reason, "controller lost");
+                self.observer.happened(&event);
             }
             _ => {}
         }
@@ -689,27 +693,33 @@ impl Daemon {
         let endpoint = status.endpoint.map(|path| tracing::field::display(path.remote));
         let code = status.reason.as_ref().map(Coded::code);
         let why = status.reason.as_ref().map(tracing::field::display);
-        tracing::info!(peer = %status.name, ?from, ?to, endpoint, reason = why, code, "static peer");
         let reason = status.reason.as_ref().map(observer::reason);
-        let (peer, path) = (status.name, status.endpoint);
-        self.observer.happened(&Event::PeerState { peer, from, to, path, reason });
+        let (peer, path) = (status.name.clone(), status.endpoint);
+        let event = Event::PeerState { peer, from, to, path, reason };
+        let (event_code, peer) = (event.code(), &status.name);
+        tracing::info!(event = event_code, %peer, ?from, ?to, endpoint, reason = why, code, "static peer");
+        self.observer.happened(&event);
     }
 
     fn state_changed(&mut self, peer: NodeId, from: PeerState, to: PeerState) {
         let Some(status) = self.mesh.peer(peer) else { return };
         let name = status.node.name();
-        match status.path {
-            Some(path) => tracing::info!(peer = %name, ?from, ?to, %path, "peer"),
+        let path = status.path;
+        let reason = status.reason.as_ref().map(observer::reason);
+        let event = Event::PeerState { peer: name.to_string(), from, to, path, reason };
+        let event_code = event.code();
+        match path {
+            Some(path) => {
+                tracing::info!(event = event_code, peer = %name, ?from, ?to, %path, "peer");
+            }
             None => {
                 let code = status.reason.as_ref().map(Coded::code);
                 let reason = status.reason.as_ref().map(tracing::field::display);
-                tracing::info!(peer = %name, ?from, ?to, reason, code, "peer");
+                tracing::info!(event = event_code, peer = %name, ?from, ?to, reason, code, "peer");
             }
         }
-        let (peer, path) = (name.to_string(), status.path);
-        let reason = status.reason.as_ref().map(observer::reason);
         let is_api_server = status.node.api_port().is_some();
-        self.observer.happened(&Event::PeerState { peer, from, to, path, reason });
+        self.observer.happened(&event);
         if is_api_server {
             self.api_servers_changed();
         }
@@ -724,7 +734,12 @@ impl Daemon {
     ) {
         let Some(status) = self.mesh.peer(peer) else { return };
         let peer = status.node.name().to_string();
-        self.observer.happened(&Event::PeerPath { peer, from, to, reason });
+        let event = Event::PeerPath { peer, from, to, reason };
+        let (name, code) = (status.node.name(), reason.code());
+        let shown = |path: Option<NetworkPath>| path.map(tracing::field::display);
+        let (from, to) = (shown(from), shown(to));
+        tracing::info!(event = event.code(), peer = %name, from, to, code, "path");
+        self.observer.happened(&event);
     }
 
     /// Sends a summary of the tunnels to the controller.

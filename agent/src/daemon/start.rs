@@ -12,6 +12,7 @@ use towline_core::local_limits::HostAddresses;
 use towline_core::mesh::{self, Mesh};
 use towline_core::plan::UnderlayPlan;
 use towline_core::static_peers::StaticPeer;
+use towline_proto::code::Coded as _;
 use towline_proto::token::ControllerAddress;
 
 use super::announcer::Announcer;
@@ -26,6 +27,7 @@ use super::tunnels::Tunnels;
 use super::{Daemon, Purpose, report};
 use crate::config::Config;
 use crate::discovery::{self, Announcement, Discovery};
+use crate::events::Event;
 use crate::map_cache::MapCache;
 use crate::state::{CachedPrefixes, Counters, Keys, Membership, StateDir};
 #[cfg(feature = "otel")]
@@ -176,6 +178,7 @@ impl Daemon {
         let (announcer, announced) = Announcer::new(state.clone(), cached, &config, is_relay);
         tokio::spawn(save_again(state.clone()));
         tracing::info!(
+            event = Event::AgentStarted.code(),
             node = mesh.grant().map(|grant| tracing::field::display(&grant.name)),
             mesh = mesh.grant().map(|grant| tracing::field::display(&grant.mesh_id)),
             static_peers = config.peers.len(),
