@@ -350,6 +350,12 @@ impl Draft<'_> {
                 .push(format!("one of its networks is not routed to it: {}", conflict.message));
             return self.finish(Verdict::Impaired, Some(conflict.code.as_str()), sentences);
         }
+        if !peer.standby_prefixes.is_empty() {
+            sentences.push(format!(
+                "it shares {} with other nodes, and another one is used for them now",
+                output::list(&peer.standby_prefixes)
+            ));
+        }
         if let Some(cause) = local.first_bad(&OF_TRAFFIC) {
             sentences.push(format!("some of its traffic is dropped: {}", local.message(cause)));
             return self.finish(Verdict::Impaired, Some(cause), sentences);

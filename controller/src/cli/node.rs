@@ -237,6 +237,20 @@ impl View {
         }
     }
 
+    /// Returns whether the node is removed when it is offline, and after which time.
+    fn ephemeral_text(&self) -> String {
+        match (self.ephemeral, self.ephemeral_after_seconds) {
+            (false, _) => "false".to_owned(),
+            (true, Some(seconds)) => {
+                format!(
+                    "true, removed after {} offline",
+                    span(i64::try_from(seconds).unwrap_or(i64::MAX))
+                )
+            }
+            (true, None) => "true, removed after the mesh's lease offline".to_owned(),
+        }
+    }
+
     fn seen(&self) -> String {
         match self.last_seen_unix {
             0 => "never".to_owned(),
@@ -290,7 +304,7 @@ fn sheet(node: &View) -> String {
         ("shared", output::list(&node.shared_prefixes)),
         ("candidates", output::list(&node.candidates)),
         ("labels", output::list(&labels)),
-        ("ephemeral", node.ephemeral.to_string()),
+        ("ephemeral", node.ephemeral_text()),
         ("relay", node.relay_state().to_owned()),
         ("control plane", node.api_server()),
         ("version", output::or_dash(Some(&node.version))),
