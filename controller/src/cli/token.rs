@@ -445,6 +445,15 @@ mod tests {
     }
 
     #[test]
+    fn the_screen_in_the_guide_has_these_columns() {
+        let guide = include_str!("../../../docs/guide.md");
+        let text = table(&[], false);
+        let header: Vec<&str> = text.split_whitespace().collect();
+        let mut lines = guide.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        assert!(lines.any(|line| line == header), "{text}");
+    }
+
+    #[test]
     fn a_flag_that_is_given_once_applies_to_all_pod_ranges() {
         let both = ["10.244.0.0/16", "fd00:10:244::/56"];
         let default = texts(&both, &[], &[]).unwrap();
