@@ -274,7 +274,13 @@ impl Thread {
         }
         changes.events.iter().for_each(log);
         happened.extend(changes.events.into_iter().filter_map(MeshEvent::of));
-        happened.iter().for_each(|event| self.published.events.add(event));
+        for event in &happened {
+            if let MeshEvent::NodeProblem { node, problem } = event {
+                let code = problem.code();
+                tracing::warn!(event = event.code(), %node, code, %problem, "problem of a node");
+            }
+            self.published.events.add(event);
+        }
         Ok(())
     }
 

@@ -8,7 +8,7 @@ pub mod kernel;
 #[cfg(test)]
 mod tests;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 use serde::Serialize;
@@ -264,7 +264,8 @@ impl Tracer<'_> {
             return (step, Outcome::Dropped);
         };
         if route.is_local {
-            return (step("guard", Fate::Pass, "an address of this host"), Outcome::Local);
+            let text = self.api_endpoint().unwrap_or_else(|| "an address of this host".to_owned());
+            return (step("guard", Fate::Pass, text), Outcome::Local);
         }
         if route.link.as_deref() == Some(self.input.kernel.link.as_str()) {
             let text = format!("it enters the tunnel by {}", self.input.kernel.link);
@@ -291,6 +292,19 @@ impl Tracer<'_> {
                 (step("guard", Fate::Pass, text), Outcome::Outside)
             }
         }
+    }
+
+    /// Returns where the endpoint of the Kubernetes API leads, if it is the destination.
+    fn api_endpoint(&self) -> Option<String> {
+        let endpoint = self.input.answers.status.api_endpoint.as_ref()?;
+        let target = SocketAddr::new(self.address(), self.input.target.port?);
+        if endpoint.address.parse::<SocketAddr>() != Ok(target) {
+            return None;
+        }
+        Some(match endpoint.server.as_str() {
+            "" => "the endpoint of the Kubernetes API: no API server is known".to_owned(),
+            server => format!("the endpoint of the Kubernetes API: it leads to {server}"),
+        })
     }
 
     /// Returns the source address that the kernel chooses.
