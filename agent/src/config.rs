@@ -23,6 +23,7 @@ use towline_proto::token::ControllerAddress;
 
 use crate::prefixes::Filter;
 use crate::static_peers::{self, PeerConfig};
+use crate::telemetry::{self, TelemetryConfig};
 use towline_dataplane::{Aead, EngineChoice, Offloads};
 use towline_host::Names;
 use towline_service::config_file::{self, FileError};
@@ -65,6 +66,8 @@ pub struct Config {
     pub log: LogConfig,
     /// Settings of the metrics for Prometheus.
     pub metrics: MetricsConfig,
+    /// Settings of the spans for OpenTelemetry.
+    pub telemetry: TelemetryConfig,
 }
 
 /// Addresses and networks of this node.
@@ -417,6 +420,7 @@ impl Default for Config {
             peers: Vec::new(),
             relay: RelayConfig::default(),
             metrics: MetricsConfig::default(),
+            telemetry: TelemetryConfig::default(),
             kubernetes: KubernetesConfig::default(),
             log: LogConfig::default(),
         }
@@ -555,6 +559,13 @@ impl Config {
             return Err((
                 "kubernetes.api_endpoint",
                 "use an address of the loopback, such as 127.0.0.1:7445".into(),
+            ));
+        }
+        if self.telemetry.otlp_endpoint.is_some() && !telemetry::IS_BUILT {
+            return Err((
+                "telemetry.otlp_endpoint",
+                "this agent cannot send spans: build it with `--features otel`, or remove the key"
+                    .into(),
             ));
         }
         static_peers::check(&self.peers).map_err(|message| ("peer", message))?;
@@ -821,6 +832,13 @@ mod tests {
             assert_eq!(String::from(listen), address);
             assert_eq!(parse(&toml::to_string(&config).unwrap()).unwrap(), config);
         }
+    }
+
+    #[test]
+    fn an_agent_that_cannot_send_spans_refuses_a_collector() {
+        let parsed = parse("[telemetry]\notlp_endpoint = \"http://127.0.0.1:4317\"");
+        assert_eq!(parsed.is_ok(), telemetry::IS_BUILT);
+        assert!(parsed.err().is_none_or(|error| error.contains("--features otel")));
     }
 
     #[test]

@@ -177,8 +177,21 @@ pub struct EtcdTable {
 #[serde(deny_unknown_fields, default)]
 pub struct MetricsSettings {
     /// Address at which Prometheus reads `GET /metrics`, and probes ask `GET /healthz` and `GET /readyz`, without
-    /// TLS and login. Without it, there are neither.
+    /// TLS and login. Absent or empty: there are neither.
+    #[serde(deserialize_with = "address")]
     pub listen: Option<SocketAddr>,
+}
+
+/// Parses an address. A template that has none for it writes an empty text.
+fn address<'de, D>(deserializer: D) -> Result<Option<SocketAddr>, D::Error>
+where
+    D: serde::Deserializer<'de>,
+{
+    let text = String::deserialize(deserializer)?;
+    if text.is_empty() {
+        return Ok(None);
+    }
+    text.parse().map(Some).map_err(serde::de::Error::custom)
 }
 
 /// Settings of the web page.
@@ -576,6 +589,7 @@ mod tests {
         assert!(of("[ui]\nlisten = \"127.0.0.1:0\"").contains("ui: "));
         assert!(of("[ui]\nlisten = \"0.0.0.0:7480\"").contains("allow_remote"));
         assert!(of("[ui]\nlisten = \"[::1]:1\"\nhosts = [\"a:1\"]").contains("ui.hosts"));
+        assert!(of("[metrics]\nlisten = \"9587\"").contains("address"));
         let missing = Settings::read(Some(Path::new("/nonexistent/x.toml"))).unwrap_err();
         assert!(missing.to_string().contains("/nonexistent/x.toml"));
     }

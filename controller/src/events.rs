@@ -60,6 +60,35 @@ pub enum MeshEvent {
         /// Name of the new holder.
         to: NodeName,
     },
+    /// A node returned a configuration of the mesh that the store did not have.
+    MeshReturned {
+        /// Generation of the configuration.
+        generation: u64,
+    },
+    /// A node proved that this machine was restored from a copy of an earlier time.
+    LaterHistory {
+        /// Epoch that began.
+        epoch: u64,
+        /// Number of tokens that were revoked.
+        voided: usize,
+    },
+    /// An operator decided whether a node may relay.
+    RelayDecided {
+        /// Name of the node.
+        node: NodeName,
+        /// True if it may.
+        may_relay: bool,
+    },
+    /// The key of an administrator was added.
+    AdminAdded {
+        /// Name of the administrator.
+        name: String,
+    },
+    /// The key of an administrator was revoked.
+    AdminRevoked {
+        /// Name of the administrator.
+        name: String,
+    },
     /// A request of a node was refused, for example a prefix that another node holds.
     NodeProblem {
         /// Name of the node.
@@ -78,26 +107,32 @@ codes! {
         NodeConnected => "node-connected",
         NodeDisconnected => "node-disconnected",
         PrefixMoved => "node-prefix-moved",
+        MeshReturned => "mesh-config-returned",
+        LaterHistory => "later-history",
+        RelayDecided => "relay-decided",
+        AdminAdded => "admin-added",
+        AdminRevoked => "admin-revoked",
         NodeProblem => "node-problem",
     }
 }
 
 impl MeshEvent {
-    /// Returns the event of a stored change. `None` for those of tokens, administrators, the configuration and
-    /// roles, which operators made.
+    /// Returns the event of a stored change. `None` for those of tokens: their ids are shown to those who may list
+    /// tokens, and events to everybody who may see the mesh.
     pub fn of(event: Event) -> Option<Self> {
         match event {
             Event::Joined { name, .. } => Some(Self::NodeJoined { node: name }),
             Event::Readmitted { name, .. } => Some(Self::NodeReadmitted { node: name }),
             Event::Removed { name, why, .. } => Some(Self::NodeRemoved { node: name, why }),
             Event::PrefixMoved { prefix, from, to } => Some(Self::PrefixMoved { prefix, from, to }),
-            Event::MeshReturned { .. }
-            | Event::LaterHistory { .. }
-            | Event::TokenCreated { .. }
-            | Event::TokenRevoked { .. }
-            | Event::RelayDecided { .. }
-            | Event::AdminAdded { .. }
-            | Event::AdminRevoked { .. } => None,
+            Event::MeshReturned { generation } => Some(Self::MeshReturned { generation }),
+            Event::LaterHistory { epoch, voided } => Some(Self::LaterHistory { epoch, voided }),
+            Event::RelayDecided { name, may_relay, .. } => {
+                Some(Self::RelayDecided { node: name, may_relay })
+            }
+            Event::AdminAdded { name, .. } => Some(Self::AdminAdded { name }),
+            Event::AdminRevoked { name, .. } => Some(Self::AdminRevoked { name }),
+            Event::TokenCreated { .. } | Event::TokenRevoked { .. } => None,
         }
     }
 
@@ -119,13 +154,18 @@ impl MeshEvent {
     /// Returns the name of the node that the event is about.
     fn node(&self) -> Option<&NodeName> {
         match self {
-            Self::ControllerStarted => None,
+            Self::ControllerStarted
+            | Self::MeshReturned { .. }
+            | Self::LaterHistory { .. }
+            | Self::AdminAdded { .. }
+            | Self::AdminRevoked { .. } => None,
             Self::NodeJoined { node }
             | Self::NodeReadmitted { node }
             | Self::NodeRemoved { node, .. }
             | Self::NodeConnected { node, .. }
             | Self::NodeDisconnected { node, .. }
             | Self::PrefixMoved { to: node, .. }
+            | Self::RelayDecided { node, .. }
             | Self::NodeProblem { node, .. } => Some(node),
         }
     }
@@ -147,6 +187,22 @@ impl fmt::Display for MeshEvent {
             Self::PrefixMoved { prefix, from, to } => {
                 write!(f, "prefix {prefix} moved from {from} to {to}")
             }
+            Self::MeshReturned { generation } => {
+                write!(f, "a node returned the mesh's configuration of generation {generation}")
+            }
+            Self::LaterHistory { epoch, voided } => write!(
+                f,
+                "this machine was restored from a copy: epoch {epoch} began, {voided} tokens and all \
+                 administrators' keys are void"
+            ),
+            Self::RelayDecided { node, may_relay: true } => {
+                write!(f, "{node} may relay for others")
+            }
+            Self::RelayDecided { node, may_relay: false } => {
+                write!(f, "{node} may not relay for others")
+            }
+            Self::AdminAdded { name } => write!(f, "key of administrator {name} added"),
+            Self::AdminRevoked { name } => write!(f, "key of administrator {name} revoked"),
             Self::NodeProblem { node, problem } => write!(f, "{node}: {problem}"),
         }
     }
@@ -178,6 +234,8 @@ impl Events {
 
 #[cfg(test)]
 mod tests {
+    use towline_proto::id::{IdentityKey, NodeId, TokenId};
+
     use super::*;
 
     #[test]
@@ -203,5 +261,19 @@ mod tests {
         );
         assert!(events.after(Some(EventId { epoch: 3, number: 3 })).is_empty());
         assert_eq!(events.after(Some(EventId { epoch: 2, number: 3 })).len(), 3);
+    }
+
+    #[test]
+    fn what_operators_decide_is_an_event_but_no_token() {
+        let (name, node) = ("r1".parse::<NodeName>().unwrap(), NodeId([1; 16]));
+        let decided = Event::RelayDecided { name: name.clone(), node, may_relay: false };
+        let decided = MeshEvent::of(decided).unwrap();
+        assert_eq!(decided.to_string(), "r1 may not relay for others");
+        assert_eq!(decided.node(), Some(&name));
+        let added = Event::AdminAdded { name: "ann".to_owned(), key: IdentityKey([1; 32]) };
+        assert_eq!(MeshEvent::of(added).unwrap().to_string(), "key of administrator ann added");
+        let returned = MeshEvent::of(Event::MeshReturned { generation: 4 }).unwrap();
+        assert_eq!(returned.message().code, "mesh-config-returned");
+        assert_eq!(MeshEvent::of(Event::TokenCreated { token: TokenId([1; 8]) }), None);
     }
 }

@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
+use towline_proto::code::Coded as _;
 
 use crate::authority::Authority;
 use crate::clock;
@@ -273,7 +274,13 @@ impl Thread {
         }
         changes.events.iter().for_each(log);
         happened.extend(changes.events.into_iter().filter_map(MeshEvent::of));
-        happened.iter().for_each(|event| self.published.events.add(event));
+        for event in &happened {
+            if let MeshEvent::NodeProblem { node, problem } = event {
+                let code = problem.code();
+                tracing::warn!(event = event.code(), %node, code, %problem, "problem of a node");
+            }
+            self.published.events.add(event);
+        }
         Ok(())
     }
 
@@ -302,31 +309,41 @@ impl Thread {
 }
 
 fn log(event: &Event) {
+    let code = MeshEvent::of(event.clone()).map(|event| event.code());
     match event {
-        Event::Joined { name, node, token } => tracing::info!(%name, %node, %token, "node joined"),
+        Event::Joined { name, node, token } => {
+            tracing::info!(event = code, %name, %node, %token, "node joined");
+        }
         Event::Readmitted { name, node } => {
-            tracing::warn!(%name, %node, "node readmitted: the store did not have it");
+            tracing::warn!(event = code, %name, %node, "node readmitted: the store did not have it");
         }
         Event::MeshReturned { generation } => {
-            tracing::warn!(generation, "mesh configuration received from a node");
+            tracing::warn!(event = code, generation, "mesh configuration received from a node");
         }
-        Event::Removed { name, node, why } => tracing::info!(%name, %node, why, "node removed"),
+        Event::Removed { name, node, why } => {
+            tracing::info!(event = code, %name, %node, why, "node removed");
+        }
         Event::RelayDecided { name, node, may_relay } => {
-            tracing::info!(%name, %node, may_relay, "relay role decided");
+            tracing::info!(event = code, %name, %node, may_relay, "relay role decided");
         }
         Event::PrefixMoved { prefix, from, to } => {
-            tracing::warn!(%prefix, %from, %to, "prefix moved");
+            tracing::warn!(event = code, %prefix, %from, %to, "prefix moved");
         }
-        Event::TokenCreated { token } => tracing::info!(%token, "token created"),
-        Event::TokenRevoked { token } => tracing::info!(%token, "token revoked"),
+        Event::TokenCreated { token } => tracing::info!(event = code, %token, "token created"),
+        Event::TokenRevoked { token } => tracing::info!(event = code, %token, "token revoked"),
         Event::LaterHistory { epoch, voided } => tracing::warn!(
+            event = code,
             epoch,
             voided_tokens = voided,
             "a node has a later history: this machine was restored from a copy: all watches restart, open tokens \
              and administrators' keys are void"
         ),
-        Event::AdminAdded { name, key } => tracing::info!(name, %key, "administrator added"),
-        Event::AdminRevoked { name, key } => tracing::info!(name, %key, "administrator revoked"),
+        Event::AdminAdded { name, key } => {
+            tracing::info!(event = code, name, %key, "administrator added");
+        }
+        Event::AdminRevoked { name, key } => {
+            tracing::info!(event = code, name, %key, "administrator revoked");
+        }
     }
 }
 

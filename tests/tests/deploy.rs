@@ -104,6 +104,32 @@ fn every_switch_and_value_of_the_chart_is_there() {
     assert_eq!(chart["appVersion"], env!("CARGO_PKG_VERSION"));
 }
 
+#[test]
+fn a_pod_monitor_selects_the_pods_of_each_program() {
+    let template = read("helm/towline/templates/podmonitor.yaml");
+    assert!(template.starts_with("{{- if .Values.podMonitor.enabled }}\n"));
+    assert!(template.ends_with("{{- end }}\n"));
+    let values = yaml(&read("helm/towline/values.yaml"));
+    assert_eq!(values["podMonitor"]["enabled"], false, "most clusters have no such kind");
+    let monitors = documents(&rendered("helm/towline/templates/podmonitor.yaml"));
+    assert_eq!(monitors.len(), 2);
+    for (monitor, name) in monitors.iter().zip(["agent", "controller"]) {
+        let pods = documents(&read(&format!("kubernetes/{name}.yaml")));
+        let workload = pods.iter().find(|one| one["spec"]["template"].is_object()).unwrap();
+        let labels = &workload["spec"]["template"]["metadata"]["labels"];
+        assert_eq!(monitor["kind"], "PodMonitor");
+        assert_eq!(monitor["spec"]["selector"]["matchLabels"], *labels);
+        let relabelings = monitor["spec"]["podMetricsEndpoints"][0]["relabelings"].as_array();
+        let port = values["podMonitor"][format!("{name}Port")].as_str().unwrap();
+        let replacements =
+            relabelings.unwrap().iter().filter_map(|one| one["replacement"].as_str());
+        assert_eq!(
+            replacements.collect::<Vec<_>>(),
+            [format!("$1:{port}"), format!("[$1]:{port}")]
+        );
+    }
+}
+
 /// Checks that a schema describes exactly the keys of these values, with their types.
 fn describes(schema: &Value, values: &Value, place: &str) {
     assert!(schema["description"].is_string() || place == "values", "{place} has no description");
@@ -190,6 +216,16 @@ fn the_agents_configuration_in_the_cluster_is_one() {
     let agent = documents(&read("kubernetes/agent.yaml"));
     let text = agent[0]["data"]["agent.toml"].as_str().unwrap();
     towline_agent::config::Config::parse(text, Path::new("agent.toml")).unwrap();
+}
+
+#[test]
+fn the_controllers_configuration_in_the_cluster_is_one() {
+    let controller = documents(&read("kubernetes/controller.yaml"));
+    let text = controller[0]["data"]["controller.toml"].as_str().unwrap();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), text).unwrap();
+    let settings = towline_controller::config::Settings::read(Some(file.path())).unwrap();
+    assert_eq!(settings.metrics.listen, None);
 }
 
 #[test]

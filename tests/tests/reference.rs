@@ -1,6 +1,6 @@
 //! Checks the reference documents against the code that they describe: the command line ([`cli`]), the
 //! configuration ([`configuration`]), and the JSON documents ([`json`]). Each is written from the code,
-//! so that none can be out of date.
+//! so that none can be out of date. The ids of the journal are compared ([`logs`]).
 //!
 //! `UPDATE=1 cargo test -p towline-tests --test reference` writes the documents again.
 
@@ -10,6 +10,8 @@ mod cli;
 mod configuration;
 #[path = "reference/json.rs"]
 mod json;
+#[path = "reference/logs.rs"]
+mod logs;
 #[path = "reference/rust.rs"]
 mod rust;
 

@@ -20,10 +20,14 @@ use crate::api_endpoint::DEFAULT_ADDRESS;
 use crate::config::{Addressing, Config, DEFAULT_PATH};
 use crate::confirm::{self, Confirmation, Moment, Unconfirmed};
 use crate::install::{Changes, TOKEN, Tree};
+#[cfg(feature = "otel")]
+use crate::join::Joined;
 use crate::join::{JoinError, join_as};
 use crate::kubelet_files;
 use crate::node_ip;
 use crate::state::StateDir;
+#[cfg(feature = "otel")]
+use crate::telemetry::report_join;
 
 #[derive(serde::Serialize)]
 struct Report {
@@ -253,10 +257,19 @@ impl Machine {
         let mark = self.config.routing.mark;
         let runtime = runtime()?;
         let mut failures = 0u32;
+        #[cfg(feature = "otel")]
+        let started = std::time::SystemTime::now();
         loop {
             let joined = runtime.block_on(join_as(state, token, name, mark, &operator));
             let error = match joined {
-                Ok(_) => return Ok(state.forget_undone()?),
+                Ok(_joined) => {
+                    #[cfg(feature = "otel")]
+                    if let Joined::New(membership) = &_joined {
+                        let telemetry = &self.config.telemetry;
+                        runtime.block_on(report_join(telemetry, &membership.grant, started));
+                    }
+                    return Ok(state.forget_undone()?);
+                }
                 Err(error) => error,
             };
             let wait = RETRY.pause(failures, rand::rng().random());

@@ -17,6 +17,8 @@ use crate::config::Config;
 use crate::confirm;
 use crate::join::{Joined, Operator, join_as};
 use crate::state::{Membership, StateDir};
+#[cfg(feature = "otel")]
+use crate::telemetry;
 
 #[derive(Debug, Args)]
 pub(super) struct JoinArgs {
@@ -131,7 +133,15 @@ pub(super) fn run(config: &Config, args: JoinArgs) -> anyhow::Result<()> {
             let token = source.read()?.parse()?;
             let operator = operator(config, args.force);
             let mark = config.routing.mark;
-            let joined = runtime()?.block_on(join_as(&state, &token, &name, mark, &operator))?;
+            #[cfg(feature = "otel")]
+            let started = std::time::SystemTime::now();
+            let runtime = runtime()?;
+            let joined = runtime.block_on(join_as(&state, &token, &name, mark, &operator))?;
+            #[cfg(feature = "otel")]
+            if let Joined::New(membership) = &joined {
+                let report = telemetry::report_join(&config.telemetry, &membership.grant, started);
+                runtime.block_on(report);
+            }
             state.forget_undone()?;
             joined
         }

@@ -87,6 +87,9 @@ fn sheet(peer: &pb::PeerStatus) -> String {
     line("received", traffic(peer.rx_bytes, peer.rx_bytes_per_s));
     line("sent", traffic(peer.tx_bytes, peer.tx_bytes_per_s));
     line("prefixes", output::list(&peer.prefixes));
+    if !peer.standby_prefixes.is_empty() {
+        line("standby", format!("{}, by another node now", output::list(&peer.standby_prefixes)));
+    }
     line("public key", peer.public_key.clone());
     for candidate in peer.candidates.iter().filter_map(|one| Candidate::try_from(one).ok()) {
         line("candidate", format!("{} ({})", candidate.address(), candidate.kind()));
@@ -141,6 +144,7 @@ mod tests {
                 loss_percent: Some(1.6),
                 rx_bytes: 1536,
                 rx_bytes_per_s: Some(0),
+                standby_prefixes: vec!["192.168.50.0/24".into()],
                 ..Default::default()
             }),
             paths: vec![pb::PathStatus {
@@ -166,6 +170,7 @@ mod tests {
             "path        direct 203.0.113.7:51820",
             "rtt         0.42 ms, 2 % of the last probes lost",
             "received    1.5 KiB, 0 B/s now",
+            "standby     192.168.50.0/24, by another node now",
             "relay r1 198.51.100.1:51820  -     -    2s ago  -",
             "2023-11-14T22:13:20Z  connecting -> up",
             "2023-11-14T22:13:20Z  - -> direct a: why",

@@ -135,6 +135,20 @@ mod tests {
     }
 
     #[test]
+    fn the_screens_in_the_documents_have_these_columns() {
+        let text = text(&[peer("cp", "up", "")], false, Palette::PLAIN);
+        let header = |text: &str| -> Vec<String> {
+            let line =
+                text.lines().find(|line| line.starts_with("PEER ")).expect("a table of peers");
+            line.split_whitespace().map(ToOwned::to_owned).collect()
+        };
+        for document in [include_str!("../../../README.md"), include_str!("../../../docs/guide.md")]
+        {
+            assert_eq!(header(document), header(&text));
+        }
+    }
+
+    #[test]
     fn a_path_that_is_relayed_or_small_is_explained_below_the_table() {
         let relayed =
             pb::PeerStatus { mtu: Some(1408), ..peer("worker-b", "up", "through a relay: why") };

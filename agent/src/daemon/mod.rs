@@ -25,6 +25,7 @@
 //! | `Observer` | events, rates of traffic, and the problems that are known |
 //! | `SummarySchedule` | when the next summary of the tunnels goes to the controller |
 //! | `RemovalExchange` | questions to peers about removed nodes, and answers |
+//! | `StartTrace` | the spans of this start (feature `otel`) |
 //! | `Leaving` | a `towline leave` that waits for a controller |
 //! | `ApiEndpoint` | the local port that leads to an API server |
 //! | `WireguardSocket` | the socket of `wg show`, and its server |
@@ -41,11 +42,14 @@ mod metrics_server;
 mod observer;
 mod prober;
 mod problem;
+mod reload;
 mod removals;
 mod report;
 mod restorations;
 mod signals;
 mod sleep;
+#[cfg(feature = "otel")]
+mod spans;
 mod standby;
 mod start;
 mod start_report;
@@ -88,7 +92,8 @@ use crate::down::DownMarker;
 use crate::events::Event;
 use crate::node_ip::NodeIps;
 use crate::state::StateDir;
-use crate::static_peers;
+#[cfg(feature = "otel")]
+use crate::telemetry::{StartTrace, Step};
 use announcer::Announcer;
 use controller_link::{ControllerLink, Received};
 use firewall_search::FirewallSearch;
@@ -229,6 +234,8 @@ struct Daemon {
     wireguard_socket: Option<WireguardSocket>,
     /// Set while the daemon runs, if the configuration has an address for it.
     api_endpoint: Option<ApiEndpoint>,
+    #[cfg(feature = "otel")]
+    trace: StartTrace,
 }
 
 /// # Inputs
@@ -259,8 +266,9 @@ impl Daemon {
         self.configuration_changed();
         let exit = loop {
             if let Some(slept) = sleep.woke(sleep::asleep()) {
-                tracing::info!(?slept, "the machine slept: connecting again");
-                self.observer.happened(&Event::MachineSlept { time: slept });
+                let event = Event::MachineSlept { time: slept };
+                tracing::info!(event = event.code(), ?slept, "the machine slept: connecting again");
+                self.observer.happened(&event);
                 self.mesh.handle_wake(Instant::now());
                 self.addresses_changed();
             }
@@ -336,6 +344,8 @@ impl Daemon {
         let now = Instant::now();
         match report {
             Report::Event(dataplane::Event::Peer { peer, what }) => {
+                #[cfg(feature = "otel")]
+                self.trace_observation(&peer, &what);
                 self.mesh.handle_observation(now, peer, what);
             }
             Report::Event(dataplane::Event::Probe { peer, from, message }) => {
@@ -349,8 +359,8 @@ impl Daemon {
                 }
             }
             Report::Fault(fault) => {
-                tracing::error!(%fault, "data plane failed: restarting it");
                 let event = Event::DataPlaneRestarted { fault: fault.to_string() };
+                tracing::error!(event = event.code(), %fault, "data plane failed: restarting it");
                 self.observer.happened(&event);
                 let probes = self.prober.handle_for_data_plane();
                 let key = self.prober.own_key();
@@ -385,14 +395,19 @@ impl Daemon {
     }
 
     fn controller_event(&mut self, event: discovery::Event) {
+        #[cfg(feature = "otel")]
+        self.trace_controller(&event);
         match &event {
             discovery::Event::Connected { address, .. } => {
-                let address = address.to_string();
-                self.observer.happened(&Event::ControllerConnected { address });
+                let event = Event::ControllerConnected { address: address.to_string() };
+                tracing::info!(event = event.code(), controller = %address, "controller connected");
+                self.observer.happened(&event);
                 self.summaries.connected(Instant::now(), rand::rng().random());
             }
             discovery::Event::Disconnected { reason } if self.controller.is_connected() => {
-                self.observer.happened(&Event::ControllerLost(observer::reason(reason)));
+                let event = Event::ControllerLost(observer::reason(reason));
+                tracing::info!(event = event.code(), code = reason.code(), %reason, "controller lost");
+                self.observer.happened(&event);
             }
             _ => {}
         }
@@ -564,49 +579,6 @@ impl Daemon {
         }
     }
 
-    /// Reads the configuration again on SIGHUP and applies what can change while the agent runs. A
-    /// file that does not parse changes nothing.
-    fn reload(&mut self) {
-        let fresh = match Config::load(self.config_path.as_deref()) {
-            Ok(fresh) => fresh,
-            Err(error) => {
-                tracing::error!(%error, "configuration not reloaded: keeping the current one");
-                return;
-            }
-        };
-        let static_peers = match static_peers::load(&fresh.peers) {
-            Ok(static_peers) => static_peers,
-            Err(error) => {
-                tracing::error!(%error, "configuration not reloaded: keeping the current one");
-                return;
-            }
-        };
-        let mut kept = fresh.clone();
-        kept.node = self.config.node.clone();
-        kept.peers.clone_from(&self.config.peers);
-        kept.controller.clone_from(&self.config.controller);
-        kept.trust.clone_from(&self.config.trust);
-        kept.state_dir.clone_from(&self.config.state_dir);
-        kept.socket.clone_from(&self.config.socket);
-        if kept != self.config {
-            tracing::warn!(
-                "only [node], [controller], [trust] and [[peer]] were reloaded: restart the agent to \
-                 apply the rest"
-            );
-        }
-        self.config.node = fresh.node;
-        self.config.peers = fresh.peers;
-        self.config.controller = fresh.controller;
-        self.config.trust = fresh.trust;
-        self.controller.set_configured(self.config.controller.addresses.clone());
-        let now = Instant::now();
-        configure(&mut self.mesh, now, &self.config, self.state.connected_networks());
-        self.update_limits();
-        self.mesh.set_static_peers(now, static_peers);
-        self.configuration_changed();
-        tracing::info!("configuration reloaded");
-    }
-
     /// Returns the state of the join's confirmation.
     fn confirmation(&self) -> Confirmation {
         confirm::status(self.state.path(), &Moment::now())
@@ -638,7 +610,11 @@ impl Daemon {
                 }
                 Output::SecondPort { open: true } => self.open_second_port(),
                 Output::SecondPort { open: false } => self.tunnels.data_plane().close_second_port(),
-                Output::Handshake { peer, to } => self.tunnels.data_plane().handshake(peer, to),
+                Output::Handshake { peer, to } => {
+                    #[cfg(feature = "otel")]
+                    self.trace_step(Step::Attempt, &peer);
+                    self.tunnels.data_plane().handshake(peer, to);
+                }
                 Output::PeerTable(table) => self.peer_table(&table),
                 Output::ForwardingTable(table) => {
                     self.tunnels.data_plane().apply_forwarding(&table);
@@ -717,27 +693,33 @@ impl Daemon {
         let endpoint = status.endpoint.map(|path| tracing::field::display(path.remote));
         let code = status.reason.as_ref().map(Coded::code);
         let why = status.reason.as_ref().map(tracing::field::display);
-        tracing::info!(peer = %status.name, ?from, ?to, endpoint, reason = why, code, "static peer");
         let reason = status.reason.as_ref().map(observer::reason);
-        let (peer, path) = (status.name, status.endpoint);
-        self.observer.happened(&Event::PeerState { peer, from, to, path, reason });
+        let (peer, path) = (status.name.clone(), status.endpoint);
+        let event = Event::PeerState { peer, from, to, path, reason };
+        let (event_code, peer) = (event.code(), &status.name);
+        tracing::info!(event = event_code, %peer, ?from, ?to, endpoint, reason = why, code, "static peer");
+        self.observer.happened(&event);
     }
 
     fn state_changed(&mut self, peer: NodeId, from: PeerState, to: PeerState) {
         let Some(status) = self.mesh.peer(peer) else { return };
         let name = status.node.name();
-        match status.path {
-            Some(path) => tracing::info!(peer = %name, ?from, ?to, %path, "peer"),
+        let path = status.path;
+        let reason = status.reason.as_ref().map(observer::reason);
+        let event = Event::PeerState { peer: name.to_string(), from, to, path, reason };
+        let event_code = event.code();
+        match path {
+            Some(path) => {
+                tracing::info!(event = event_code, peer = %name, ?from, ?to, %path, "peer");
+            }
             None => {
                 let code = status.reason.as_ref().map(Coded::code);
                 let reason = status.reason.as_ref().map(tracing::field::display);
-                tracing::info!(peer = %name, ?from, ?to, reason, code, "peer");
+                tracing::info!(event = event_code, peer = %name, ?from, ?to, reason, code, "peer");
             }
         }
-        let (peer, path) = (name.to_string(), status.path);
-        let reason = status.reason.as_ref().map(observer::reason);
         let is_api_server = status.node.api_port().is_some();
-        self.observer.happened(&Event::PeerState { peer, from, to, path, reason });
+        self.observer.happened(&event);
         if is_api_server {
             self.api_servers_changed();
         }
@@ -752,7 +734,12 @@ impl Daemon {
     ) {
         let Some(status) = self.mesh.peer(peer) else { return };
         let peer = status.node.name().to_string();
-        self.observer.happened(&Event::PeerPath { peer, from, to, reason });
+        let event = Event::PeerPath { peer, from, to, reason };
+        let (name, code) = (status.node.name(), reason.code());
+        let shown = |path: Option<NetworkPath>| path.map(tracing::field::display);
+        let (from, to) = (shown(from), shown(to));
+        tracing::info!(event = event.code(), peer = %name, from, to, code, "path");
+        self.observer.happened(&event);
     }
 
     /// Sends a summary of the tunnels to the controller.

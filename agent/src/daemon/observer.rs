@@ -78,10 +78,16 @@ impl Observer {
         };
         let (before, after) = (codes(&known), codes(&current));
         for found in current.iter().filter(|reason| !before.contains(&reason.code)) {
-            self.happened(&Event::ProblemFound(found.clone()));
+            let event = Event::ProblemFound(found.clone());
+            let (code, problem) = (found.code.as_str(), found.text.as_str());
+            tracing::warn!(event = event.code(), code, problem, "problem found");
+            self.happened(&event);
         }
         for solved in known.iter().filter(|reason| !after.contains(&reason.code)) {
-            self.happened(&Event::ProblemSolved(solved.clone()));
+            let event = Event::ProblemSolved(solved.clone());
+            let (code, problem) = (solved.code.as_str(), solved.text.as_str());
+            tracing::info!(event = event.code(), code, problem, "problem solved");
+            self.happened(&event);
         }
         self.problems = current;
         self.count(now, traffic);

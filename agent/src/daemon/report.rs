@@ -237,10 +237,15 @@ impl Reporter<'_> {
                 ..status
             }
         };
-        let nodes = daemon
-            .mesh
-            .peers()
-            .map(|peer| with_traffic(peer.node.wireguard_key(), peer_status(peer, now)));
+        let table = daemon.mesh.peer_table();
+        let nodes = daemon.mesh.peers().map(|peer| {
+            let key = peer.node.wireguard_key();
+            let entry = table.and_then(|table| table.peers.get(&key));
+            let standby = entry.into_iter().flat_map(|entry| &entry.shared_sources);
+            let standby_prefixes = standby.map(ToString::to_string).collect();
+            let status = pb::PeerStatus { standby_prefixes, ..peer_status(peer, now) };
+            with_traffic(key, status)
+        });
         let static_peers = daemon
             .mesh
             .static_peers()
@@ -357,6 +362,8 @@ fn peer_status(peer: PeerStatus, now: Instant) -> pb::PeerStatus {
         loss_percent: peer.loss.map(|share| share * 100.0),
         handshake_age_ms: peer.last_handshake.map(|at| millis(now.saturating_duration_since(at))),
         prefixes: announced.map(ToString::to_string).collect(),
+        // Filled in by the caller.
+        standby_prefixes: Vec::new(),
         conflicts: texts(&peer.conflicts),
         conflict_details: details(&peer.conflicts),
         since_ms: millis(now.saturating_duration_since(peer.since)),

@@ -12,6 +12,7 @@ use towline_core::local_limits::HostAddresses;
 use towline_core::mesh::{self, Mesh};
 use towline_core::plan::UnderlayPlan;
 use towline_core::static_peers::StaticPeer;
+use towline_proto::code::Coded as _;
 use towline_proto::token::ControllerAddress;
 
 use super::announcer::Announcer;
@@ -26,8 +27,11 @@ use super::tunnels::Tunnels;
 use super::{Daemon, Purpose, report};
 use crate::config::Config;
 use crate::discovery::{self, Announcement, Discovery};
+use crate::events::Event;
 use crate::map_cache::MapCache;
 use crate::state::{CachedPrefixes, Counters, Keys, Membership, StateDir};
+#[cfg(feature = "otel")]
+use crate::telemetry;
 use crate::{host_addresses, join, kubernetes, reserved_port, static_peers};
 
 /// State that a start reads from the state directory.
@@ -174,6 +178,7 @@ impl Daemon {
         let (announcer, announced) = Announcer::new(state.clone(), cached, &config, is_relay);
         tokio::spawn(save_again(state.clone()));
         tracing::info!(
+            event = Event::AgentStarted.code(),
             node = mesh.grant().map(|grant| tracing::field::display(&grant.name)),
             mesh = mesh.grant().map(|grant| tracing::field::display(&grant.mesh_id)),
             static_peers = config.peers.len(),
@@ -182,6 +187,13 @@ impl Daemon {
             version = towline_proto::VERSION,
             "agent started"
         );
+        #[cfg(feature = "otel")]
+        let trace = {
+            // No map was stored yet.
+            let is_first = stored.map.as_ref().is_some_and(|map| map.position().1 == 0);
+            let started = std::time::SystemTime::now();
+            telemetry::start_trace(&config.telemetry, mesh.grant(), is_first, started)
+        };
         let controller = stored.discovery(&config, &state, announced)?;
         let kubernetes = KubernetesNode::new(kubernetes::start(kubernetes::Setup {
             config: config.kubernetes.clone(),
@@ -210,6 +222,8 @@ impl Daemon {
             leaving: None,
             wireguard_socket: None,
             api_endpoint: None,
+            #[cfg(feature = "otel")]
+            trace,
         })
     }
 }

@@ -326,7 +326,7 @@ impl Discovery {
             Err(ended) => return ended,
         };
         *failures = 0;
-        tracing::info!(controller = %address, revision = self.map.position().1, "discovery session opened");
+        tracing::debug!(controller = %address, revision = self.map.position().1, "discovery session opened");
         if self
             .events
             .send(Event::Connected {

@@ -319,6 +319,10 @@ impl Draft<'_> {
         let (peer, local) = (self.peer, &self.local);
         let mut sentences = vec![format!("{} is up through the relay {}", peer.name, peer.relay)];
         sentences.push(format!("there is no direct path: {}", peer.reason));
+        // The next version would not use such a relay.
+        let notes = self.answers.status.note_details.iter();
+        let undecided = notes.filter(|note| note.code == "relay-not-granted");
+        sentences.extend(undecided.map(|note| note.message.clone()));
         if let Some(cause) = local.first_bad(&OF_TRAFFIC) {
             sentences.push(format!("some of its traffic is dropped: {}", local.message(cause)));
             return self.finish(Verdict::Impaired, Some(cause), sentences);
@@ -350,6 +354,12 @@ impl Draft<'_> {
                 .push(format!("one of its networks is not routed to it: {}", conflict.message));
             return self.finish(Verdict::Impaired, Some(conflict.code.as_str()), sentences);
         }
+        if !peer.standby_prefixes.is_empty() {
+            sentences.push(format!(
+                "it shares {} with other nodes, and another one is used for them now",
+                output::list(&peer.standby_prefixes)
+            ));
+        }
         if let Some(cause) = local.first_bad(&OF_TRAFFIC) {
             sentences.push(format!("some of its traffic is dropped: {}", local.message(cause)));
             return self.finish(Verdict::Impaired, Some(cause), sentences);
@@ -380,7 +390,8 @@ impl Draft<'_> {
         }
         if let Some(controller) = away(&self.answers.status) {
             sentences.push(format!(
-                "no controller is connected, which established paths do not need: {}",
+                "no controller is connected, which established paths do not need (peers are asked for \
+                 removed nodes): {}",
                 controller.reason
             ));
         }

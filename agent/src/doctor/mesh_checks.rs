@@ -6,11 +6,11 @@ use towline_proto::pb;
 use towline_service::output;
 
 use super::findings::Findings;
-use super::{Agent, Answers, Cause, CheckState, Facts, Subject};
+use super::{Agent, Answers, Cause, CheckState, Facts, Subject, role_checks};
 use crate::down::MachineState;
 
 /// Subjects that only the agent knows about.
-const OF_AGENT: [Subject; 10] = [
+const OF_AGENT: [Subject; 14] = [
     Subject::Guards,
     Subject::Controller,
     Subject::Reflectors,
@@ -18,6 +18,10 @@ const OF_AGENT: [Subject; 10] = [
     Subject::Overlaps,
     Subject::Announcements,
     Subject::Sources,
+    Subject::Trust,
+    Subject::Probes,
+    Subject::Relay,
+    Subject::ApiEndpoint,
     Subject::Firewalls,
     Subject::OtherPrograms,
     Subject::Offloads,
@@ -44,6 +48,7 @@ pub(super) fn examine(facts: &Facts, findings: &mut Findings) {
             path_mtu(answers, findings);
             offloads(&answers.status, findings);
             kubernetes(&answers.status, findings);
+            role_checks::examine(&answers.status, findings);
         }
     }
 }
@@ -105,6 +110,13 @@ fn subject(code: &str) -> Subject {
         | "pod-network-of-other-mesh"
         | "pod-network-invalid" => Subject::Cni,
         "cni-mtu-too-large" => Subject::Mtu,
+        "identity-changed" | "name-moved" | "in-clear-not-allowed" => Subject::Trust,
+        "relay-denied" | "relay-not-granted" => Subject::Relay,
+        "api-endpoint-taken"
+        | "api-endpoint-not-opened"
+        | "api-servers-unreached"
+        | "api-servers-unknown"
+        | "api-port-without-role" => Subject::ApiEndpoint,
         // Membership, join and leave, and what a newer agent reports.
         _ => Subject::Agent,
     }
@@ -128,6 +140,8 @@ fn severity(code: &str) -> CheckState {
         | "pod-blocks-used"
         | "too-many-prefixes"
         | "name-moved"
+        | "relay-denied"
+        | "api-port-without-role"
         | "gateway-covered"
         | "covers-controller"
         | "covers-gateway"
@@ -197,7 +211,8 @@ fn controller(status: &pb::StatusResponse, findings: &mut Findings) {
     }
     findings.skip(Subject::Reflectors, "no controller is connected");
     let code = controller.reason_code.as_str();
-    let text = format!("not connected: {}", controller.reason);
+    let asks_peers = if status.peers_up > 0 { "; peers are asked for removed nodes" } else { "" };
+    let text = format!("not connected: {}{asks_peers}", controller.reason);
     match code {
         "" => findings.skip(Subject::Controller, "not connected, and the agent does not say why"),
         "controller-pending" => findings.add(Subject::Controller, CheckState::Ok, code, text),

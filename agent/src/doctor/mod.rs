@@ -6,6 +6,7 @@
 //! | `host_facts.rs` | reading of the host: `/proc`, netlink, the state directory |
 //! | `host_checks.rs` | checks of what was read from the host |
 //! | `mesh_checks.rs` | checks of what the agent reports |
+//! | `role_checks.rs` | checks of what a node does for others: trust, probes, relay, endpoint of the Kubernetes API |
 //! | `findings.rs` | collects findings, and makes one check of those of a kind |
 //! | `reference.rs` | cause and command of a code, from `docs/troubleshooting.md` |
 //! | `explain.rs` | why one peer is down, relayed or slow |
@@ -18,6 +19,7 @@ mod host_checks;
 pub mod host_facts;
 mod mesh_checks;
 pub mod reference;
+mod role_checks;
 #[cfg(test)]
 mod tests;
 
@@ -91,6 +93,12 @@ pub enum Subject {
     Announcements,
     /// Sources of packets that enter the tunnel.
     Sources,
+    /// Identities of other nodes, and what the configuration lets the mesh do on this machine.
+    Trust,
+    /// Probes that were refused.
+    Probes,
+    /// Relaying for other nodes.
+    Relay,
     /// Forwarding of packets by the kernel.
     Forwarding,
     /// Reverse path filter of the link.
@@ -109,13 +117,15 @@ pub enum Subject {
     Ipv6,
     /// Kubernetes and the container network.
     Cni,
+    /// Endpoint of the Kubernetes API on this machine.
+    ApiEndpoint,
     /// State directory.
     Disk,
 }
 
 impl Subject {
     /// All subjects, in the order of the output.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 24] = [
         Self::Agent,
         Self::Guards,
         Self::Clock,
@@ -126,6 +136,9 @@ impl Subject {
         Self::Overlaps,
         Self::Announcements,
         Self::Sources,
+        Self::Trust,
+        Self::Probes,
+        Self::Relay,
         Self::Forwarding,
         Self::ReversePath,
         Self::Firewalls,
@@ -135,6 +148,7 @@ impl Subject {
         Self::Offloads,
         Self::Ipv6,
         Self::Cni,
+        Self::ApiEndpoint,
         Self::Disk,
     ];
 
@@ -151,6 +165,9 @@ impl Subject {
             Self::Overlaps => "overlapping networks",
             Self::Announcements => "announced networks",
             Self::Sources => "sources of packets",
+            Self::Trust => "identities and trust",
+            Self::Probes => "refused probes",
+            Self::Relay => "relaying for others",
             Self::Forwarding => "forwarding",
             Self::ReversePath => "rp_filter",
             Self::Firewalls => "other firewalls",
@@ -160,6 +177,7 @@ impl Subject {
             Self::Offloads => "offloads",
             Self::Ipv6 => "IPv6",
             Self::Cni => "Kubernetes and CNI",
+            Self::ApiEndpoint => "Kubernetes API endpoint",
             Self::Disk => "state directory",
         }
     }

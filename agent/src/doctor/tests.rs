@@ -423,3 +423,32 @@ fn a_name_that_no_peer_has_is_explained() {
     let by_address = explain("198.19.0.7", answers, &[], &checks);
     assert_eq!(by_address.peer, "node-b");
 }
+
+#[test]
+fn roles_and_trust_have_checks_of_their_own() {
+    for (code, subject, state) in [
+        ("relay-denied", Subject::Relay, CheckState::Warning),
+        ("identity-changed", Subject::Trust, CheckState::Failed),
+        ("name-moved", Subject::Trust, CheckState::Warning),
+        ("api-servers-unreached", Subject::ApiEndpoint, CheckState::Failed),
+        ("api-port-without-role", Subject::ApiEndpoint, CheckState::Warning),
+    ] {
+        let mut facts = facts();
+        answers(&mut facts).status.problem_details = vec![detail(code)];
+        let checks = examine(&facts);
+        let check = check(&checks, subject);
+        assert_eq!((check.state, check.causes.as_slice()), (state, &[code.to_owned()][..]));
+        assert!(check.remedy.is_some(), "{code}: {check:?}");
+    }
+}
+
+#[test]
+fn a_relayed_peer_names_relays_that_are_not_granted() {
+    let mut facts = facts();
+    answers(&mut facts).status.note_details = vec![detail("relay-not-granted")];
+    answers(&mut facts).peers = vec![peer("node-b", "up", "relay", "relayed-trying-direct")];
+    let checks = examine(&facts);
+    let explanation = explain("node-b", answers(&mut facts), &[], &checks);
+    let text = "text of relay-not-granted".to_owned();
+    assert!(explanation.sentences.contains(&text), "{explanation:?}");
+}

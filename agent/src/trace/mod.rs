@@ -8,7 +8,7 @@ pub mod kernel;
 #[cfg(test)]
 mod tests;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 use serde::Serialize;
@@ -157,7 +157,9 @@ fn holder(address: IpAddr, peers: &[pb::PeerStatus]) -> Option<(&pb::PeerStatus,
     let networks = peers.iter().flat_map(|peer| {
         let own = peer.overlay_addresses.iter().filter_map(|own| own.parse::<IpAddr>().ok());
         let own = own.map(IpNet::from);
-        let behind = peer.prefixes.iter().filter_map(|net| net.parse::<IpNet>().ok());
+        // Of the nodes that share a prefix, one is used.
+        let used = peer.prefixes.iter().filter(move |net| !peer.standby_prefixes.contains(net));
+        let behind = used.filter_map(|net| net.parse::<IpNet>().ok());
         own.chain(behind).map(move |net| (peer, net))
     });
     let covering = networks.filter(|(_, net)| net.contains(&address));
@@ -193,13 +195,27 @@ impl Tracer<'_> {
     fn peer(&self, net: Option<IpNet>) -> Step {
         match (self.holder, net) {
             (Some(peer), Some(net)) => {
-                step("peer", Fate::Pass, format!("{} is reached through {}", net, peer.name))
+                let text = format!("{net} is reached through {}", peer.name);
+                let others = self.standby(net).join(", ");
+                let text = match others.as_str() {
+                    "" => text,
+                    others => format!("{text} (also behind {others})"),
+                };
+                step("peer", Fate::Pass, text)
             }
             _ => {
                 let text = format!("no peer holds {}", self.address());
                 step("peer", Fate::Unknown, text)
             }
         }
+    }
+
+    /// Returns the names of the peers that share a network and are not used for it now.
+    fn standby(&self, net: IpNet) -> Vec<&str> {
+        let net = net.to_string();
+        let peers = self.input.answers.peers.iter();
+        let standby = peers.filter(|peer| peer.standby_prefixes.contains(&net));
+        standby.map(|peer| peer.name.as_str()).collect()
     }
 
     /// Returns the steps that select rule and route.
@@ -248,7 +264,8 @@ impl Tracer<'_> {
             return (step, Outcome::Dropped);
         };
         if route.is_local {
-            return (step("guard", Fate::Pass, "an address of this host"), Outcome::Local);
+            let text = self.api_endpoint().unwrap_or_else(|| "an address of this host".to_owned());
+            return (step("guard", Fate::Pass, text), Outcome::Local);
         }
         if route.link.as_deref() == Some(self.input.kernel.link.as_str()) {
             let text = format!("it enters the tunnel by {}", self.input.kernel.link);
@@ -275,6 +292,19 @@ impl Tracer<'_> {
                 (step("guard", Fate::Pass, text), Outcome::Outside)
             }
         }
+    }
+
+    /// Returns where the endpoint of the Kubernetes API leads, if it is the destination.
+    fn api_endpoint(&self) -> Option<String> {
+        let endpoint = self.input.answers.status.api_endpoint.as_ref()?;
+        let target = SocketAddr::new(self.address(), self.input.target.port?);
+        if endpoint.address.parse::<SocketAddr>() != Ok(target) {
+            return None;
+        }
+        Some(match endpoint.server.as_str() {
+            "" => "the endpoint of the Kubernetes API: no API server is known".to_owned(),
+            server => format!("the endpoint of the Kubernetes API: it leads to {server}"),
+        })
     }
 
     /// Returns the source address that the kernel chooses.

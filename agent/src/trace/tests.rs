@@ -89,6 +89,44 @@ fn the_longest_prefix_names_the_peer() {
 }
 
 #[test]
+fn a_shared_prefix_is_reached_through_the_node_that_is_used() {
+    let mut world = World { destination: "192.168.50.9", ..world() };
+    let lan = || vec!["192.168.50.0/24".to_owned()];
+    // The last of equal prefixes would win otherwise.
+    for (name, standby_prefixes) in [("gw-a", Vec::new()), ("gw-b", lan())] {
+        let gateway = pb::PeerStatus {
+            name: name.into(),
+            state: "up".into(),
+            prefixes: lan(),
+            standby_prefixes,
+            ..Default::default()
+        };
+        world.answers.peers.push(gateway);
+    }
+    let traced = run(&world);
+    assert_eq!(traced.peer.as_deref(), Some("gw-a"));
+    let finding = traced.outgoing[0].finding.as_str();
+    assert_eq!(finding, "192.168.50.0/24 is reached through gw-a (also behind gw-b)");
+}
+
+#[test]
+fn the_endpoint_of_the_kubernetes_api_says_where_it_leads() {
+    let mut world = World { destination: "127.0.0.1:7445", ..world() };
+    world.kernel.route = Some(RouteSeen { is_local: true, ..Default::default() });
+    world.answers.status.api_endpoint = Some(pb::ApiEndpointStatus {
+        address: "127.0.0.1:7445".into(),
+        server: "cp-1".into(),
+        ..Default::default()
+    });
+    let finding = |traced: &Trace| traced.outgoing.last().unwrap().finding.clone();
+    let traced = run(&world);
+    assert_eq!(traced.outcome, Outcome::Local);
+    assert_eq!(finding(&traced), "the endpoint of the Kubernetes API: it leads to cp-1");
+    let other = run(&World { destination: "127.0.0.1:7446", ..world });
+    assert_eq!(finding(&other), "an address of this host");
+}
+
+#[test]
 fn the_step_that_drops_a_packet_is_named() {
     let chain = |is_incoming| DroppingChain {
         is_incoming,

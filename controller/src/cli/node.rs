@@ -237,6 +237,20 @@ impl View {
         }
     }
 
+    /// Returns whether the node is removed when it is offline, and after which time.
+    fn ephemeral_text(&self) -> String {
+        match (self.ephemeral, self.ephemeral_after_seconds) {
+            (false, _) => "false".to_owned(),
+            (true, Some(seconds)) => {
+                format!(
+                    "true, removed after {} offline",
+                    span(i64::try_from(seconds).unwrap_or(i64::MAX))
+                )
+            }
+            (true, None) => "true, removed after the mesh's lease offline".to_owned(),
+        }
+    }
+
     fn seen(&self) -> String {
         match self.last_seen_unix {
             0 => "never".to_owned(),
@@ -290,7 +304,7 @@ fn sheet(node: &View) -> String {
         ("shared", output::list(&node.shared_prefixes)),
         ("candidates", output::list(&node.candidates)),
         ("labels", output::list(&labels)),
-        ("ephemeral", node.ephemeral.to_string()),
+        ("ephemeral", node.ephemeral_text()),
         ("relay", node.relay_state().to_owned()),
         ("control plane", node.api_server()),
         ("version", output::or_dash(Some(&node.version))),
@@ -299,4 +313,68 @@ fn sheet(node: &View) -> String {
     ];
     lines.extend(node.problems.iter().map(|problem| ("problem", problem.clone())));
     output::sheet(15, &lines)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn node() -> View {
+        View {
+            name: "gpu-1".into(),
+            id: NodeId([1; 16]),
+            site: String::new(),
+            online: false,
+            overlay_addresses: Vec::new(),
+            prefixes: Vec::new(),
+            allowed_prefixes: Vec::new(),
+            pod_ranges: Vec::new(),
+            shared_prefixes: Vec::new(),
+            candidates: Vec::new(),
+            version: String::new(),
+            generation: None,
+            wireguard_key: None,
+            identity_key: IdentityKey([1; 32]),
+            labels: BTreeMap::new(),
+            ephemeral: true,
+            ephemeral_after_seconds: Some(600),
+            may_relay: Some(true),
+            relay: false,
+            control_plane: false,
+            api_port: None,
+            joined_at: None,
+            last_seen: None,
+            session_address: String::new(),
+            problems: Vec::new(),
+            problem_details: Vec::new(),
+            last_seen_unix: 0,
+        }
+    }
+
+    #[test]
+    fn an_ephemeral_node_shows_when_it_is_removed() {
+        let line = |node: &View| {
+            let sheet = sheet(node);
+            sheet.lines().find(|line| line.starts_with("ephemeral")).unwrap().to_owned()
+        };
+        assert_eq!(line(&node()), "ephemeral      true, removed after 10m offline");
+        let lease = View { ephemeral_after_seconds: None, ..node() };
+        assert_eq!(line(&lease), "ephemeral      true, removed after the mesh's lease offline");
+        assert_eq!(line(&View { ephemeral: false, ..node() }), "ephemeral      false");
+    }
+
+    #[test]
+    fn the_screens_in_the_guide_have_these_columns_and_lines() {
+        let guide = include_str!("../../../docs/guide.md");
+        let text = table(&[], false);
+        let header: Vec<&str> = text.split_whitespace().collect();
+        let mut lines = guide.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        assert!(lines.any(|line| line == header), "{text}");
+        let (_, shown) = guide.split_once("# towline-controller node show gpu-1\n").unwrap();
+        let names = |text: &str| -> Vec<String> {
+            let lines = text.lines().take_while(|line| !line.starts_with('#'));
+            lines.map(|line| line.get(..15).unwrap_or(line).trim().to_owned()).collect()
+        };
+        assert_eq!(names(shown), names(&sheet(&node())));
+    }
 }

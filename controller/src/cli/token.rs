@@ -331,6 +331,25 @@ impl From<pb::Token> for View {
     }
 }
 
+impl View {
+    /// Returns whether the nodes are removed when they are offline, and after which time if it is not the lease.
+    fn ephemeral_text(&self) -> String {
+        match self.ephemeral_after_seconds {
+            Some(seconds) if self.ephemeral => format!("true ({})", span(i64::from(seconds))),
+            _ => self.ephemeral.to_string(),
+        }
+    }
+
+    /// Returns whether the nodes may be relays.
+    fn relay_text(&self) -> &'static str {
+        match self.relay {
+            Some(true) => "true",
+            Some(false) => "false",
+            None => "undecided",
+        }
+    }
+}
+
 fn table(tokens: &[View], wide: bool) -> String {
     let mut header = vec!["ID", "STATE", "USED", "EXPIRES", "NAME", "SITE", "NODES"];
     if wide {
@@ -339,6 +358,7 @@ fn table(tokens: &[View], wide: bool) -> String {
             "POD RANGES",
             "REPLACE",
             "EPHEMERAL",
+            "RELAY",
             "CONTROL PLANE",
             "LABELS",
         ]);
@@ -365,7 +385,8 @@ fn table(tokens: &[View], wide: bool) -> String {
                 output::list(&token.prefixes),
                 output::list(&token.pod_ranges),
                 or(&token.replace, "-"),
-                token.ephemeral.to_string(),
+                token.ephemeral_text(),
+                token.relay_text().to_owned(),
                 token.control_plane.to_string(),
                 output::list(&labels),
             ]);
@@ -399,6 +420,37 @@ mod tests {
         {
             assert!(granted_prefix(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn the_wide_table_shows_what_the_nodes_may_be() {
+        let token = |id: &str, relay, ephemeral_after_seconds| {
+            let id = id.to_owned();
+            let ephemeral = ephemeral_after_seconds != 0;
+            View::from(pb::Token {
+                id,
+                relay,
+                ephemeral,
+                ephemeral_after_seconds,
+                ..Default::default()
+            })
+        };
+        let tokens = [token("a", Some(true), 600), token("b", None, 0)];
+        let text = table(&tokens, true);
+        let lines: Vec<&str> = text.lines().collect();
+        assert!(lines[0].contains("EPHEMERAL") && lines[0].contains("RELAY"), "{text}");
+        assert!(lines[1].contains("true (10m)"), "{text}");
+        assert!(lines[2].contains("undecided"), "{text}");
+        assert!(!table(&tokens, false).contains("RELAY"), "{text}");
+    }
+
+    #[test]
+    fn the_screen_in_the_guide_has_these_columns() {
+        let guide = include_str!("../../../docs/guide.md");
+        let text = table(&[], false);
+        let header: Vec<&str> = text.split_whitespace().collect();
+        let mut lines = guide.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        assert!(lines.any(|line| line == header), "{text}");
     }
 
     #[test]

@@ -170,6 +170,15 @@ mod tests {
     }
 
     #[test]
+    fn the_screen_in_the_guide_has_these_columns() {
+        let guide = include_str!("../../../docs/guide.md");
+        let text = status_table(&[], false);
+        let header: Vec<&str> = text.split_whitespace().collect();
+        let mut lines = guide.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        assert!(lines.any(|line| line == header), "{text}");
+    }
+
+    #[test]
     fn the_wide_matrix_has_a_line_for_each_tunnel() {
         let nodes = [node("a", "", vec![direct("b", 420), in_state("c", pb::TunnelState::Down)])];
         let all: Vec<TunnelStatus> = nodes.iter().flat_map(tunnels).collect();

@@ -23,6 +23,7 @@ use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
 use tonic::body::Body;
 use tonic::transport::Server;
 use tower::util::MapResponseLayer;
+use towline_proto::code::Coded as _;
 use towline_proto::health::health_server::HealthServer;
 use towline_proto::limits;
 use towline_proto::pb::admin_server::AdminServer;
@@ -36,7 +37,7 @@ use crate::clock;
 use crate::config::{Config, UiConfig};
 use crate::counters::Counters;
 use crate::entropy::{NoEntropy, random};
-use crate::events::Events;
+use crate::events::{Events, MeshEvent};
 use crate::ledger::Ledger;
 use crate::listen::{self, Handshakes, Places, PresentedPeer, Standing};
 use crate::local;
@@ -327,7 +328,7 @@ impl Controller {
         };
         let showing = tokio::spawn(ui::serve(self.ui, page));
         let (mut writer_ended, last) = (self.writer_ended, counters.clone());
-        tracing::info!(%address, "listening");
+        tracing::info!(event = MeshEvent::ControllerStarted.code(), %address, "listening");
         let (accepted, connections) = mpsc::channel(64);
         // While watches end, no connection is accepted, but the server must not take that for its end.
         let _connections_open = accepted.clone();

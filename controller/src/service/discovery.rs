@@ -8,6 +8,7 @@ use std::time::Duration;
 use futures_util::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
+use towline_proto::code::Coded as _;
 use towline_proto::convert::{self, Invalid};
 use towline_proto::id::{NodeId, NodeName, TokenId, WireguardKey};
 use towline_proto::join_proof::{self, Claim};
@@ -299,8 +300,8 @@ impl Discovery for DiscoveryService {
             ));
             return Err(grpc::with_code(status, code));
         }
-        tracing::info!(node = %node.name, %address, "session opened");
         let connected = MeshEvent::NodeConnected { node: node.name.clone(), address };
+        tracing::info!(event = connected.code(), node = %node.name, %address, "session opened");
         self.shared.events.add(&connected);
         let (responses, receiver) = tokio::sync::mpsc::channel(1);
         let watcher = Watcher::new(self.shared.clone(), node, id, cursor, loading, responses);

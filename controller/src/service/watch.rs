@@ -104,9 +104,9 @@ impl Watcher {
         let end = self.follow(&mut requests, &mut signals).await;
         self.shared.signals.close(self.node.id, self.session);
         let reason = end.as_ref().map_or("closed by the client", Status::message);
-        tracing::info!(node = %self.node.name, reason, "session ended");
         let disconnected =
             MeshEvent::NodeDisconnected { node: self.node.name.clone(), reason: reason.to_owned() };
+        tracing::info!(event = disconnected.code(), node = %self.node.name, reason, "session ended");
         if let Some(status) = end {
             // The client may be gone or may not read; the send must not wait for it.
             let _ = self.responses.try_send(Err(status));

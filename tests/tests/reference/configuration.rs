@@ -24,6 +24,7 @@ const SCALARS: &[(&str, &str)] = &[
     ("Mtu", "integer"),
     ("NodeName", "string"),
     ("NonZeroU16", "integer"),
+    ("OtlpEndpoint", "`\"http://address:port\"`"),
     ("PathBuf", "path"),
     ("SignedDuration", "duration"),
     ("SocketAddr", "`\"address:port\"`"),

@@ -27,7 +27,7 @@ pub(super) enum Outcome {
 pub(super) type Judge = fn(&Setting, &Opponent<'_>) -> anyhow::Result<Outcome>;
 
 /// All cases, by name.
-pub(super) const CASES: [(&str, Judge); 11] = [
+pub(super) const CASES: [(&str, Judge); 12] = [
     ("we_initiate", |setting, opponent| initiate(setting, opponent, Side::Ours)),
     ("they_initiate", |setting, opponent| initiate(setting, opponent, Side::Theirs)),
     ("preshared_key", preshared_key),
@@ -37,6 +37,7 @@ pub(super) const CASES: [(&str, Judge); 11] = [
     ("cookie_theirs", |setting, opponent| cookie(setting, opponent, Side::Theirs)),
     ("nat_ours", |setting, opponent| nat(setting, opponent, Side::Ours)),
     ("nat_theirs", |setting, opponent| nat(setting, opponent, Side::Theirs)),
+    ("wg_show", wg_show),
     ("rekey_we_initiated", |setting, opponent| rekey(setting, opponent, Side::Ours)),
     ("rekey_they_initiated", |setting, opponent| rekey(setting, opponent, Side::Theirs)),
 ];
@@ -207,6 +208,44 @@ fn ticking(
         join(ticks)?;
         Ok(ticker.longest_gap(acted?, Instant::now()))
     })
+}
+
+/// Checks that the real `wg` prints every peer of Towline and no secret key, and changes nothing.
+fn wg_show(setting: &Setting, opponent: &Opponent<'_'>) -> anyhow::Result<Outcome> {
+    if let Err(error) = std::process::Command::new("wg").arg("--version").output() {
+        return Ok(Outcome::Impossible(format!("cannot run wg: {error}: install wireguard-tools")));
+    }
+    let keys = Some([[7; 32]; 2]);
+    let terms = Terms { preshared_keys: keys, ..Terms::called_by(Side::Ours) };
+    let mut pair = Pair::start(setting, opponent, Wiring::Plain, terms)?;
+    pair.ping_ok(Side::Ours, HANDSHAKE_LIMIT)?;
+    let (answering, silent) = (pair.their_key().to_string(), pair.add_silent_peer()?.to_string());
+    let dump = wait_for("every peer in wg show", HANDSHAKE_LIMIT, || {
+        let shown = pair.wg("show", &["dump"])?.stdout;
+        Ok((shown.contains(&answering) && shown.contains(&silent)).then_some(shown))
+    })?;
+    let rows: Vec<Vec<&str>> = dump.lines().map(|line| line.split('\t').collect()).collect();
+    ensure!(rows.len() == 3, "not one interface and two peers: {dump}");
+    let cell = |row: usize, column: usize| {
+        rows.get(row).and_then(|row| row.get(column)).copied().unwrap_or_default()
+    };
+    ensure!(cell(0, 0) == "(none)", "the private key is shown");
+    ensure!([1, 2].iter().all(|row| cell(*row, 1) == "(none)"), "a preshared key is shown");
+    let row = if cell(1, 0) == answering { 1 } else { 2 };
+    let endpoint = pair.outer(Side::Theirs)?.to_string();
+    ensure!(cell(row, 2) == endpoint, "the endpoint is {} instead of {endpoint}", cell(row, 2));
+    ensure!(cell(row, 4) != "0" && cell(row, 5) != "0", "no handshake or no traffic: {dump}");
+
+    let shown = pair.wg("show", &[])?.stdout;
+    ensure!(shown.contains("latest handshake: "), "wg show has no handshake: {shown}");
+    ensure!(!shown.contains("private key"), "wg show knows of a private key");
+    let saved = pair.wg("showconf", &[])?.stdout;
+    ensure!(saved.matches("[Peer]").count() == 2, "wg showconf does not have both peers: {saved}");
+    let secret = saved.contains("PrivateKey") || saved.contains("PresharedKey");
+    ensure!(!secret, "wg showconf has a secret key");
+    let changed = pair.wg("set", &["listen-port", "1"])?;
+    ensure!(!changed.status.success(), "wg set succeeded");
+    held([("peers", 2.0)])
 }
 
 /// Returns the outcome of a case whose promises held.

@@ -19,6 +19,7 @@ use crate::lab::namespace::Namespace;
 use crate::lab::nat::Nat;
 use crate::lab::peers::{Installed, Peer, link_name, uapi};
 use crate::lab::ping::first_reply;
+use crate::lab::process::{CommandOutput, Program};
 use crate::lab::scenario::Setting;
 use crate::lab::topology::{Host, Lab, Router};
 use crate::lab::traffic::{Pattern, tcp_both_ways};
@@ -78,6 +79,8 @@ const OUR_PORT: u16 = 51830;
 const THEIR_PORT: u16 = 51820;
 /// Time in seconds after which the NAT removes an idle UDP mapping.
 pub(super) const NAT_TIMEOUT: u64 = 3;
+/// Time limit of a command of `wg`.
+const WG_LIMIT: Duration = Duration::from_secs(10);
 /// Name of the other side in Towline's configuration.
 const NAME: &str = "other";
 
@@ -89,6 +92,8 @@ pub(super) struct Pair {
     /// Host on the internet that sends the flood.
     pub(super) stranger: Arc<Host>,
     our_key: WireguardKey,
+    /// Link of Towline. Its name is unique, because `wg show` finds all links of the machine in one directory.
+    our_link: String,
     their_key: Wireguard,
     terms: Terms,
     _router: Option<Router>,
@@ -144,9 +149,10 @@ impl Pair {
         };
 
         let their_key = Wireguard::generate()?;
+        let our_link = link_name();
         let configuration =
-            our_configuration(&lab, &their_key, terms, outer(Side::Theirs, THEIR_PORT)?)?;
-        let configuration = format!("[wireguard]\nengine = {:?}\n{configuration}", opponent.engine);
+            format!("[link]\nname = {our_link:?}\n[wireguard]\nengine = {:?}\n", opponent.engine)
+                + &our_configuration(&lab, &their_key, terms, outer(Side::Theirs, THEIR_PORT)?)?;
         let mut ours = Node::new(&lab, &hosts[0], "ours", &setting.binaries, &configuration)?;
         let our_key = ours.command_ok(&["pubkey"])?.trim().parse()?;
         ours.launch()?;
@@ -163,6 +169,7 @@ impl Pair {
             theirs,
             stranger,
             our_key,
+            our_link,
             their_key,
             terms,
             _router: router,
@@ -220,7 +227,7 @@ impl Pair {
 
     /// Returns the name of a side's link.
     fn link(&self, side: Side) -> &str {
-        if side == Side::Ours { "towline0" } else { self.theirs.link() }
+        if side == Side::Ours { &self.our_link } else { self.theirs.link() }
     }
 
     /// Sends echo requests from this side. Returns the time until the first reply, or `None` if
@@ -284,6 +291,27 @@ impl Pair {
         })
     }
 
+    /// Adds a peer that never answers to Towline's configuration. Returns its key.
+    pub(super) fn add_silent_peer(&mut self) -> anyhow::Result<WireguardKey> {
+        let key = Wireguard::generate()?.public();
+        let path = self.ours.config();
+        let mut text = std::fs::read_to_string(&path)?;
+        let _ = write!(
+            text,
+            "\n[[peer]]\nname = \"silent\"\npublic_key = \"{key}\"\nallowed_ips = [\"10.9.1.0/24\"]\n"
+        );
+        std::fs::write(&path, text)?;
+        self.ours.reload()?;
+        Ok(key)
+    }
+
+    /// Runs `wg COMMAND LINK` with more arguments for Towline's link.
+    pub(super) fn wg(&self, command: &str, more: &[&str]) -> anyhow::Result<CommandOutput> {
+        let program =
+            Program::new("wg").args([command, self.our_link.as_str()]).args(more.iter().copied());
+        program.run(self.host(Side::Ours), WG_LIMIT)
+    }
+
     /// Removes the caller's persistent keepalive from the running program.
     pub(super) fn stop_keepalive(&mut self) -> anyhow::Result<()> {
         self.terms.keepalive = None;
@@ -296,6 +324,13 @@ impl Pair {
         let lines = text.lines().filter(|line| !line.starts_with("keepalive"));
         std::fs::write(&path, lines.collect::<Vec<_>>().join("\n"))?;
         self.ours.reload()
+    }
+}
+
+impl Drop for Pair {
+    fn drop(&mut self) {
+        // A killed agent leaves its socket behind.
+        let _ = std::fs::remove_file(uapi::socket(&self.our_link));
     }
 }
 

@@ -1,6 +1,8 @@
-//! Log output on stderr, as text or as one JSON object for each line. The journal of systemd stamps the
-//! time itself and takes a priority before each line (sd-daemon(3)); terminals and files get the time
-//! and the level as text.
+//! Log output, as text or as one JSON object for each line. Where stderr leads to the journal of systemd, text becomes
+//! entries with fields ([`journal`]). The journal stamps the time itself, and takes a priority before each line of
+//! stderr (sd-daemon(3)); terminals and files get the time and the level as text.
+
+mod journal;
 
 use std::fmt;
 use std::fs::File;
@@ -16,6 +18,10 @@ use tracing_subscriber::fmt::format::{Format, Full, Json, JsonFields, Writer};
 use tracing_subscriber::fmt::time::SystemTime;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
+
+pub use journal::message_id;
+
+use journal::{EntryFormat, JournalWriter};
 
 /// Format of the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
@@ -75,7 +81,15 @@ fn init(filter: EnvFilter, format: LogFormat) {
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match (format, is_journal()) {
         (LogFormat::Text, true) => {
-            builder.with_ansi(false).event_format(JournalFormat(journal_text())).init();
+            let builder = builder.with_ansi(false);
+            match JournalWriter::open() {
+                Ok(journal) => {
+                    let builder = builder.event_format(EntryFormat::new(journal_text()));
+                    builder.with_writer(journal).init();
+                }
+                // A sandbox may hide the socket of the journal.
+                Err(_) => builder.event_format(JournalFormat(journal_text())).init(),
+            }
         }
         (LogFormat::Text, false) => {
             builder.with_ansi(std::io::stderr().is_terminal()).init();
