@@ -140,6 +140,8 @@ mod tests {
             "cohabit --netlink",
             "plan --here --json",
             "vm --case smoke --kernel 6.1 --json",
+            "cluster --cni host-gw --proxy nftables --dual-stack --json",
+            "cluster --cni flannel",
             "package --out somewhere",
             "shell cp towline-controller node list -o json",
             "limit --link l0 --port 1 --to 192.0.2.1:1",

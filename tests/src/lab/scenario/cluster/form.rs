@@ -7,17 +7,20 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use data_encoding::BASE64;
+use ipnet::IpNet;
 use serde_json::{Value, json};
-use towline_netlink::Rtnetlink;
+use towline_netlink::{Family, MAIN_TABLE, Rtnetlink};
 
+use super::flannel::{self, TUNNEL_LINK, TUNNEL_LINK_V6};
 use super::machine::{API_ENDPOINT, IMAGE, Machine, agent_section};
 use super::plane::{PODS, PODS_V6, Plane, SERVICES};
 use super::programs::Programs;
-use super::{Checks, Form};
+use super::{Checks, Cni, Form};
 use crate::lab::capture::Capture;
 use crate::lab::interrupt::sleep;
 use crate::lab::mesh::{Controller, Node, START_LIMIT, require_tunnel};
 use crate::lab::namespace::Namespace;
+use crate::lab::process::Daemon;
 use crate::lab::scenario::Setting;
 use crate::lab::scenario::hybrid::{Hybrid, NODES};
 use crate::lab::traffic::Pattern;
@@ -47,6 +50,8 @@ struct Scene<'a> {
     cp: Node,
     /// Control-plane nodes whose API servers are started last.
     planes: Vec<Node>,
+    /// flannel on the host of the control plane, if pods are reached through its tunnel.
+    _flannel: Option<Daemon>,
     hybrid: &'a Hybrid,
     form: Form,
 }
@@ -115,11 +120,16 @@ pub(super) fn play(
     }
     let machines: [Machine; 2] =
         machines.try_into().map_err(|_| anyhow::anyhow!("there are not two workers"))?;
-    let mut scene = Scene { programs, plane, machines, cp, planes, hybrid: &hybrid, form };
+    let flannel = flannel::prepare(&plane, &hybrid.cp, directory, programs, form)?;
+    let mut scene =
+        Scene { programs, plane, machines, cp, planes, _flannel: flannel, hybrid: &hybrid, form };
 
     setting.output.step("joining the workers to the cluster");
     for index in 0..scene.machines.len() {
         scene.join(index, checks)?;
+    }
+    if form.cni == Cni::HostGw {
+        scene.host_routes(checks)?;
     }
     setting.output.step("starting pods");
     scene.start_pods(checks)?;
@@ -155,21 +165,33 @@ impl Scene<'_> {
             Ok(pods.len() == if self.form.is_dual_stack { 2 } else { 1 })
         })?;
         ensure!(registered, "{name} did not register");
+        if self.form.cni.backend().is_some() {
+            self.machines[index].start_flannel(&self.plane, self.programs, self.form)?;
+        }
         self.machines[index].write_cni(&pods)?;
         let ready = checks.check(&format!("{name} is ready"), LIMIT, || {
             let path = "jsonpath={.status.conditions[?(@.type==\"Ready\")].status}";
             Ok(self.kubectl(&["get", "node", &name, "-o", path])? == "True")
         })?;
         ensure!(ready, "{name} is not ready");
-        checks.check(&format!("cp knows the pod network of {name}"), LIMIT, || {
-            let peers: Value =
-                serde_json::from_str(&self.cp.command_ok(&["peers", "-o", "json"])?)?;
-            let peer = peers.as_array().into_iter().flatten().find(|peer| peer["name"] == *name);
-            let prefixes = peer.and_then(|peer| peer["prefixes"].as_array());
-            let has =
-                |list: &Vec<Value>| pods.iter().all(|pod| list.iter().any(|net| *net == **pod));
-            Ok(prefixes.is_some_and(has))
-        })?;
+        if self.form.cni.tunnels() {
+            checks.check(
+                &format!("{name} announces no pods that flannel tunnels"),
+                LIMIT,
+                || {
+                    let status = self.machines[index].node.command_ok(&["status", "-o", "json"])?;
+                    let status: Value = serde_json::from_str(&status)?;
+                    let (kubernetes, wanted) = (&status["kubernetes"], "flannel (vxlan flannel.1)");
+                    let cni = kubernetes["cni"].as_str().unwrap_or_default();
+                    let none = kubernetes["pod_networks"].as_array().is_none_or(Vec::is_empty);
+                    Ok(cni.starts_with(wanted) && none && !self.cp_knows(&name, &pods)?)
+                },
+            )?;
+        } else {
+            checks.check(&format!("cp knows the pod network of {name}"), LIMIT, || {
+                self.cp_knows(&name, &pods)
+            })?;
+        }
         let status = self.machines[index].node.command_ok(&["status", "-o", "json"])?;
         let status: Value = serde_json::from_str(&status)?;
         checks.check(&format!("the API endpoint of {name} leads to cp"), Duration::ZERO, || {
@@ -177,6 +199,39 @@ impl Scene<'_> {
             Ok(endpoint["server"] == "cp" && endpoint["connections"].as_u64() > Some(0))
         })?;
         Ok(())
+    }
+
+    /// Checks that flannel's routes to pods of the other worker lead to the mesh.
+    fn host_routes(&self, checks: &mut Checks<'_>) -> anyhow::Result<()> {
+        let [worker_a, worker_b] = &self.machines;
+        for (from, to) in [(worker_a, worker_b), (worker_b, worker_a)] {
+            let (name, gateway) = (to.node.name(), to.node.overlay_v4()?);
+            let label = format!("{} has flannel's route to pods of {name}", from.node.name());
+            checks.check(&label, LIMIT, || {
+                let path = "jsonpath={.spec.podCIDR}";
+                let pods = self.kubectl(&["get", "node", name, "-o", path])?.parse::<IpNet>()?;
+                from.host().namespace().run(|| {
+                    let mut netlink = Rtnetlink::open()?;
+                    let link = Some(netlink.link_index("towline0")?);
+                    let routes = netlink.routes(Family::V4, Some(MAIN_TABLE))?;
+                    Ok(routes.iter().any(|route| {
+                        route.destination == pods
+                            && route.gateway == Some(gateway)
+                            && route.link == link
+                    }))
+                })
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Returns whether the agent of the control plane has these pod networks of a worker in its map.
+    fn cp_knows(&self, name: &str, pods: &[String]) -> anyhow::Result<bool> {
+        let peers: Value = serde_json::from_str(&self.cp.command_ok(&["peers", "-o", "json"])?)?;
+        let peer = peers.as_array().into_iter().flatten().find(|peer| peer["name"] == *name);
+        let prefixes = peer.and_then(|peer| peer["prefixes"].as_array());
+        let has = |list: &Vec<Value>| pods.iter().all(|pod| list.iter().any(|net| *net == **pod));
+        Ok(prefixes.is_some_and(has))
     }
 
     /// Creates the pods and Services, and checks that the pods run.
@@ -443,10 +498,18 @@ impl Scene<'_> {
         })?;
         self.machines[0].reset()?;
         // The new Node gets another pod network.
+        let tunnels: &[&str] = match self.form {
+            Form { cni: Cni::Bridge | Cni::HostGw, .. } => &[],
+            Form { cni: Cni::Flannel, is_dual_stack: false, .. } => &[TUNNEL_LINK],
+            Form { cni: Cni::Flannel, is_dual_stack: true, .. } => &[TUNNEL_LINK, TUNNEL_LINK_V6],
+        };
         self.machines[0].host().namespace().run(|| {
             let mut netlink = Rtnetlink::open()?;
-            let bridge = netlink.link_index("cni0")?;
-            Ok(netlink.delete_link(bridge)?)
+            for link in [&["cni0"][..], tunnels].concat() {
+                let link = netlink.link_index(link)?;
+                netlink.delete_link(link)?;
+            }
+            Ok(())
         })?;
         self.join(0, checks)?;
         self.plane.apply(self.programs, &pod("echo-c", "worker-a", &["serve", "echo-c"]))?;

@@ -1,6 +1,7 @@
 //! A worker's machine beyond its network: own mount and PID namespaces, so that several kubelets and container
 //! runtimes run on one host, change no files and settings of it, and end together.
 
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,6 +9,8 @@ use std::time::Duration;
 use anyhow::Context as _;
 use serde_json::json;
 
+use super::Form;
+use super::flannel::{self, Run, SUBNET_FILE};
 use super::plane::Plane;
 use super::programs::Programs;
 use crate::cluster::{kubeconfig, replace};
@@ -56,6 +59,7 @@ pub(super) struct Machine {
     directory: PathBuf,
     kubelet: Option<Daemon>,
     proxy: Option<Daemon>,
+    flannel: Option<Daemon>,
     _containerd: Daemon,
     /// Process that holds the namespaces. Its end is that of all processes in them.
     holder: Daemon,
@@ -84,7 +88,8 @@ impl Machine {
         wait_for("mounts of the machine", START_LIMIT, || Ok(ready.exists().then_some(())))?;
         let cni = directory.join("cni");
         std::fs::create_dir_all(&cni)?;
-        let config = containerd_config(&directory, programs);
+        let plugins = plugins(&directory, programs)?;
+        let config = containerd_config(&directory, &programs.runc, &plugins);
         let config_file = directory.join("containerd.toml");
         replace(&config_file, &config)?;
         let containerd = inside(&holder, &programs.containerd)
@@ -96,6 +101,7 @@ impl Machine {
             directory,
             kubelet: None,
             proxy: None,
+            flannel: None,
             _containerd: containerd,
             holder,
             cgroup,
@@ -210,12 +216,36 @@ impl Machine {
         Ok(())
     }
 
-    /// Stops kubelet and kube-proxy, and removes what the kubelet knows of the cluster.
+    /// Starts flannel, once the Node has a pod network.
+    pub(super) fn start_flannel(
+        &mut self,
+        plane: &Plane,
+        programs: &Programs,
+        form: Form,
+    ) -> anyhow::Result<()> {
+        let flannel = programs.flannel.as_ref().context("flannel was not built")?;
+        let run = Run {
+            name: self.node.name(),
+            server: &format!("https://{API_ENDPOINT}"),
+            directory: &self.directory,
+            subnet_file: Path::new(SUBNET_FILE),
+        };
+        let program = self.program(&flannel.daemon);
+        let daemon = flannel::start(run, program, plane, self.host(), form)?;
+        self.flannel = Some(daemon);
+        Ok(())
+    }
+
+    /// Stops kubelet, kube-proxy and flannel, and removes what they know of the cluster.
     pub(super) fn reset(&mut self) -> anyhow::Result<()> {
         self.kubelet = None;
         self.proxy = None;
-        for name in ["kubelet.conf", "pki"] {
-            let path = self.directory.join(name);
+        let mut known = vec![self.kubeconfig(), self.directory.join("pki")];
+        if self.flannel.take().is_some() {
+            let root = PathBuf::from(format!("/proc/{}/root", self.holder.pid()));
+            known.push(root.join(SUBNET_FILE.trim_start_matches('/')));
+        }
+        for path in known {
             let removed = if path.is_dir() {
                 std::fs::remove_dir_all(&path)
             } else {
@@ -226,38 +256,35 @@ impl Machine {
         Ok(())
     }
 
-    /// Returns an error with the last lines of a log if kubelet or kube-proxy ended.
+    /// Returns an error with the last lines of a log if kubelet, kube-proxy or flannel ended.
     pub(super) fn check(&mut self) -> anyhow::Result<()> {
-        for daemon in [&mut self.kubelet, &mut self.proxy].into_iter().flatten() {
+        let Self { kubelet, proxy, flannel, .. } = self;
+        for daemon in [kubelet, proxy, flannel].into_iter().flatten() {
             daemon.check()?;
         }
         Ok(())
     }
 
-    /// Writes the CNI's configuration for these pod networks: a bridge, and routes of the host.
+    /// Writes the CNI's configuration: flannel's plugin, which knows the pod networks from flannel, or a bridge with
+    /// these pod networks.
     pub(super) fn write_cni(&self, pods: &[String]) -> anyhow::Result<()> {
         let ranges: Vec<_> = pods.iter().map(|subnet| json!([{"subnet": subnet}])).collect();
         let routes =
             pods.iter().map(|subnet| if subnet.contains(':') { "::/0" } else { "0.0.0.0/0" });
         let routes: Vec<_> = routes.map(|all| json!({"dst": all})).collect();
-        let config = json!({
-            "cniVersion": "0.4.0",
-            "name": "lab",
-            "plugins": [
-                {
-                    "type": "bridge",
-                    "bridge": "cni0",
-                    "isGateway": true,
-                    "hairpinMode": true,
-                    "mtu": 1420,
-                    "ipam": {
-                        "type": "host-local",
-                        "ranges": ranges,
-                        "routes": routes,
-                    },
-                },
-            ],
-        });
+        let plugin = if self.flannel.is_some() {
+            json!({"type": "flannel"})
+        } else {
+            json!({
+                "type": "bridge",
+                "bridge": "cni0",
+                "isGateway": true,
+                "hairpinMode": true,
+                "mtu": 1420,
+                "ipam": {"type": "host-local", "ranges": ranges, "routes": routes},
+            })
+        };
+        let config = json!({"cniVersion": "0.4.0", "name": "lab", "plugins": [plugin]});
         replace(&cni_directory(&self.directory).join("10-lab.conflist"), &config.to_string())
     }
 
@@ -306,7 +333,23 @@ fn inside(holder: &Daemon, program: &Path) -> Program {
         .arg(program)
 }
 
-fn containerd_config(directory: &Path, programs: &Programs) -> String {
+/// Creates the directory of the CNI plugins: those of this machine's package, and flannel's if it was built.
+fn plugins(directory: &Path, programs: &Programs) -> anyhow::Result<PathBuf> {
+    let plugins = directory.join("plugins");
+    std::fs::create_dir(&plugins)?;
+    for entry in std::fs::read_dir(&programs.plugins)? {
+        let entry = entry?;
+        symlink(entry.path(), plugins.join(entry.file_name()))?;
+    }
+    if let Some(flannel) = &programs.flannel {
+        let place = plugins.join("flannel");
+        std::fs::copy(&flannel.plugin, &place)
+            .with_context(|| format!("cannot write {}", place.display()))?;
+    }
+    Ok(plugins)
+}
+
+fn containerd_config(directory: &Path, runc: &Path, plugins: &Path) -> String {
     let file = |name: &str| directory.join(name);
     format!(
         r#"version = 2
@@ -344,8 +387,6 @@ conf_dir = {cni:?}
         state = file("containerd-state"),
         address = file("containerd.sock"),
         opt = file("containerd-opt"),
-        runc = programs.runc,
-        plugins = programs.plugins,
         cni = cni_directory(directory),
     )
 }

@@ -7,17 +7,20 @@
 //!                                                                     └── router-b ── worker-b: kubelet, pods
 //! ```
 //!
-//! A bridge plugin connects the pods of a worker; the mesh routes between workers. The kubelets know the API server
-//! only by the endpoint of their own agent, and have nothing but a bootstrap token.
+//! A bridge connects the pods of a worker; the mesh routes between workers, or flannel tunnels between them over the
+//! mesh. The kubelets know the API server only by the endpoint of their own agent, and have nothing but a bootstrap
+//! token.
 //!
 //! | file | owns |
 //! |---|---|
 //! | `programs.rs` | finding and building the programs |
 //! | `plane.rs` | the control plane, and kubectl |
 //! | `machine.rs` | the namespaces, containerd, kubelet and kube-proxy of a worker |
+//! | `flannel.rs` | flannel, in the forms of the cluster that have it |
 //! | `form.rs` | the checks of one form of the cluster |
 //! | `mod.rs` | options and results |
 
+mod flannel;
 mod form;
 mod machine;
 mod plane;
@@ -43,6 +46,9 @@ use programs::Programs;
 /// Command line options of `cargo lab cluster`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
+    /// How pods of different workers reach each other
+    #[arg(long, value_enum, default_value_t, conflicts_with = "full")]
+    cni: Cni,
     /// Mode of kube-proxy
     #[arg(long, value_enum, default_value_t, conflicts_with = "full")]
     proxy: Proxy,
@@ -52,6 +58,18 @@ pub struct Options {
     /// Run every form of the cluster, one after the other
     #[arg(long)]
     full: bool,
+}
+
+/// How pods of different workers reach each other. A bridge connects those of one worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+enum Cni {
+    /// By the mesh alone.
+    #[default]
+    Bridge,
+    /// By the mesh, to which flannel's routes lead as well.
+    HostGw,
+    /// By flannel's VXLAN, whose datagrams the mesh carries.
+    Flannel,
 }
 
 /// Mode of kube-proxy.
@@ -67,22 +85,52 @@ enum Proxy {
 /// A form of the cluster.
 #[derive(Debug, Clone, Copy)]
 struct Form {
+    cni: Cni,
     proxy: Proxy,
     is_dual_stack: bool,
 }
 
 impl Form {
     /// All forms, for `--full`.
-    const ALL: [Self; 3] = [
-        Self { proxy: Proxy::Iptables, is_dual_stack: false },
-        Self { proxy: Proxy::Nftables, is_dual_stack: false },
-        Self { proxy: Proxy::Nftables, is_dual_stack: true },
+    const ALL: [Self; 5] = [
+        Self { cni: Cni::Bridge, proxy: Proxy::Iptables, is_dual_stack: false },
+        Self { cni: Cni::Bridge, proxy: Proxy::Nftables, is_dual_stack: false },
+        Self { cni: Cni::Bridge, proxy: Proxy::Nftables, is_dual_stack: true },
+        Self { cni: Cni::HostGw, proxy: Proxy::Iptables, is_dual_stack: false },
+        Self { cni: Cni::Flannel, proxy: Proxy::Iptables, is_dual_stack: false },
     ];
 
     /// Returns the form in words.
     fn name(self) -> String {
         let families = if self.is_dual_stack { "dual stack" } else { "IPv4" };
-        format!("bridge, {}, {families}", self.proxy.name())
+        format!("{}, {}, {families}", self.cni.name(), self.proxy.name())
+    }
+}
+
+impl Cni {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Bridge => "bridge",
+            Self::HostGw => "host-gw",
+            Self::Flannel => "flannel",
+        }
+    }
+
+    /// Returns flannel's name of its backend, or `None` if flannel does not run.
+    fn backend(self) -> Option<&'static str> {
+        match self {
+            Self::Bridge => None,
+            Self::HostGw => Some("host-gw"),
+            Self::Flannel => Some("vxlan"),
+        }
+    }
+
+    /// Returns whether the CNI tunnels, so that the mesh carries no packets of pods themselves.
+    fn tunnels(self) -> bool {
+        match self {
+            Self::Bridge | Self::HostGw => false,
+            Self::Flannel => true,
+        }
     }
 }
 
@@ -126,11 +174,17 @@ pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Cluster> {
             remedy: "run the lab as root, without --rootless".to_owned(),
         }));
     }
-    let programs = Programs::find(&setting.output)?;
+    let one = [Form { cni: options.cni, proxy: options.proxy, is_dual_stack: options.dual_stack }];
+    let forms = if options.full { &Form::ALL[..] } else { &one[..] };
+    if forms.iter().any(|form| form.cni.tunnels()) {
+        flannel::require_vxlan()?;
+    }
+    let mut programs = Programs::find(&setting.output)?;
     let built = tempfile::tempdir()?;
     let images = images(built.path())?;
-    let one = [Form { proxy: options.proxy, is_dual_stack: options.dual_stack }];
-    let forms = if options.full { &Form::ALL[..] } else { &one[..] };
+    if forms.iter().any(|form| form.cni.backend().is_some()) {
+        programs.flannel = Some(flannel::build(&setting.output, built.path())?);
+    }
     let mut cluster = Cluster::default();
     let mut promises = Promises::new();
     for form in forms {
@@ -148,7 +202,7 @@ pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Cluster> {
 /// Builds the program of the pods, and the images as archives. Returns their paths.
 fn images(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let program = directory.join("testpod");
-    go_build("testpod", "./testpod", &program)?;
+    go_build("testpod", ".", "./testpod", &program)?;
     let bytes = std::fs::read(&program)?;
     let own = Entry::file("usr/bin/testpod", 0o755, bytes.clone());
     let pause = [own.clone()];
