@@ -152,8 +152,8 @@ pub(super) fn play(
 impl Scene<'_> {
     /// Joins a worker with the bootstrap token, gives it its CNI configuration, and checks that it becomes ready.
     fn join(&mut self, index: usize, checks: &mut Checks<'_>) -> anyhow::Result<()> {
-        let Self { plane, machines, programs, form, .. } = self;
-        machines[index].join(plane, programs, form.proxy.name())?;
+        let Self { plane, machines, programs, .. } = self;
+        machines[index].join(plane, programs)?;
         let name = machines[index].node.name().to_owned();
         let mut pods: Vec<String> = Vec::new();
         let label = format!("{name} registers with a bootstrap token, through its API endpoint");
@@ -165,8 +165,10 @@ impl Scene<'_> {
             Ok(pods.len() == if self.form.is_dual_stack { 2 } else { 1 })
         })?;
         ensure!(registered, "{name} did not register");
-        if self.form.cni.backend().is_some() {
-            self.machines[index].start_flannel(&self.plane, self.programs, self.form)?;
+        let (plane, programs, form) = (&self.plane, self.programs, self.form);
+        self.machines[index].start_proxy(plane, programs, form.proxy.name())?;
+        if form.cni.backend().is_some() {
+            self.machines[index].start_flannel(plane, programs, form)?;
         }
         self.machines[index].write_cni(&pods)?;
         let ready = checks.check(&format!("{name} is ready"), LIMIT, || {

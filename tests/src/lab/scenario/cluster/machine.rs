@@ -50,7 +50,11 @@ kernel/keys/root_maxkeys 1000000
 kernel/keys/root_maxbytes 25000000
 END
 touch "$1/ready"
-exec sleep infinity
+# As the first process, it reaps what containerd's shims leave behind.
+while :; do
+    sleep 3600 &
+    wait
+done
 "#;
 
 /// A worker: its node of the mesh, and what runs on its machine.
@@ -83,7 +87,7 @@ impl Machine {
             .args(["sh", "-c", PREPARE, "sh"])
             .arg(&directory)
             .start(host.namespace(), "holder of the namespaces", &directory.join("holder.log"))?;
-        let cgroup = Cgroup { name: format!("towline-lab-{}", holder.pid()) };
+        let cgroup = Cgroup::create(format!("towline-lab-{}", holder.pid()))?;
         let ready = directory.join("ready");
         wait_for("mounts of the machine", START_LIMIT, || Ok(ready.exists().then_some(())))?;
         let cni = directory.join("cni");
@@ -121,13 +125,8 @@ impl Machine {
         self.node.host()
     }
 
-    /// Starts the kubelet with nothing but a bootstrap token, and kube-proxy.
-    pub(super) fn join(
-        &mut self,
-        plane: &Plane,
-        programs: &Programs,
-        proxy_mode: &str,
-    ) -> anyhow::Result<()> {
+    /// Starts the kubelet with nothing but a bootstrap token.
+    pub(super) fn join(&mut self, plane: &Plane, programs: &Programs) -> anyhow::Result<()> {
         let (name, address) = (self.node.name().to_owned(), self.node.overlay_v4()?.to_string());
         let node_ip = match self.node.status()?.overlay_addresses.iter().find(|ip| ip.is_ipv6()) {
             Some(v6) if plane.is_dual_stack() => format!("{address},{v6}"),
@@ -152,7 +151,8 @@ impl Machine {
             "authorization": {"mode": "Webhook"},
             "cgroupDriver": "cgroupfs",
             "cgroupRoot": format!("/{}", self.cgroup.name),
-            "cgroupsPerQOS": false,
+            // Without them, the runtime would not place pods below the root above.
+            "cgroupsPerQOS": true,
             "clusterDNS": ["10.96.0.10"],
             "clusterDomain": "cluster.local",
             "containerRuntimeEndpoint":
@@ -191,15 +191,27 @@ impl Machine {
             "kubelet",
             &file("kubelet.log"),
         )?);
+        Ok(())
+    }
+
+    /// Starts kube-proxy. It waits for the addresses of the Node, but only for 30 s.
+    pub(super) fn start_proxy(
+        &mut self,
+        plane: &Plane,
+        programs: &Programs,
+        mode: &str,
+    ) -> anyhow::Result<()> {
+        let server = format!("https://{API_ENDPOINT}");
+        let file = |name: &str| self.directory.join(name);
         let certificate = file("proxy.pem");
         replace(&certificate, &plane.ca.issue("system:kube-proxy", "", &[])?.both())?;
         let text = kubeconfig(&server, &plane.ca_file(), &certificate);
         replace(&file("proxy.conf"), &text)?;
         let flags = [
             ("kubeconfig", file("proxy.conf").display().to_string()),
-            ("proxy-mode", proxy_mode.to_owned()),
+            ("proxy-mode", mode.to_owned()),
             ("cluster-cidr", plane.pods()),
-            ("hostname-override", name),
+            ("hostname-override", self.node.name().to_owned()),
             // The machine has addresses that are not those of the Node.
             ("nodeport-addresses", "0.0.0.0/0".to_owned()),
             // These settings belong to the whole host.
@@ -397,14 +409,29 @@ struct Cgroup {
     name: String,
 }
 
+impl Cgroup {
+    /// Creates the groups: a kubelet expects that those of its root exist.
+    fn create(name: String) -> anyhow::Result<Self> {
+        let group = Self { name };
+        for hierarchy in hierarchies()? {
+            // In version 2, the kubelet needs these controllers below the root.
+            let controllers = hierarchy.join("cgroup.subtree_control");
+            if hierarchy.ends_with("sys/fs/cgroup") {
+                std::fs::write(&controllers, "+cpu +cpuset +memory +pids")
+                    .with_context(|| format!("cannot write {}", controllers.display()))?;
+            }
+            let place = hierarchy.join(&group.name);
+            std::fs::create_dir(&place)
+                .with_context(|| format!("cannot create {}", place.display()))?;
+        }
+        Ok(group)
+    }
+}
+
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        let mut places = vec![PathBuf::from("/sys/fs/cgroup")];
-        let hierarchies = std::fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten();
-        places.extend(hierarchies.map(|hierarchy| hierarchy.path()));
-        for place in
-            places.iter().map(|place| place.join(&self.name)).filter(|place| place.is_dir())
-        {
+        for hierarchy in hierarchies().unwrap_or_default() {
+            let place = hierarchy.join(&self.name);
             // The processes were killed, but the kernel may not have removed them yet.
             let _ = wait_for("empty control group", Duration::from_secs(5), || {
                 remove_groups(&place);
@@ -412,6 +439,24 @@ impl Drop for Cgroup {
             });
         }
     }
+}
+
+/// Returns the mounted hierarchies: the only one of version 2, or those of version 1, beside which there may be one
+/// of version 2.
+fn hierarchies() -> anyhow::Result<Vec<PathBuf>> {
+    let mount = PathBuf::from("/sys/fs/cgroup");
+    if mount.join("cgroup.controllers").exists() {
+        return Ok(vec![mount]);
+    }
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(&mount)? {
+        let entry = entry?;
+        // Links are further names of a hierarchy.
+        if entry.file_type()?.is_dir() {
+            found.push(entry.path());
+        }
+    }
+    Ok(found)
 }
 
 /// Removes a control group and those below it, as far as they are empty.
