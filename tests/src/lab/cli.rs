@@ -142,6 +142,7 @@ mod tests {
             "vm --case smoke --kernel 6.1 --json",
             "cluster --cni host-gw --proxy nftables --dual-stack --json",
             "cluster --cni flannel",
+            "cluster --daemon-set",
             "package --out somewhere",
             "shell cp towline-controller node list -o json",
             "limit --link l0 --port 1 --to 192.0.2.1:1",

@@ -11,8 +11,9 @@ use ipnet::IpNet;
 use serde_json::{Value, json};
 use towline_netlink::{Family, MAIN_TABLE, Rtnetlink};
 
+use super::daemon_set::{self, Stage};
 use super::flannel::{self, TUNNEL_LINK, TUNNEL_LINK_V6};
-use super::machine::{API_ENDPOINT, IMAGE, Machine, agent_section};
+use super::machine::{API_ENDPOINT, IMAGE, Layout, Machine, agent_section};
 use super::plane::{PODS, PODS_V6, Plane, SERVICES};
 use super::programs::Programs;
 use super::{Checks, Cni, Form};
@@ -69,6 +70,12 @@ pub(super) fn play(
     for (name, v4, v6) in MORE_PLANES {
         more_planes.push(hybrid.lab.host(name).public(v4, v6)?.build()?);
     }
+    let pod_worker = if form.has_daemon_set {
+        let (name, v4, v6) = daemon_set::WORKER;
+        Some(hybrid.lab.host(name).public(v4, v6)?.build()?)
+    } else {
+        None
+    };
     let captures = hybrid.capture_uplinks(Pattern::random()?)?;
     for capture in &captures {
         capture.watch([PODS.parse()?, SERVICES.parse()?]);
@@ -116,7 +123,7 @@ pub(super) fn play(
     setting.output.step("starting containerd on the workers");
     let mut machines = Vec::new();
     for node in nodes {
-        machines.push(Machine::start(node, directory, programs, images)?);
+        machines.push(Machine::start(node, Layout::Lab, directory, programs, images)?);
     }
     let machines: [Machine; 2] =
         machines.try_into().map_err(|_| anyhow::anyhow!("there are not two workers"))?;
@@ -144,6 +151,23 @@ pub(super) fn play(
     scene.lose_line(checks)?;
     setting.output.step("draining a worker, and joining it again");
     scene.rejoin(checks)?;
+    if let Some(host) = pod_worker {
+        setting.output.step("running the agent of a worker in a pod");
+        let node = Node::new(&hybrid.lab, &host, host.name(), &setting.binaries, "")?;
+        let pod = SocketAddr::new(scene.pod_address("echo-b")?, 8080);
+        let connection = daemon_set::connect(scene.machines[0].host().namespace(), pod)?;
+        let stage = Stage {
+            programs,
+            plane: &mut scene.plane,
+            operator: controller.operator(),
+            node,
+            images,
+            directory,
+            connection,
+            form,
+        };
+        daemon_set::play(stage, checks)?;
+    }
     setting.output.step("killing one of three API servers after the other");
     scene.kill_api_servers(checks)?;
     clear(captures, checks)
@@ -609,7 +633,7 @@ fn clear(captures: [Capture; 3], checks: &mut Checks<'_>) -> anyhow::Result<()> 
 }
 
 /// Returns a pod with one container of the test program. The scheduler places it by the node's name.
-fn pod(name: &str, node: &str, arguments: &[&str]) -> Value {
+pub(super) fn pod(name: &str, node: &str, arguments: &[&str]) -> Value {
     json!({
         "apiVersion": "v1",
         "kind": "Pod",

@@ -1,6 +1,7 @@
 //! A worker's machine beyond its network: own mount and PID namespaces, so that several kubelets and container
 //! runtimes run on one host, change no files and settings of it, and end together.
 
+use std::net::IpAddr;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -36,7 +37,12 @@ set -e
 for directory in /var/lib /var/log /run; do
     mount -t tmpfs tmpfs "$directory"
 done
-mkdir -p /var/lib/kubelet /var/lib/cni /run/containerd "$1/sysctl"
+mkdir -p /var/lib/kubelet /var/lib/cni /run/containerd "$1/sysctl" "$1/etc"
+# The machine changes a copy of /etc, which is in memory.
+mount -t tmpfs -o mode=0755 tmpfs "$1/etc"
+cp -a /etc/. "$1/etc/"
+mount --move "$1/etc" /etc
+mkdir -p /etc/kubernetes /etc/cni/net.d
 while read -r name value; do
     file="$1/sysctl/$(echo "$name" | tr / -)"
     echo "$value" > "$file"
@@ -57,10 +63,21 @@ while :; do
 done
 "#;
 
+/// Places of what Kubernetes has on a machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Layout {
+    /// The lab's directory, so that an agent outside of the machine reads its files. The kubelet uses the endpoint
+    /// and the mesh addresses of this agent.
+    Lab,
+    /// Those of kubeadm, for an agent in a pod of the machine. The kubelet reaches the API server without the mesh.
+    Kubeadm,
+}
+
 /// A worker: its node of the mesh, and what runs on its machine.
 pub(super) struct Machine {
     pub(super) node: Node,
     directory: PathBuf,
+    layout: Layout,
     kubelet: Option<Daemon>,
     proxy: Option<Daemon>,
     flannel: Option<Daemon>,
@@ -75,6 +92,7 @@ impl Machine {
     /// Starts the machine with containerd, and imports the images.
     pub(super) fn start(
         node: Node,
+        layout: Layout,
         directory: &Path,
         programs: &Programs,
         images: &[PathBuf],
@@ -90,10 +108,11 @@ impl Machine {
         let cgroup = Cgroup::create(format!("towline-lab-{}", holder.pid()))?;
         let ready = directory.join("ready");
         wait_for("mounts of the machine", START_LIMIT, || Ok(ready.exists().then_some(())))?;
-        let cni = directory.join("cni");
-        std::fs::create_dir_all(&cni)?;
+        if layout == Layout::Lab {
+            std::fs::create_dir_all(cni_directory(&directory))?;
+        }
         let plugins = plugins(&directory, programs)?;
-        let config = containerd_config(&directory, &programs.runc, &plugins);
+        let config = containerd_config(&directory, layout, &programs.runc, &plugins);
         let config_file = directory.join("containerd.toml");
         replace(&config_file, &config)?;
         let containerd = inside(&holder, &programs.containerd)
@@ -103,6 +122,7 @@ impl Machine {
         let machine = Self {
             node,
             directory,
+            layout,
             kubelet: None,
             proxy: None,
             flannel: None,
@@ -127,14 +147,14 @@ impl Machine {
 
     /// Starts the kubelet with nothing but a bootstrap token.
     pub(super) fn join(&mut self, plane: &Plane, programs: &Programs) -> anyhow::Result<()> {
-        let (name, address) = (self.node.name().to_owned(), self.node.overlay_v4()?.to_string());
-        let node_ip = match self.node.status()?.overlay_addresses.iter().find(|ip| ip.is_ipv6()) {
-            Some(v6) if plane.is_dual_stack() => format!("{address},{v6}"),
-            _ => address.clone(),
-        };
-        let server = format!("https://{API_ENDPOINT}");
+        let name = self.node.name().to_owned();
+        let addresses = self.addresses(plane)?;
+        let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+        let server = self.server(plane);
         let user = format!("system:node:{name}");
-        let serving = plane.ca.issue(&user, "system:nodes", &[name.as_str(), address.as_str()])?;
+        let names: Vec<&str> =
+            std::iter::once(&name).chain(&addresses).map(String::as_str).collect();
+        let serving = plane.ca.issue(&user, "system:nodes", &names)?;
         serving.write(&self.directory, "serving")?;
         let file = |name: &str| self.directory.join(name);
         replace(&file("bootstrap.conf"), &plane.bootstrap_kubeconfig(&server))?;
@@ -180,10 +200,10 @@ impl Machine {
             ("config", file("kubelet.json").display().to_string()),
             ("bootstrap-kubeconfig", file("bootstrap.conf").display().to_string()),
             ("kubeconfig", self.kubeconfig().display().to_string()),
-            ("cert-dir", file("pki").display().to_string()),
+            ("cert-dir", self.pki().display().to_string()),
             ("root-dir", file("kubelet").display().to_string()),
-            ("hostname-override", name.clone()),
-            ("node-ip", node_ip),
+            ("hostname-override", name),
+            ("node-ip", addresses.join(",")),
         ];
         let flags = flags.map(|(flag, value)| format!("--{flag}={value}"));
         self.kubelet = Some(self.program(&programs.kubelet).args(flags).start(
@@ -201,7 +221,7 @@ impl Machine {
         programs: &Programs,
         mode: &str,
     ) -> anyhow::Result<()> {
-        let server = format!("https://{API_ENDPOINT}");
+        let server = self.server(plane);
         let file = |name: &str| self.directory.join(name);
         let certificate = file("proxy.pem");
         replace(&certificate, &plane.ca.issue("system:kube-proxy", "", &[])?.both())?;
@@ -252,10 +272,9 @@ impl Machine {
     pub(super) fn reset(&mut self) -> anyhow::Result<()> {
         self.kubelet = None;
         self.proxy = None;
-        let mut known = vec![self.kubeconfig(), self.directory.join("pki")];
+        let mut known = vec![self.seen(&self.kubeconfig()), self.seen(&self.pki())];
         if self.flannel.take().is_some() {
-            let root = PathBuf::from(format!("/proc/{}/root", self.holder.pid()));
-            known.push(root.join(SUBNET_FILE.trim_start_matches('/')));
+            known.push(self.seen(Path::new(SUBNET_FILE)));
         }
         for path in known {
             let removed = if path.is_dir() {
@@ -297,12 +316,57 @@ impl Machine {
             })
         };
         let config = json!({"cniVersion": "0.4.0", "name": "lab", "plugins": [plugin]});
-        replace(&cni_directory(&self.directory).join("10-lab.conflist"), &config.to_string())
+        let directory = match self.layout {
+            Layout::Lab => cni_directory(&self.directory),
+            Layout::Kubeadm => self.seen(Path::new(CNI_DIRECTORY)),
+        };
+        replace(&directory.join("10-lab.conflist"), &config.to_string())
     }
 
     /// Returns the path of the kubeconfig that the kubelet writes.
     fn kubeconfig(&self) -> PathBuf {
-        self.directory.join("kubelet.conf")
+        match self.layout {
+            Layout::Lab => self.directory.join("kubelet.conf"),
+            Layout::Kubeadm => PathBuf::from("/etc/kubernetes/kubelet.conf"),
+        }
+    }
+
+    /// Returns the directory of the certificates that the kubelet gets.
+    fn pki(&self) -> PathBuf {
+        match self.layout {
+            Layout::Lab => self.directory.join("pki"),
+            Layout::Kubeadm => PathBuf::from("/var/lib/kubelet/pki"),
+        }
+    }
+
+    /// Returns the URL at which kubelet and kube-proxy reach an API server.
+    fn server(&self, plane: &Plane) -> String {
+        match self.layout {
+            Layout::Lab => format!("https://{API_ENDPOINT}"),
+            Layout::Kubeadm => plane.public_url(),
+        }
+    }
+
+    /// Returns the addresses of the Node.
+    fn addresses(&self, plane: &Plane) -> anyhow::Result<Vec<IpAddr>> {
+        let all = match self.layout {
+            Layout::Lab => self.node.status()?.overlay_addresses,
+            Layout::Kubeadm => self.host().addresses().to_vec(),
+        };
+        let v4 = all.iter().find(|ip| ip.is_ipv4()).context("the worker has no IPv4 address")?;
+        let v6 = all.iter().find(|ip| ip.is_ipv6() && plane.is_dual_stack());
+        Ok(std::iter::once(v4).chain(v6).copied().collect())
+    }
+
+    /// Returns the name of the file that the current client certificate of the kubelet is in.
+    pub(super) fn certificate(&self) -> anyhow::Result<PathBuf> {
+        let link = self.seen(&self.pki().join("kubelet-client-current.pem"));
+        std::fs::read_link(&link).with_context(|| format!("cannot read {}", link.display()))
+    }
+
+    /// Returns the path at which the lab sees a file of the machine.
+    fn seen(&self, path: &Path) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/root{}", self.holder.pid(), path.display()))
     }
 
     fn ctr(&self, programs: &Programs, arguments: &[&str]) -> anyhow::Result<String> {
@@ -329,6 +393,9 @@ pub(super) fn agent_section(directory: &Path, name: &str) -> String {
         cni_directory(&machine),
     )
 }
+
+/// Directory of the CNI's configuration on a machine of kubeadm.
+const CNI_DIRECTORY: &str = "/etc/cni/net.d";
 
 fn cni_directory(machine: &Path) -> PathBuf {
     machine.join("cni")
@@ -361,8 +428,12 @@ fn plugins(directory: &Path, programs: &Programs) -> anyhow::Result<PathBuf> {
     Ok(plugins)
 }
 
-fn containerd_config(directory: &Path, runc: &Path, plugins: &Path) -> String {
+fn containerd_config(directory: &Path, layout: Layout, runc: &Path, plugins: &Path) -> String {
     let file = |name: &str| directory.join(name);
+    let cni = match layout {
+        Layout::Lab => cni_directory(directory),
+        Layout::Kubeadm => PathBuf::from(CNI_DIRECTORY),
+    };
     format!(
         r#"version = 2
 root = {root:?}
@@ -399,7 +470,6 @@ conf_dir = {cni:?}
         state = file("containerd-state"),
         address = file("containerd.sock"),
         opt = file("containerd-opt"),
-        cni = cni_directory(directory),
     )
 }
 

@@ -16,10 +16,12 @@
 //! | `programs.rs` | finding and building the programs |
 //! | `plane.rs` | the control plane, and kubectl |
 //! | `machine.rs` | the namespaces, containerd, kubelet and kube-proxy of a worker |
+//! | `daemon_set.rs` | the agent in a pod, in the forms of the cluster that have it |
 //! | `flannel.rs` | flannel, in the forms of the cluster that have it |
 //! | `form.rs` | the checks of one form of the cluster |
 //! | `mod.rs` | options and results |
 
+mod daemon_set;
 mod flannel;
 mod form;
 mod machine;
@@ -40,7 +42,7 @@ use crate::lab::interrupt::wait_up_to;
 use crate::lab::package::archive::Entry;
 use crate::lab::package::image_of;
 use crate::lab::privilege::Rank;
-use crate::lab::report::{Figures, Forbidden, Promises, round};
+use crate::lab::report::{Figures, Forbidden, Promises, WrongUsage, round};
 use programs::Programs;
 
 /// Command line options of `cargo lab cluster`.
@@ -55,6 +57,9 @@ pub struct Options {
     /// Give nodes, pods and Services addresses of both families
     #[arg(long, conflicts_with = "full")]
     dual_stack: bool,
+    /// Run the agent of a third worker in a pod, by the DaemonSet of the chart
+    #[arg(long, conflicts_with_all = ["full", "dual_stack"])]
+    daemon_set: bool,
     /// Run every form of the cluster, one after the other
     #[arg(long)]
     full: bool,
@@ -88,17 +93,22 @@ struct Form {
     cni: Cni,
     proxy: Proxy,
     is_dual_stack: bool,
+    has_daemon_set: bool,
 }
 
 impl Form {
     /// All forms, for `--full`.
     const ALL: [Self; 5] = [
-        Self { cni: Cni::Bridge, proxy: Proxy::Iptables, is_dual_stack: false },
-        Self { cni: Cni::Bridge, proxy: Proxy::Nftables, is_dual_stack: false },
-        Self { cni: Cni::Bridge, proxy: Proxy::Nftables, is_dual_stack: true },
-        Self { cni: Cni::HostGw, proxy: Proxy::Iptables, is_dual_stack: false },
-        Self { cni: Cni::Flannel, proxy: Proxy::Iptables, is_dual_stack: false },
+        Self { has_daemon_set: true, ..Self::of(Cni::Bridge, Proxy::Iptables) },
+        Self::of(Cni::Bridge, Proxy::Nftables),
+        Self { is_dual_stack: true, ..Self::of(Cni::Bridge, Proxy::Nftables) },
+        Self::of(Cni::HostGw, Proxy::Iptables),
+        Self::of(Cni::Flannel, Proxy::Iptables),
     ];
+
+    const fn of(cni: Cni, proxy: Proxy) -> Self {
+        Self { cni, proxy, is_dual_stack: false, has_daemon_set: false }
+    }
 
     /// Returns the form in words.
     fn name(self) -> String {
@@ -174,6 +184,10 @@ pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Cluster> {
             remedy: "run the lab as root, without --rootless".to_owned(),
         }));
     }
+    if options.daemon_set && options.cni.tunnels() {
+        let message = "pods of the third worker reach the others only without a tunnel of the CNI";
+        return Err(anyhow!(WrongUsage(message.to_owned())));
+    }
     let one = [Form { cni: options.cni, proxy: options.proxy, is_dual_stack: options.dual_stack }];
     let forms = if options.full { &Form::ALL[..] } else { &one[..] };
     if forms.iter().any(|form| form.cni.tunnels()) {
@@ -184,6 +198,9 @@ pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Cluster> {
     let images = images(built.path())?;
     if forms.iter().any(|form| form.cni.backend().is_some()) {
         programs.flannel = Some(flannel::build(&setting.output, built.path())?);
+    }
+    if forms.iter().any(|form| form.has_daemon_set) {
+        programs.agent = Some(daemon_set::build(built.path())?);
     }
     let mut cluster = Cluster::default();
     let mut promises = Promises::new();

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::anyhow;
 
+use super::daemon_set::AgentImage;
 use super::flannel::Flannel;
 use crate::lab::output::ProgressOutput;
 use crate::lab::report::Forbidden;
@@ -30,6 +31,8 @@ pub(super) struct Programs {
     pub(super) kubectl: PathBuf,
     /// flannel, once it was built for a form of the cluster.
     pub(super) flannel: Option<Flannel>,
+    /// Image of the agent, once it was built for a form of the cluster.
+    pub(super) agent: Option<AgentImage>,
 }
 
 impl Programs {
@@ -70,6 +73,7 @@ impl Programs {
             kubelet: built(output, "kubelet")?,
             kubectl: built(output, "kubectl")?,
             flannel: None,
+            agent: None,
         })
     }
 }
