@@ -1,5 +1,6 @@
 //! The checks of one form of the cluster, in the order in which an operator meets them.
 
+use std::fmt::Write as _;
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
@@ -142,6 +143,9 @@ pub(super) fn play(
     scene.start_pods(checks)?;
     setting.output.step("using pods from the control plane");
     scene.commands(checks)?;
+    if checks.screen.is_empty() {
+        *checks.screen = scene.screen()?;
+    }
     setting.output.step("sending between pods, Services and hosts");
     scene.traffic(checks)?;
     scene.webhook(checks)?;
@@ -353,6 +357,20 @@ impl Scene<'_> {
             })?;
         }
         Ok(())
+    }
+
+    /// Returns what an operator of the control plane types to reach a pod of a worker behind NAT, and the output.
+    fn screen(&self) -> anyhow::Result<String> {
+        let mut screen = String::new();
+        for words in [
+            &["get", "nodes", "-o", "wide"][..],
+            &["get", "pods", "-o", "wide"],
+            &["exec", "echo-a", "--", "testpod", "cat", "/etc/hostname"],
+        ] {
+            let _ = write!(screen, "$ kubectl {}\n{}", words.join(" "), self.kubectl(words)?);
+        }
+        let _ = write!(screen, "$ towline peers\n{}", self.cp.peers_table()?);
+        Ok(screen)
     }
 
     /// Checks the connections between pods, Services and hosts.

@@ -158,6 +158,8 @@ impl Proxy {
 pub struct Cluster {
     /// Checks in the order in which they ran.
     pub arrows: Vec<Arrow>,
+    /// What an operator typed in the first form of the cluster, and the output, for README.
+    pub screen: String,
     /// Promises that did not hold.
     pub failed: Vec<String>,
 }
@@ -205,8 +207,12 @@ pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Cluster> {
     let mut cluster = Cluster::default();
     let mut promises = Promises::new();
     for form in forms {
-        let mut checks =
-            Checks { form: form.name(), arrows: &mut cluster.arrows, promises: &mut promises };
+        let mut checks = Checks {
+            form: form.name(),
+            arrows: &mut cluster.arrows,
+            screen: &mut cluster.screen,
+            promises: &mut promises,
+        };
         let played = form::play(setting, &programs, &images, *form, &mut checks);
         if let Err(error) = played {
             promises.fail(format!("{}: {error:#}", form.name()));
@@ -245,6 +251,7 @@ fn images(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
 struct Checks<'a> {
     form: String,
     arrows: &'a mut Vec<Arrow>,
+    screen: &'a mut String,
     promises: &'a mut Promises,
 }
 
@@ -287,7 +294,8 @@ impl Figures for Cluster {
         for Arrow { name, ok, ms } in &self.arrows {
             let _ = writeln!(text, "{}  {name} ({ms} ms)", if *ok { "ok    " } else { "FAILED" });
         }
-        let _ = write!(text, "{} checks", self.arrows.len());
+        let _ = writeln!(text, "{} checks\n", self.arrows.len());
+        text.push_str(self.screen.trim_end());
         text
     }
 }
