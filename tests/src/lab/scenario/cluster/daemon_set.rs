@@ -182,12 +182,13 @@ fn install(
     plane.apply_text(programs, &selecting(&manifest, worker)?)
 }
 
-/// Returns the manifest for one worker alone: on the others, the agent runs outside of pods.
+/// Returns the manifest for one worker alone, as the chart's `agent.nodeSelector` makes it: on the others, the agent
+/// runs outside of pods.
 fn selecting(manifest: &str, worker: &str) -> anyhow::Result<String> {
-    const BEFORE: &str = "\n      hostNetwork: true\n";
-    ensure!(manifest.matches(BEFORE).count() == 1, "the manifest has not one pod of the host");
-    let selector = format!("      nodeSelector: {{kubernetes.io/hostname: {worker}}}\n");
-    Ok(manifest.replacen(BEFORE, &format!("{BEFORE}{selector}"), 1))
+    const ALL: &str = "\n      nodeSelector: {}\n";
+    ensure!(manifest.matches(ALL).count() == 1, "the manifest has not one selector of all nodes");
+    let one = format!("\n      nodeSelector: {{kubernetes.io/hostname: {worker}}}\n");
+    Ok(manifest.replacen(ALL, &one, 1))
 }
 
 /// Returns the agent's pod. During an update there may be none, or two.
@@ -238,8 +239,8 @@ mod tests {
         let path = checkout::root().join("deploy/kubernetes/agent.yaml");
         let manifest = std::fs::read_to_string(path).expect("the manifest");
         let selecting = selecting(&manifest, "worker-c").expect("one pod");
-        let added = "      nodeSelector: {kubernetes.io/hostname: worker-c}\n";
-        assert_eq!(selecting.replace(added, ""), manifest);
-        assert_eq!(selecting.matches(added).count(), 1);
+        let (all, one) = ("nodeSelector: {}", "nodeSelector: {kubernetes.io/hostname: worker-c}");
+        assert_eq!(selecting.replace(one, all), manifest);
+        assert_eq!(selecting.matches(one).count(), 1);
     }
 }
