@@ -141,6 +141,11 @@ pub(super) fn play(
     }
     setting.output.step("starting pods");
     scene.start_pods(checks)?;
+    if form.cni == Cni::HostGw {
+        for index in 0..scene.machines.len() {
+            scene.announces(index, checks)?;
+        }
+    }
     setting.output.step("using pods from the control plane");
     scene.commands(checks)?;
     if checks.screen.is_empty() {
@@ -204,29 +209,39 @@ impl Scene<'_> {
             Ok(self.kubectl(&["get", "node", &name, "-o", path])? == "True")
         })?;
         ensure!(ready, "{name} is not ready");
-        if self.form.cni.tunnels() {
-            checks.check(
-                &format!("{name} announces no pods that flannel tunnels"),
-                LIMIT,
-                || {
-                    let status = self.machines[index].node.command_ok(&["status", "-o", "json"])?;
-                    let status: Value = serde_json::from_str(&status)?;
-                    let (kubernetes, wanted) = (&status["kubernetes"], "flannel (vxlan flannel.1)");
-                    let cni = kubernetes["cni"].as_str().unwrap_or_default();
-                    let none = kubernetes["pod_networks"].as_array().is_none_or(Vec::is_empty);
-                    Ok(cni.starts_with(wanted) && none && !self.cp_knows(&name, &pods)?)
-                },
-            )?;
-        } else {
-            checks.check(&format!("cp knows the pod network of {name}"), LIMIT, || {
-                self.cp_knows(&name, &pods)
-            })?;
+        if self.form.cni != Cni::HostGw {
+            self.announces(index, checks)?;
         }
         let status = self.machines[index].node.command_ok(&["status", "-o", "json"])?;
         let status: Value = serde_json::from_str(&status)?;
         checks.check(&format!("the API endpoint of {name} leads to cp"), Duration::ZERO, || {
             let endpoint = &status["api_endpoint"];
             Ok(endpoint["server"] == "cp" && endpoint["connections"].as_u64() > Some(0))
+        })?;
+        Ok(())
+    }
+
+    /// Checks that the agent of a worker announces its pod networks, or that it leaves them to the CNI's tunnel. An
+    /// agent outside of the machine sees that flannel routes natively once a pod is connected.
+    fn announces(&self, index: usize, checks: &mut Checks<'_>) -> anyhow::Result<()> {
+        let node = &self.machines[index].node;
+        let name = node.name();
+        let path = "jsonpath={.spec.podCIDRs}";
+        let pods = self.kubectl(&["get", "node", name, "-o", path])?;
+        let pods: Vec<String> = serde_json::from_str(&pods).context("it has no pod networks")?;
+        if !self.form.cni.tunnels() {
+            let label = format!("cp knows the pod network of {name}");
+            checks.check(&label, LIMIT, || self.cp_knows(name, &pods))?;
+            return Ok(());
+        }
+        let label = format!("{name} announces no pods that flannel tunnels");
+        checks.check(&label, LIMIT, || {
+            let status: Value = serde_json::from_str(&node.command_ok(&["status", "-o", "json"])?)?;
+            let kubernetes = &status["kubernetes"];
+            let cni = kubernetes["cni"].as_str().unwrap_or_default();
+            let none = kubernetes["pod_networks"].as_array().is_none_or(Vec::is_empty);
+            let tunnels = cni.starts_with("flannel (vxlan flannel.1)");
+            Ok(tunnels && none && !self.cp_knows(name, &pods)?)
         })?;
         Ok(())
     }
@@ -558,6 +573,9 @@ impl Scene<'_> {
         self.join(0, checks)?;
         self.plane.apply(self.programs, &pod("echo-c", "worker-a", &["serve", "echo-c"]))?;
         self.runs("echo-c", checks)?;
+        if self.form.cni == Cni::HostGw {
+            self.announces(0, checks)?;
+        }
         checks.check("kubectl logs of a worker that joined again", LIMIT, || {
             Ok(self.kubectl(&["logs", "echo-c"])? == "hello from echo-c\n")
         })?;
