@@ -294,8 +294,10 @@ impl Figures for Cluster {
         for Arrow { name, ok, ms } in &self.arrows {
             let _ = writeln!(text, "{}  {name} ({ms} ms)", if *ok { "ok    " } else { "FAILED" });
         }
-        let _ = writeln!(text, "{} checks\n", self.arrows.len());
-        text.push_str(self.screen.trim_end());
+        if !self.screen.is_empty() {
+            let _ = writeln!(text, "\n{}\n", self.screen.trim_end());
+        }
+        let _ = write!(text, "{} checks", self.arrows.len());
         text
     }
 }
