@@ -82,20 +82,22 @@ pub(super) fn prepare(
     if form.cni.backend().is_none() {
         return Ok(None);
     }
-    let rule = |resources: &[&str], verbs: &[&str]| json!({"apiGroups": [""], "resources": resources, "verbs": verbs});
+    let api = "rbac.authorization.k8s.io";
     let mut items = vec![
         json!({
             "apiVersion": "rbac.authorization.k8s.io/v1",
             "kind": "ClusterRole",
             "metadata": {"name": USER},
-            "rules": [rule(&["nodes"], &["get", "list", "watch"]), rule(&["nodes/status"], &["patch"])],
+            "rules": [
+                rule("nodes", &["get", "list", "watch"]), rule("nodes/status", &["patch"]),
+            ],
         }),
         json!({
             "apiVersion": "rbac.authorization.k8s.io/v1",
             "kind": "ClusterRoleBinding",
             "metadata": {"name": USER},
-            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": USER},
-            "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": USER}],
+            "roleRef": {"apiGroup": api, "kind": "ClusterRole", "name": USER},
+            "subjects": [{"apiGroup": api, "kind": "User", "name": USER}],
         }),
     ];
     if !form.cni.tunnels() {
@@ -123,6 +125,11 @@ pub(super) fn prepare(
     let run = Run { name: "cp", server, directory: &directory, subnet_file: &subnet_file };
     let flannel = programs.flannel.as_ref().context("flannel was not built")?;
     start(run, Program::new(&flannel.daemon), plane, host, form).map(Some)
+}
+
+/// Returns a rule of a ClusterRole.
+fn rule(resource: &str, verbs: &[&str]) -> Value {
+    json!({"apiGroups": [""], "resources": [resource], "verbs": verbs})
 }
 
 /// Place and names of a process of flannel.
