@@ -41,8 +41,8 @@ fn names(directory: &str, extension: &str) -> Vec<String> {
     found
 }
 
-/// Renders a template of the chart. Templates use only values and whole-file conditions, so that a
-/// few lines can render them and the test does not need Helm.
+/// Renders a template of the chart. Templates use only values, as they are or as JSON, and whole-file
+/// conditions, so that a few lines can render them and the test does not need Helm.
 fn rendered(template: &str) -> String {
     let values = yaml(&read("helm/towline/values.yaml"));
     let mut text = String::new();
@@ -65,7 +65,14 @@ fn value(values: &Value, expression: &str) -> String {
         return "towline".to_owned();
     }
     let path = expression.strip_prefix(".Values.").expect("a value");
+    let (path, is_json) = match path.strip_suffix(" | toJson") {
+        Some(path) => (path, true),
+        None => (path, false),
+    };
     let found = path.split('.').fold(values, |at, key| &at[key]);
+    if is_json {
+        return found.to_string();
+    }
     found.as_str().unwrap_or_else(|| panic!("{expression} is not among the values")).to_owned()
 }
 
@@ -141,6 +148,12 @@ fn describes(schema: &Value, values: &Value, place: &str) {
     };
     assert_eq!(schema["type"], kind, "{place}");
     let Some(values) = values.as_object() else { return };
+    if schema["properties"].is_null() {
+        // Keys of the operator, such as labels.
+        assert_eq!(schema["additionalProperties"]["type"], "string", "{place}");
+        assert!(values.is_empty(), "{place}");
+        return;
+    }
     assert_eq!(schema["additionalProperties"], false, "{place}");
     let properties = schema["properties"].as_object().unwrap();
     let described: Vec<&String> = properties.keys().filter(|key| *key != "global").collect();

@@ -245,8 +245,40 @@ fn manuals() -> anyhow::Result<Vec<Entry>> {
 }
 
 fn image(programs: &BTreeMap<String, Vec<u8>>) -> anyhow::Result<Vec<u8>> {
-    let name = format!("docker.io/library/towline:{VERSION}");
-    image_of(&name, VERSION, &["/usr/bin/towline"], &programs_in(programs))
+    named_image(&format!("docker.io/library/towline:{VERSION}"), programs)
+}
+
+fn named_image(name: &str, programs: &BTreeMap<String, Vec<u8>>) -> anyhow::Result<Vec<u8>> {
+    image_of(name, VERSION, &["/usr/bin/towline"], &programs_in(programs))
+}
+
+/// The image of the programs under its two names.
+#[derive(Debug)]
+pub(in crate::lab) struct Image {
+    /// Archive in which the image has the name that the chart has by default.
+    pub(in crate::lab) by_version: Vec<u8>,
+    /// Archive in which the same image has the name [`Self::digest_name`].
+    pub(in crate::lab) by_digest: Vec<u8>,
+    /// `NAME@sha256:DIGEST`.
+    pub(in crate::lab) digest_name: String,
+}
+
+/// Builds the static programs and their image.
+pub(in crate::lab) fn build_image() -> anyhow::Result<Image> {
+    let programs = build(&target())?;
+    let by_version = image(&programs)?;
+    let digest_name = format!("docker.io/library/towline@{}", digest_of(&by_version)?);
+    let by_digest = named_image(&digest_name, &programs)?;
+    Ok(Image { by_version, by_digest, digest_name })
+}
+
+/// Returns the digest of the image in an archive, which does not depend on its name.
+fn digest_of(archive: &[u8]) -> anyhow::Result<String> {
+    let files = read_tar(archive)?;
+    let index = files.iter().find(|file| file.path == "index.json").context("no index.json")?;
+    let index: Value = serde_json::from_slice(&index.bytes)?;
+    let digest = index["manifests"][0]["digest"].as_str().context("no digest in the index")?;
+    Ok(digest.to_owned())
 }
 
 /// Returns an archive of an OCI layout with one image of one layer, which has these files.
@@ -411,6 +443,13 @@ mod tests {
         let at = made.windows(7).rposition(|window| window == b"towline").unwrap();
         made[at] ^= 1;
         check_image(&made).unwrap_err();
+    }
+
+    #[test]
+    fn the_digest_of_an_image_does_not_depend_on_its_name() {
+        let digest = |name: &str| digest_of(&named_image(name, &programs()).unwrap()).unwrap();
+        assert_eq!(digest("towline:1"), digest("towline@sha256:0"));
+        assert!(digest("towline:1").starts_with("sha256:"));
     }
 
     #[test]

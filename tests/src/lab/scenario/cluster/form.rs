@@ -1,5 +1,6 @@
 //! The checks of one form of the cluster, in the order in which an operator meets them.
 
+use std::fmt::Write as _;
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
@@ -7,17 +8,21 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use data_encoding::BASE64;
+use ipnet::IpNet;
 use serde_json::{Value, json};
-use towline_netlink::Rtnetlink;
+use towline_netlink::{Family, MAIN_TABLE, Rtnetlink};
 
-use super::machine::{API_ENDPOINT, IMAGE, Machine, agent_section};
+use super::daemon_set::{self, Stage};
+use super::flannel::{self, TUNNEL_LINK, TUNNEL_LINK_V6};
+use super::machine::{API_ENDPOINT, IMAGE, Layout, Machine, agent_section};
 use super::plane::{PODS, PODS_V6, Plane, SERVICES};
 use super::programs::Programs;
-use super::{Checks, Form};
+use super::{Checks, Cni, Form};
 use crate::lab::capture::Capture;
 use crate::lab::interrupt::sleep;
 use crate::lab::mesh::{Controller, Node, START_LIMIT, require_tunnel};
 use crate::lab::namespace::Namespace;
+use crate::lab::process::Daemon;
 use crate::lab::scenario::Setting;
 use crate::lab::scenario::hybrid::{Hybrid, NODES};
 use crate::lab::traffic::Pattern;
@@ -47,6 +52,8 @@ struct Scene<'a> {
     cp: Node,
     /// Control-plane nodes whose API servers are started last.
     planes: Vec<Node>,
+    /// flannel on the host of the control plane, if pods are reached through its tunnel.
+    _flannel: Option<Daemon>,
     hybrid: &'a Hybrid,
     form: Form,
 }
@@ -64,6 +71,12 @@ pub(super) fn play(
     for (name, v4, v6) in MORE_PLANES {
         more_planes.push(hybrid.lab.host(name).public(v4, v6)?.build()?);
     }
+    let pod_worker = if form.has_daemon_set {
+        let (name, v4, v6) = daemon_set::WORKER;
+        Some(hybrid.lab.host(name).public(v4, v6)?.build()?)
+    } else {
+        None
+    };
     let captures = hybrid.capture_uplinks(Pattern::random()?)?;
     for capture in &captures {
         capture.watch([PODS.parse()?, SERVICES.parse()?]);
@@ -111,20 +124,33 @@ pub(super) fn play(
     setting.output.step("starting containerd on the workers");
     let mut machines = Vec::new();
     for node in nodes {
-        machines.push(Machine::start(node, directory, programs, images)?);
+        machines.push(Machine::start(node, Layout::Lab, directory, programs, images)?);
     }
     let machines: [Machine; 2] =
         machines.try_into().map_err(|_| anyhow::anyhow!("there are not two workers"))?;
-    let mut scene = Scene { programs, plane, machines, cp, planes, hybrid: &hybrid, form };
+    let flannel = flannel::prepare(&plane, &hybrid.cp, directory, programs, form)?;
+    let mut scene =
+        Scene { programs, plane, machines, cp, planes, _flannel: flannel, hybrid: &hybrid, form };
 
     setting.output.step("joining the workers to the cluster");
     for index in 0..scene.machines.len() {
         scene.join(index, checks)?;
     }
+    if form.cni == Cni::HostGw {
+        scene.host_routes(checks)?;
+    }
     setting.output.step("starting pods");
     scene.start_pods(checks)?;
+    if form.cni == Cni::HostGw {
+        for index in 0..scene.machines.len() {
+            scene.announces(index, checks)?;
+        }
+    }
     setting.output.step("using pods from the control plane");
     scene.commands(checks)?;
+    if checks.screen.is_empty() {
+        *checks.screen = scene.screen()?;
+    }
     setting.output.step("sending between pods, Services and hosts");
     scene.traffic(checks)?;
     scene.webhook(checks)?;
@@ -134,6 +160,23 @@ pub(super) fn play(
     scene.lose_line(checks)?;
     setting.output.step("draining a worker, and joining it again");
     scene.rejoin(checks)?;
+    if let Some(host) = pod_worker {
+        setting.output.step("running the agent of a worker in a pod");
+        let node = Node::new(&hybrid.lab, &host, host.name(), &setting.binaries, "")?;
+        let pod = SocketAddr::new(scene.pod_address("echo-b")?, 8080);
+        let connection = daemon_set::connect(scene.machines[0].host().namespace(), pod)?;
+        let stage = Stage {
+            programs,
+            plane: &mut scene.plane,
+            operator: controller.operator(),
+            node,
+            images,
+            directory,
+            connection,
+            form,
+        };
+        daemon_set::play(stage, checks)?;
+    }
     setting.output.step("killing one of three API servers after the other");
     scene.kill_api_servers(checks)?;
     clear(captures, checks)
@@ -142,8 +185,8 @@ pub(super) fn play(
 impl Scene<'_> {
     /// Joins a worker with the bootstrap token, gives it its CNI configuration, and checks that it becomes ready.
     fn join(&mut self, index: usize, checks: &mut Checks<'_>) -> anyhow::Result<()> {
-        let Self { plane, machines, programs, form, .. } = self;
-        machines[index].join(plane, programs, form.proxy.name())?;
+        let Self { plane, machines, programs, .. } = self;
+        machines[index].join(plane, programs)?;
         let name = machines[index].node.name().to_owned();
         let mut pods: Vec<String> = Vec::new();
         let label = format!("{name} registers with a bootstrap token, through its API endpoint");
@@ -155,21 +198,20 @@ impl Scene<'_> {
             Ok(pods.len() == if self.form.is_dual_stack { 2 } else { 1 })
         })?;
         ensure!(registered, "{name} did not register");
+        let (plane, programs, form) = (&self.plane, self.programs, self.form);
+        self.machines[index].start_proxy(plane, programs, form.proxy.name())?;
+        if form.cni.backend().is_some() {
+            self.machines[index].start_flannel(plane, programs, form)?;
+        }
         self.machines[index].write_cni(&pods)?;
         let ready = checks.check(&format!("{name} is ready"), LIMIT, || {
             let path = "jsonpath={.status.conditions[?(@.type==\"Ready\")].status}";
             Ok(self.kubectl(&["get", "node", &name, "-o", path])? == "True")
         })?;
         ensure!(ready, "{name} is not ready");
-        checks.check(&format!("cp knows the pod network of {name}"), LIMIT, || {
-            let peers: Value =
-                serde_json::from_str(&self.cp.command_ok(&["peers", "-o", "json"])?)?;
-            let peer = peers.as_array().into_iter().flatten().find(|peer| peer["name"] == *name);
-            let prefixes = peer.and_then(|peer| peer["prefixes"].as_array());
-            let has =
-                |list: &Vec<Value>| pods.iter().all(|pod| list.iter().any(|net| *net == **pod));
-            Ok(prefixes.is_some_and(has))
-        })?;
+        if self.form.cni != Cni::HostGw {
+            self.announces(index, checks)?;
+        }
         let status = self.machines[index].node.command_ok(&["status", "-o", "json"])?;
         let status: Value = serde_json::from_str(&status)?;
         checks.check(&format!("the API endpoint of {name} leads to cp"), Duration::ZERO, || {
@@ -177,6 +219,64 @@ impl Scene<'_> {
             Ok(endpoint["server"] == "cp" && endpoint["connections"].as_u64() > Some(0))
         })?;
         Ok(())
+    }
+
+    /// Checks that the agent of a worker announces its pod networks, or that it leaves them to the CNI's tunnel. An
+    /// agent outside of the machine sees that flannel routes natively once a pod is connected.
+    fn announces(&self, index: usize, checks: &mut Checks<'_>) -> anyhow::Result<()> {
+        let node = &self.machines[index].node;
+        let name = node.name();
+        let path = "jsonpath={.spec.podCIDRs}";
+        let pods = self.kubectl(&["get", "node", name, "-o", path])?;
+        let pods: Vec<String> = serde_json::from_str(&pods).context("it has no pod networks")?;
+        if !self.form.cni.tunnels() {
+            let label = format!("cp knows the pod network of {name}");
+            checks.check(&label, LIMIT, || self.cp_knows(name, &pods))?;
+            return Ok(());
+        }
+        let label = format!("{name} announces no pods that flannel tunnels");
+        checks.check(&label, LIMIT, || {
+            let status: Value = serde_json::from_str(&node.command_ok(&["status", "-o", "json"])?)?;
+            let kubernetes = &status["kubernetes"];
+            let cni = kubernetes["cni"].as_str().unwrap_or_default();
+            let none = kubernetes["pod_networks"].as_array().is_none_or(Vec::is_empty);
+            let tunnels = cni.starts_with("flannel (vxlan flannel.1)");
+            Ok(tunnels && none && !self.cp_knows(name, &pods)?)
+        })?;
+        Ok(())
+    }
+
+    /// Checks that flannel's routes to pods of the other worker lead to the mesh.
+    fn host_routes(&self, checks: &mut Checks<'_>) -> anyhow::Result<()> {
+        let [worker_a, worker_b] = &self.machines;
+        for (from, to) in [(worker_a, worker_b), (worker_b, worker_a)] {
+            let (name, gateway) = (to.node.name(), to.node.overlay_v4()?);
+            let label = format!("{} has flannel's route to pods of {name}", from.node.name());
+            checks.check(&label, LIMIT, || {
+                let path = "jsonpath={.spec.podCIDR}";
+                let pods = self.kubectl(&["get", "node", name, "-o", path])?.parse::<IpNet>()?;
+                from.host().namespace().run(|| {
+                    let mut netlink = Rtnetlink::open()?;
+                    let link = Some(netlink.link_index("towline0")?);
+                    let routes = netlink.routes(Family::V4, Some(MAIN_TABLE))?;
+                    Ok(routes.iter().any(|route| {
+                        route.destination == pods
+                            && route.gateway == Some(gateway)
+                            && route.link == link
+                    }))
+                })
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Returns whether the agent of the control plane has these pod networks of a worker in its map.
+    fn cp_knows(&self, name: &str, pods: &[String]) -> anyhow::Result<bool> {
+        let peers: Value = serde_json::from_str(&self.cp.command_ok(&["peers", "-o", "json"])?)?;
+        let peer = peers.as_array().into_iter().flatten().find(|peer| peer["name"] == *name);
+        let prefixes = peer.and_then(|peer| peer["prefixes"].as_array());
+        let has = |list: &Vec<Value>| pods.iter().all(|pod| list.iter().any(|net| *net == **pod));
+        Ok(prefixes.is_some_and(has))
     }
 
     /// Creates the pods and Services, and checks that the pods run.
@@ -272,6 +372,20 @@ impl Scene<'_> {
             })?;
         }
         Ok(())
+    }
+
+    /// Returns what an operator of the control plane types to reach a pod of a worker behind NAT, and the output.
+    fn screen(&self) -> anyhow::Result<String> {
+        let mut screen = String::new();
+        for words in [
+            &["get", "nodes", "-o", "wide"][..],
+            &["get", "pods", "-o", "wide"],
+            &["exec", "echo-a", "--", "testpod", "cat", "/etc/hostname"],
+        ] {
+            let _ = write!(screen, "$ kubectl {}\n{}", words.join(" "), self.kubectl(words)?);
+        }
+        let _ = write!(screen, "$ towline peers\n{}", self.cp.peers_table()?);
+        Ok(screen)
     }
 
     /// Checks the connections between pods, Services and hosts.
@@ -443,14 +557,25 @@ impl Scene<'_> {
         })?;
         self.machines[0].reset()?;
         // The new Node gets another pod network.
+        let tunnels: &[&str] = match self.form {
+            Form { cni: Cni::Bridge | Cni::HostGw, .. } => &[],
+            Form { cni: Cni::Flannel, is_dual_stack: false, .. } => &[TUNNEL_LINK],
+            Form { cni: Cni::Flannel, is_dual_stack: true, .. } => &[TUNNEL_LINK, TUNNEL_LINK_V6],
+        };
         self.machines[0].host().namespace().run(|| {
             let mut netlink = Rtnetlink::open()?;
-            let bridge = netlink.link_index("cni0")?;
-            Ok(netlink.delete_link(bridge)?)
+            for link in [&["cni0"][..], tunnels].concat() {
+                let link = netlink.link_index(link)?;
+                netlink.delete_link(link)?;
+            }
+            Ok(())
         })?;
         self.join(0, checks)?;
         self.plane.apply(self.programs, &pod("echo-c", "worker-a", &["serve", "echo-c"]))?;
         self.runs("echo-c", checks)?;
+        if self.form.cni == Cni::HostGw {
+            self.announces(0, checks)?;
+        }
         checks.check("kubectl logs of a worker that joined again", LIMIT, || {
             Ok(self.kubectl(&["logs", "echo-c"])? == "hello from echo-c\n")
         })?;
@@ -544,7 +669,7 @@ fn clear(captures: [Capture; 3], checks: &mut Checks<'_>) -> anyhow::Result<()> 
 }
 
 /// Returns a pod with one container of the test program. The scheduler places it by the node's name.
-fn pod(name: &str, node: &str, arguments: &[&str]) -> Value {
+pub(super) fn pod(name: &str, node: &str, arguments: &[&str]) -> Value {
     json!({
         "apiVersion": "v1",
         "kind": "Pod",

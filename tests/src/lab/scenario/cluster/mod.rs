@@ -7,17 +7,22 @@
 //!                                                                     └── router-b ── worker-b: kubelet, pods
 //! ```
 //!
-//! A bridge plugin connects the pods of a worker; the mesh routes between workers. The kubelets know the API server
-//! only by the endpoint of their own agent, and have nothing but a bootstrap token.
+//! A bridge connects the pods of a worker; the mesh routes between workers, or flannel tunnels between them over the
+//! mesh. The kubelets know the API server only by the endpoint of their own agent, and have nothing but a bootstrap
+//! token.
 //!
 //! | file | owns |
 //! |---|---|
 //! | `programs.rs` | finding and building the programs |
 //! | `plane.rs` | the control plane, and kubectl |
 //! | `machine.rs` | the namespaces, containerd, kubelet and kube-proxy of a worker |
+//! | `daemon_set.rs` | the agent in a pod, in the forms of the cluster that have it |
+//! | `flannel.rs` | flannel, in the forms of the cluster that have it |
 //! | `form.rs` | the checks of one form of the cluster |
 //! | `mod.rs` | options and results |
 
+mod daemon_set;
+mod flannel;
 mod form;
 mod machine;
 mod plane;
@@ -37,21 +42,39 @@ use crate::lab::interrupt::wait_up_to;
 use crate::lab::package::archive::Entry;
 use crate::lab::package::image_of;
 use crate::lab::privilege::Rank;
-use crate::lab::report::{Figures, Forbidden, Promises, round};
+use crate::lab::report::{Figures, Forbidden, Promises, WrongUsage, round};
 use programs::Programs;
 
 /// Command line options of `cargo lab cluster`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
+    /// How pods of different workers reach each other
+    #[arg(long, value_enum, default_value_t, conflicts_with = "full")]
+    cni: Cni,
     /// Mode of kube-proxy
     #[arg(long, value_enum, default_value_t, conflicts_with = "full")]
     proxy: Proxy,
     /// Give nodes, pods and Services addresses of both families
     #[arg(long, conflicts_with = "full")]
     dual_stack: bool,
+    /// Run the agent of a third worker in a pod, by the DaemonSet of the chart
+    #[arg(long, conflicts_with_all = ["full", "dual_stack"])]
+    daemon_set: bool,
     /// Run every form of the cluster, one after the other
     #[arg(long)]
     full: bool,
+}
+
+/// How pods of different workers reach each other. A bridge connects those of one worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+enum Cni {
+    /// By the mesh alone.
+    #[default]
+    Bridge,
+    /// By the mesh, to which flannel's routes lead as well.
+    HostGw,
+    /// By flannel's VXLAN, whose datagrams the mesh carries.
+    Flannel,
 }
 
 /// Mode of kube-proxy.
@@ -67,22 +90,57 @@ enum Proxy {
 /// A form of the cluster.
 #[derive(Debug, Clone, Copy)]
 struct Form {
+    cni: Cni,
     proxy: Proxy,
     is_dual_stack: bool,
+    has_daemon_set: bool,
 }
 
 impl Form {
     /// All forms, for `--full`.
-    const ALL: [Self; 3] = [
-        Self { proxy: Proxy::Iptables, is_dual_stack: false },
-        Self { proxy: Proxy::Nftables, is_dual_stack: false },
-        Self { proxy: Proxy::Nftables, is_dual_stack: true },
+    const ALL: [Self; 5] = [
+        Self { has_daemon_set: true, ..Self::of(Cni::Bridge, Proxy::Iptables) },
+        Self::of(Cni::Bridge, Proxy::Nftables),
+        Self { is_dual_stack: true, ..Self::of(Cni::Bridge, Proxy::Nftables) },
+        Self::of(Cni::HostGw, Proxy::Iptables),
+        Self::of(Cni::Flannel, Proxy::Iptables),
     ];
+
+    const fn of(cni: Cni, proxy: Proxy) -> Self {
+        Self { cni, proxy, is_dual_stack: false, has_daemon_set: false }
+    }
 
     /// Returns the form in words.
     fn name(self) -> String {
         let families = if self.is_dual_stack { "dual stack" } else { "IPv4" };
-        format!("bridge, {}, {families}", self.proxy.name())
+        format!("{}, {}, {families}", self.cni.name(), self.proxy.name())
+    }
+}
+
+impl Cni {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Bridge => "bridge",
+            Self::HostGw => "host-gw",
+            Self::Flannel => "flannel",
+        }
+    }
+
+    /// Returns flannel's name of its backend, or `None` if flannel does not run.
+    fn backend(self) -> Option<&'static str> {
+        match self {
+            Self::Bridge => None,
+            Self::HostGw => Some("host-gw"),
+            Self::Flannel => Some("vxlan"),
+        }
+    }
+
+    /// Returns whether the CNI tunnels, so that the mesh carries no packets of pods themselves.
+    fn tunnels(self) -> bool {
+        match self {
+            Self::Bridge | Self::HostGw => false,
+            Self::Flannel => true,
+        }
     }
 }
 
@@ -100,6 +158,8 @@ impl Proxy {
 pub struct Cluster {
     /// Checks in the order in which they ran.
     pub arrows: Vec<Arrow>,
+    /// What an operator typed in the first form of the cluster, and the output, for README.
+    pub screen: String,
     /// Promises that did not hold.
     pub failed: Vec<String>,
 }
@@ -126,16 +186,33 @@ pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Cluster> {
             remedy: "run the lab as root, without --rootless".to_owned(),
         }));
     }
-    let programs = Programs::find(&setting.output)?;
+    if options.daemon_set && options.cni.tunnels() {
+        let message = "pods of the third worker reach the others only without a tunnel of the CNI";
+        return Err(anyhow!(WrongUsage(message.to_owned())));
+    }
+    let one = [Form { cni: options.cni, proxy: options.proxy, is_dual_stack: options.dual_stack }];
+    let forms = if options.full { &Form::ALL[..] } else { &one[..] };
+    if forms.iter().any(|form| form.cni.tunnels()) {
+        flannel::require_vxlan()?;
+    }
+    let mut programs = Programs::find(&setting.output)?;
     let built = tempfile::tempdir()?;
     let images = images(built.path())?;
-    let one = [Form { proxy: options.proxy, is_dual_stack: options.dual_stack }];
-    let forms = if options.full { &Form::ALL[..] } else { &one[..] };
+    if forms.iter().any(|form| form.cni.backend().is_some()) {
+        programs.flannel = Some(flannel::build(&setting.output, built.path())?);
+    }
+    if forms.iter().any(|form| form.has_daemon_set) {
+        programs.agent = Some(daemon_set::build(built.path())?);
+    }
     let mut cluster = Cluster::default();
     let mut promises = Promises::new();
     for form in forms {
-        let mut checks =
-            Checks { form: form.name(), arrows: &mut cluster.arrows, promises: &mut promises };
+        let mut checks = Checks {
+            form: form.name(),
+            arrows: &mut cluster.arrows,
+            screen: &mut cluster.screen,
+            promises: &mut promises,
+        };
         let played = form::play(setting, &programs, &images, *form, &mut checks);
         if let Err(error) = played {
             promises.fail(format!("{}: {error:#}", form.name()));
@@ -148,7 +225,7 @@ pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Cluster> {
 /// Builds the program of the pods, and the images as archives. Returns their paths.
 fn images(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let program = directory.join("testpod");
-    go_build("testpod", "./testpod", &program)?;
+    go_build("testpod", ".", "./testpod", &program)?;
     let bytes = std::fs::read(&program)?;
     let own = Entry::file("usr/bin/testpod", 0o755, bytes.clone());
     let pause = [own.clone()];
@@ -174,6 +251,7 @@ fn images(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
 struct Checks<'a> {
     form: String,
     arrows: &'a mut Vec<Arrow>,
+    screen: &'a mut String,
     promises: &'a mut Promises,
 }
 
@@ -215,6 +293,9 @@ impl Figures for Cluster {
         let mut text = String::new();
         for Arrow { name, ok, ms } in &self.arrows {
             let _ = writeln!(text, "{}  {name} ({ms} ms)", if *ok { "ok    " } else { "FAILED" });
+        }
+        if !self.screen.is_empty() {
+            let _ = writeln!(text, "\n{}\n", self.screen.trim_end());
         }
         let _ = write!(text, "{} checks", self.arrows.len());
         text

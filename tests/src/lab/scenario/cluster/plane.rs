@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use data_encoding::BASE64;
 use serde_json::{Value, json};
 
 use super::programs::Programs;
@@ -34,6 +35,8 @@ pub(super) struct Plane {
     directory: PathBuf,
     is_dual_stack: bool,
     pub(super) ca: ClusterCa,
+    /// Lifetime of the certificates that the controller manager signs.
+    lifetime: &'static str,
     _etcd: Daemon,
     /// The API servers. The first one is on the host of etcd, and kubectl uses it.
     servers: Vec<ApiServer>,
@@ -92,6 +95,7 @@ impl Plane {
             directory,
             is_dual_stack,
             ca,
+            lifetime: "24h",
             _etcd: etcd,
             servers: Vec::new(),
             others: Vec::new(),
@@ -110,8 +114,10 @@ impl Plane {
         address: IpAddr,
         programs: &Programs,
     ) -> anyhow::Result<()> {
-        let own = address.to_string();
-        let names = [own.as_str(), "10.96.0.1", "127.0.0.1", "kubernetes.default.svc"];
+        let own: Vec<String> =
+            host.addresses().iter().chain([&address]).map(ToString::to_string).collect();
+        let mut names = vec!["10.96.0.1", "127.0.0.1", "kubernetes.default.svc"];
+        names.extend(own.iter().map(String::as_str));
         let pair = self.ca.issue("kube-apiserver", "", &names)?;
         pair.write(&self.directory, &format!("apiserver-{name}"))?;
         let (name, host) = (name.to_owned(), Arc::clone(host));
@@ -195,6 +201,7 @@ impl Plane {
             ("root-ca-file", file("ca.crt")),
             ("cluster-signing-cert-file", file("ca.crt")),
             ("cluster-signing-key-file", file("ca.key")),
+            ("cluster-signing-duration", self.lifetime.to_owned()),
             ("allocate-node-cidrs", "true".to_owned()),
             ("cluster-cidr", self.pods()),
             ("service-cluster-ip-range", self.services()),
@@ -227,6 +234,30 @@ impl Plane {
     pub(super) fn await_ready(&mut self, programs: &Programs) -> anyhow::Result<()> {
         self.await_server("cp", programs)?;
         self.launch_others(programs)
+    }
+
+    /// Restarts the controller manager and the scheduler. From then on, certificates are valid for `lifetime`.
+    pub(super) fn sign_for(
+        &mut self,
+        lifetime: &'static str,
+        programs: &Programs,
+    ) -> anyhow::Result<()> {
+        self.lifetime = lifetime;
+        self.others.clear();
+        self.launch_others(programs)
+    }
+
+    /// Restarts the first API server, and so ends all connections to it.
+    pub(super) fn reconnect(&mut self, programs: &Programs) -> anyhow::Result<()> {
+        self.kill("cp")?;
+        self.revive("cp", programs)?;
+        self.await_server("cp", programs)
+    }
+
+    /// Returns the URL of the first API server outside of the mesh.
+    pub(super) fn public_url(&self) -> String {
+        let address = self.host().addresses().iter().find(|address| address.is_ipv4());
+        format!("https://{}:6443", address.expect("the host of the control plane has IPv4"))
     }
 
     /// Creates what `kubeadm init` creates for joining nodes: the bootstrap token and its rights.
@@ -272,8 +303,9 @@ impl Plane {
     /// Returns the kubeconfig with the bootstrap token, for the API server at `server`.
     pub(super) fn bootstrap_kubeconfig(&self, server: &str) -> String {
         let [id, secret] = BOOTSTRAP_TOKEN;
-        let cluster =
-            json!({"server": server, "certificate-authority": self.directory.join("ca.crt")});
+        // As kubeadm does. The kubelet copies it to its own kubeconfig, which pods may read.
+        let ca = BASE64.encode(self.ca.pem().as_bytes());
+        let cluster = json!({"server": server, "certificate-authority-data": ca});
         json!({
             "apiVersion": "v1",
             "kind": "Config",
@@ -327,8 +359,13 @@ impl Plane {
 
     /// Creates or changes objects.
     pub(super) fn apply(&self, programs: &Programs, objects: &Value) -> anyhow::Result<()> {
+        self.apply_text(programs, &objects.to_string())
+    }
+
+    /// Creates or changes the objects of a manifest, in JSON or YAML.
+    pub(super) fn apply_text(&self, programs: &Programs, manifest: &str) -> anyhow::Result<()> {
         let program = self.kubectl_program(programs, &["apply", "-f", "-"]);
-        program.input(objects.to_string()).run_ok(self.host().namespace(), COMMAND_LIMIT).map(drop)
+        program.input(manifest).run_ok(self.host().namespace(), COMMAND_LIMIT).map(drop)
     }
 
     /// Runs kubectl with the rights of an administrator, and returns its output.

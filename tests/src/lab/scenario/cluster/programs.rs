@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::anyhow;
 
+use super::daemon_set::AgentImage;
+use super::flannel::Flannel;
 use crate::lab::output::ProgressOutput;
 use crate::lab::report::Forbidden;
 use crate::lab::scenario::kubernetes::programs::{built, in_path};
@@ -27,6 +29,10 @@ pub(super) struct Programs {
     pub(super) proxy: PathBuf,
     pub(super) kubelet: PathBuf,
     pub(super) kubectl: PathBuf,
+    /// flannel, once it was built for a form of the cluster.
+    pub(super) flannel: Option<Flannel>,
+    /// Image of the agent, once it was built for a form of the cluster.
+    pub(super) agent: Option<AgentImage>,
 }
 
 impl Programs {
@@ -66,6 +72,8 @@ impl Programs {
             proxy: built(output, "kube-proxy")?,
             kubelet: built(output, "kubelet")?,
             kubectl: built(output, "kubectl")?,
+            flannel: None,
+            agent: None,
         })
     }
 }

@@ -50,7 +50,7 @@ fn cache() -> anyhow::Result<PathBuf> {
 /// Builds a program of Kubernetes at `place`.
 fn build(output: &ProgressOutput, name: &str, place: &Path) -> anyhow::Result<()> {
     output.step(&format!("building {name} {VERSION}: only once, takes up to 15 minutes"));
-    go_build(name, &format!("k8s.io/kubernetes/cmd/{name}"), place)
+    go_build(name, ".", &format!("k8s.io/kubernetes/cmd/{name}"), place)
 }
 
 /// Returns the path of a program of Kubernetes, which is built unless it is in the cache.
@@ -68,19 +68,21 @@ pub(in crate::lab::scenario) fn built(
     Ok(place)
 }
 
-/// Builds a Go package of `tests/kubernetes` or of its dependencies at `place`, as a static program.
+/// Builds a Go package of the module `module` below `tests/kubernetes`, or of its dependencies, at `place`, as a
+/// static program.
 ///
 /// # Errors
 /// [`Forbidden`] if Go is not installed.
 pub(in crate::lab::scenario) fn go_build(
     name: &str,
+    module: &str,
     package: &str,
     place: &Path,
 ) -> anyhow::Result<()> {
     let go = in_path("go").ok_or_else(|| {
         anyhow!(Forbidden {
             what: format!("{name} must be built and Go is not installed"),
-            remedy: "install Go 1.24 or later (`apt-get install golang-go`)".to_owned(),
+            remedy: "install Go 1.25 or later (`apt-get install golang-go`)".to_owned(),
         })
     })?;
     std::fs::create_dir_all(place.parent().unwrap_or(Path::new("/")))?;
@@ -90,7 +92,7 @@ pub(in crate::lab::scenario) fn go_build(
         .arg("-o")
         .arg(place)
         .arg(package)
-        .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("kubernetes"))
+        .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("kubernetes").join(module))
         .env("CGO_ENABLED", "0")
         .stdin(Stdio::null())
         .stdout(Stdio::null())
