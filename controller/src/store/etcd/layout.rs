@@ -3,7 +3,9 @@
 //! | key, below the prefix | value |
 //! |---|---|
 //! | `head` | format, sequence number, mesh, CA, the newest commits, and a staged change if there is one |
-//! | `owner` | name of the controller that uses the store, under its lease |
+//! | `owner` | name of the controller that uses the store, or whose turn it is to write, under its lease |
+//! | `presence/CONTROLLER/PART` | nodes that are connected to a controller, under its lease |
+//! | `signals/CONTROLLER/ID` | signals to nodes of a controller, under the lease of the sender |
 //! | `records/KEY` | one record |
 //! | `staged/ID/PART` | a part of a change that is too large for one transaction |
 //!
