@@ -27,6 +27,7 @@
 //! - [`service`] implements the RPCs, behind one table that says which role may call which RPC. Operators
 //!   come by the [`local`] socket, or over the network if they chose so.
 //! - `opening` opens store and ledger at the start.
+//! - `replicas` is the exchange with other controllers that use the same store.
 //! - [`server`] starts and stops all parts. [`cli`] is the command line, whose commands call a
 //!   running controller.
 //!
@@ -57,6 +58,7 @@ pub mod peer;
 #[cfg(feature = "kubernetes")]
 pub mod publish;
 mod reflector;
+mod replicas;
 pub mod server;
 pub mod service;
 mod slots;

@@ -22,8 +22,9 @@ pub const MISSED: u32 = 3;
 /// them. Then nodes are not offline, and this controller's own nodes should connect to another one.
 pub const BLIND: Duration = Duration::from_secs(20);
 /// Shortest time for which a node is offline before it counts as away, where several controllers serve the mesh: a
-/// node whose controller was cut off needs [`BLIND`] and a few heartbeats to connect to another one.
-const LEAST_ABSENCE: Duration = Duration::from_secs(120);
+/// node whose controller was cut off needs [`BLIND`], the time over which that controller ends its watches, and a few
+/// attempts to connect to another one.
+const LEAST_ABSENCE: Duration = Duration::from_secs(300);
 
 /// Id of a session, random.
 pub type SessionId = [u8; 16];
@@ -148,6 +149,11 @@ impl Sessions {
         let Some(elsewhere) = &self.elsewhere else { return false };
         let found = elsewhere.found.get(&node);
         found.is_some_and(|at| Some(*at) == elsewhere.heard_at)
+    }
+
+    /// Returns whether a node is connected to this controller or to another one.
+    pub fn is_online(&self, node: NodeId, now: Now) -> bool {
+        self.live(node, now).is_some() || self.is_elsewhere(node)
     }
 
     /// Returns the time for which a node must be offline to be away, if `limit` is the one of the mesh.

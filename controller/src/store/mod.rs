@@ -20,7 +20,7 @@ use std::path::PathBuf;
 
 use tokio::sync::oneshot;
 
-use etcd::{EtcdError, EtcdSettings, EtcdStore};
+use etcd::{EtcdError, EtcdSettings, EtcdStore, Replicas};
 pub use file::FileStore;
 
 /// Version of the format of the records. It is raised with every change that an older controller cannot
@@ -52,6 +52,11 @@ pub trait Store: Send {
     /// From then on, [`Store::changes`] must be called in a turn before a commit.
     fn share(&mut self) -> bool {
         false
+    }
+
+    /// Returns the way to the other controllers that use the store; `None` if it is not shared.
+    fn replicas(&self) -> Option<Replicas> {
+        None
     }
 
     /// Begins a turn: until the next commit or [`Store::end_turn`], other controllers do not write. Does nothing if the

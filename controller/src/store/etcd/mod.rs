@@ -13,12 +13,14 @@
 //! | `errors` | errors, and what the status of a call means |
 //! | `layout` | keys, head, and how a commit becomes transactions; no I/O |
 //! | `client` | connection, login, and the next member when one fails |
+//! | `replicas` | what controllers that share the store tell each other |
 //! | `session` | lease, reads and commits |
 //! | `thread` | the runtime for all of it, since calls of the store block |
 
 mod client;
 mod errors;
 mod layout;
+mod replicas;
 mod session;
 mod settings;
 mod thread;
@@ -31,6 +33,7 @@ use tokio::sync::oneshot;
 pub use errors::EtcdError;
 use layout::Head;
 pub(crate) use layout::{recode_head, recode_part};
+pub use replicas::{Presence, Replicas, SIGNALS};
 use session::{Outcome, Placed, Session};
 pub use settings::{
     CertificateFiles, EtcdSettings, EtcdUrl, LoginFile, SCHEME, TlsFiles, UrlError,
@@ -215,6 +218,11 @@ impl Store for EtcdStore {
             self.end_turn();
         }
         self.takes_turns
+    }
+
+    fn replicas(&self) -> Option<Replicas> {
+        let replicas = || Replicas::new(self.session.clone(), self.thread.handle());
+        self.session.is_shared().then(replicas)
     }
 
     fn begin_turn(&mut self) -> Result<(), OpenError> {

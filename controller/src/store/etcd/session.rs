@@ -46,6 +46,8 @@ pub(super) struct Session {
     store: String,
     /// Value of the key `owner`: name of this controller, unique to this process.
     owner: Bytes,
+    /// Random number of this process, which names its keys.
+    number: u64,
     /// True if several controllers use the store at a time.
     is_shared: bool,
     /// Lease of the key `owner`, and of the presence of nodes; 0 if there is none.
@@ -89,6 +91,7 @@ impl Session {
             keys,
             store,
             owner: owner.into(),
+            number,
             is_shared,
             lease: AtomicI64::new(0),
             next_id: AtomicU64::new(first_id),
@@ -114,6 +117,16 @@ impl Session {
     /// Returns the URL of the store.
     pub(super) fn store(&self) -> &str {
         &self.store
+    }
+
+    /// Returns the number of this process.
+    pub(super) fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Returns the names of the keys.
+    pub(super) fn keys(&self) -> &Keys {
+        &self.keys
     }
 
     /// Returns whether several controllers use the store at a time.
@@ -196,7 +209,7 @@ impl Session {
     }
 
     /// Returns the lease of this controller, which is requested if there is none.
-    async fn lease(&self) -> Result<i64, EtcdError> {
+    pub(super) async fn lease(&self) -> Result<i64, EtcdError> {
         let held = self.lease.load(Ordering::Relaxed);
         if held != 0 {
             return Ok(held);
@@ -206,7 +219,8 @@ impl Session {
         Ok(id)
     }
 
-    async fn grant(&self) -> Result<i64, EtcdError> {
+    /// Requests another lease of the time to live [`LEASE`].
+    pub(super) async fn grant(&self) -> Result<i64, EtcdError> {
         let ttl = i64::try_from(LEASE.as_secs()).unwrap_or(i64::MAX);
         let request = wire::LeaseGrantRequest { ttl };
         let lease: wire::LeaseGrantResponse = self.client.call(wire::LEASE_GRANT, request).await?;
@@ -575,11 +589,18 @@ impl Session {
         Ok(Some(Placed { head, revision: kv.mod_revision }))
     }
 
-    async fn range(&self, request: RangeRequest) -> Result<RangeResponse, EtcdError> {
+    /// Forgets the lease, which has ended.
+    pub(super) fn forget_lease(&self) {
+        self.lease.store(0, Ordering::Relaxed);
+    }
+
+    /// Reads keys.
+    pub(super) async fn range(&self, request: RangeRequest) -> Result<RangeResponse, EtcdError> {
         self.client.call(wire::RANGE, request).await
     }
 
-    async fn transact(&self, request: TxnRequest) -> Result<TxnResponse, EtcdError> {
+    /// Executes a transaction.
+    pub(super) async fn transact(&self, request: TxnRequest) -> Result<TxnResponse, EtcdError> {
         self.client.call(wire::TXN, request).await
     }
 
@@ -597,7 +618,8 @@ impl Session {
         Compare::has_value(self.keys.owner(), self.owner.clone())
     }
 
-    fn id(&self) -> u64 {
+    /// Returns an id that no other write has.
+    pub(super) fn id(&self) -> u64 {
         self.next_id.fetch_add(1, Ordering::Relaxed)
     }
 
@@ -611,7 +633,8 @@ impl Session {
         EtcdError::Changed(self.store.clone())
     }
 
-    fn damaged(&self, key: &str, why: &str) -> EtcdError {
+    /// Returns the error that a key has an invalid value.
+    pub(super) fn damaged(&self, key: &str, why: &str) -> EtcdError {
         let (key, why) = (key.to_owned(), why.to_owned());
         EtcdError::Damaged { store: self.store.clone(), key, why }
     }

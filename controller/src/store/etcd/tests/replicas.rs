@@ -153,3 +153,34 @@ async fn two_controllers_admit_one_node_with_a_token_for_one() {
         ended.await.unwrap();
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn controllers_tell_each_other_of_their_nodes_until_they_end() {
+    let Some(cluster) = Cluster::start(1, &[]) else { return };
+    let mut one = shared(&cluster, "m");
+    one.create(&identity(), &[put("a", "1")]).unwrap();
+    assert!(one.share());
+    let mut two = shared(&cluster, "m");
+    assert!(two.share());
+    let (first, second) = (one.replicas().unwrap(), two.replicas().unwrap());
+    let parts = |part: u8, value: &'static str| {
+        BTreeMap::from([(part, bytes::Bytes::from_static(value.as_bytes()))])
+    };
+    let told = |part, value: &'static str| {
+        vec![Presence { controller: first.number(), part, value: value.into() }]
+    };
+    assert_eq!(first.exchange(parts(1, "x")).await.unwrap(), Vec::new());
+    assert_eq!(second.exchange(parts(9, "of two")).await.unwrap(), told(1, "x"));
+    assert_eq!(first.exchange(parts(2, "y")).await.unwrap().len(), 1);
+    assert_eq!(second.exchange(BTreeMap::new()).await.unwrap(), told(2, "y"));
+    assert!(first.exchange(parts(2, "y")).await.unwrap().is_empty(), "it has no nodes any more");
+
+    let signals = vec![(second.number(), "a".into()), (second.number(), "b".into())];
+    first.send(signals).await.unwrap();
+    assert!(first.receive().await.unwrap().is_empty());
+    assert_eq!(second.receive().await.unwrap().len(), 2);
+    assert!(second.receive().await.unwrap().is_empty(), "each is received once");
+
+    drop(one);
+    assert!(second.exchange(BTreeMap::new()).await.unwrap().is_empty());
+}
