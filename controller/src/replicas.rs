@@ -32,7 +32,7 @@ const FOLLOW: (Duration, Duration) = (Duration::from_millis(200), Duration::from
 /// Interval at which signals are received.
 const RECEIVE: Duration = Duration::from_millis(100);
 /// Time over which each watch of a controller that is cut off ends.
-const CUT_OFF: Duration = Duration::from_secs(30);
+const CUT_OFF: Duration = Duration::from_secs(60);
 
 /// The exchange of one controller.
 pub(crate) struct Exchange {

@@ -337,7 +337,8 @@ impl Controller {
             admission: shared.admission.clone(),
             writer: shared.writer.clone(),
         };
-        let measuring = tokio::spawn(measure(self.metrics, source, shared.stopping.clone()));
+        let (stopping, cut_off) = (shared.stopping.clone(), shared.cut_off.clone());
+        let measuring = tokio::spawn(measure(self.metrics, source, stopping, cut_off));
         let page = ui::Page {
             reported: shared.reported(),
             events: shared.events.clone(),
@@ -594,15 +595,17 @@ async fn measure(
     address: Option<SocketAddr>,
     source: metrics::Source,
     stopping: watch::Receiver<Option<Duration>>,
+    cut_off: watch::Receiver<Option<Duration>>,
 ) {
     let Some(address) = address else { return };
     let collect = move || {
         let text = source.collect(clock::now());
         async move { Some(text) }
     };
-    let ready = move || match *stopping.borrow() {
-        None => Ok(()),
-        Some(_) => Err("the controller is stopping"),
+    let ready = move || match (*stopping.borrow(), *cut_off.borrow()) {
+        (None, None) => Ok(()),
+        (Some(_), _) => Err("the controller is stopping"),
+        (None, Some(_)) => Err("the controller is cut off from its store"),
     };
     towline_service::metrics::serve_with_health(address, collect, Some(Arc::new(ready))).await;
 }
