@@ -9,7 +9,8 @@ use clap::{ArgMatches, Args, Command, FromArgMatches};
 use super::selection::{Entry, Selection, list};
 use super::{
     Setting, attack, bench, bootstrap, cluster, coexist, crash, demo, departure, explain, failover,
-    flood, hosts, idle, interop, kubernetes, leak, many, mtu, nat, nodes, outage, plan, scale, vm,
+    flood, ha, hosts, idle, interop, kubernetes, leak, many, mtu, nat, nodes, outage, plan, scale,
+    vm,
 };
 use crate::lab::binaries::{Binaries, Profile};
 use crate::lab::interrupt;
@@ -86,6 +87,13 @@ pub const SCENARIOS: &[Scenario] = &[
         help: "Take all controllers away while nodes reboot and roam; bring back one that lost its store",
         arguments: none,
         run: |_, flags| on_plain_hosts(Profile::Dev, outage::run, flags),
+    },
+    Scenario {
+        name: "ha",
+        aliases: &[],
+        help: "Kill, pause and cut off each of three controllers and three etcd members (needs etcd)",
+        arguments: none,
+        run: |_, flags| on_plain_hosts(Profile::Dev, ha::run, flags),
     },
     Scenario {
         name: "idle",
