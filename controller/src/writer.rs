@@ -23,9 +23,10 @@ use crate::events::{Events, MeshEvent};
 use crate::ledger::{self, Ledger, LedgerChanges};
 use crate::map::Map;
 use crate::store::{OpenError, Record, Store};
+use crate::stored::key_text;
 use crate::view::View;
 use towline_registry::sessions::Sessions;
-use towline_registry::{Event, Now};
+use towline_registry::{Event, Key, Now};
 
 /// Largest number of requests in the queue.
 const QUEUE: usize = 1024;
@@ -333,7 +334,10 @@ impl Thread {
             }
         };
         self.published.counters.set_sequence(self.store.sequence());
-        self.published.sessions.lock().learn(self.ledger.last_seen());
+        let seen = key_text(Key::LastSeen);
+        if written.iter().any(|(key, _)| *key == seen) {
+            self.published.sessions.lock().learn(self.ledger.last_seen());
+        }
         let counters = self.ledger.counters();
         self.published.map.apply(counters.epoch, counters.revision, changes.map);
         // The controller that found a problem has said so.

@@ -21,10 +21,10 @@ pub const MISSED: u32 = 3;
 /// Time without news of the other controllers after which this one does not know which nodes are connected to
 /// them. Then nodes are not offline, and this controller's own nodes should connect to another one.
 pub const BLIND: Duration = Duration::from_secs(20);
-/// Shortest time for which a node is offline before it counts as away, where several controllers serve the mesh: a
-/// node whose controller was cut off needs [`BLIND`], the time over which that controller ends its watches, and a few
-/// attempts to connect to another one.
-const LEAST_ABSENCE: Duration = Duration::from_secs(300);
+/// Shortest time for which a node is offline before it counts as away, where several controllers serve the mesh. A node
+/// may have to leave all but one of them first, if they are cut off: up to 7, each of which ends its watch within a minute
+/// after it noticed that.
+const LEAST_ABSENCE: Duration = Duration::from_secs(600);
 
 /// Id of a session, random.
 pub type SessionId = [u8; 16];

@@ -157,7 +157,7 @@ impl Watcher {
                     self.shared.counters.limit(Limit::Stopping);
                     return Some(Status::unavailable("the controller is stopping: try again"));
                 }
-                over = is_cut_off(&mut cut_off), if leaving.is_none() => {
+                over = cut_off_begins(&mut cut_off), if leaving.is_none() => {
                     leaving = Some(Box::pin(sleep(over.mul_f64(entropy::fraction()))));
                 }
                 () = async { if let Some(leaving) = &mut leaving { leaving.await } },
@@ -351,7 +351,7 @@ impl Watcher {
 }
 
 /// Waits until the controller is cut off, and returns the time over which watches end then.
-async fn is_cut_off(cut_off: &mut tokio::sync::watch::Receiver<Option<Duration>>) -> Duration {
+async fn cut_off_begins(cut_off: &mut tokio::sync::watch::Receiver<Option<Duration>>) -> Duration {
     let over = cut_off.wait_for(Option::is_some).await.ok().and_then(|over| *over);
     match over {
         Some(over) => over,

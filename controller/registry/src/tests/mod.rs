@@ -97,9 +97,9 @@ impl Stored {
     fn since(&self, before: &Self, now: Now) -> Refreshed {
         let member = |member: &Member| Member { known_since: now.mono, ..member.clone() };
         let is_new = |id: &NodeId, member: &Member| before.members.get(id) != Some(member);
-        let gone = before.tokens.keys().filter(|id| !self.tokens.contains_key(id));
+        let gone = before.tokens.keys().filter(|id| !self.tokens.contains_key(*id));
         let changed =
-            self.tokens.iter().filter(|(id, token)| before.tokens.get(id) != Some(*token));
+            self.tokens.iter().filter(|(id, token)| before.tokens.get(*id) != Some(*token));
         let tokens = changed.map(|(id, token)| (*id, Some(token.clone())));
         Refreshed {
             counters: Some(self.counters),
@@ -114,7 +114,7 @@ impl Stored {
             removed_nodes: self
                 .removed_nodes
                 .iter()
-                .filter(|(id, _)| !before.removed_nodes.contains_key(id))
+                .filter(|(id, _)| !before.removed_nodes.contains_key(*id))
                 .map(|(_, removed)| removed.clone())
                 .collect(),
             tokens: tokens.chain(gone.map(|id| (*id, None))).collect(),
