@@ -207,8 +207,7 @@ fn decode_presence(secret: &StoreSecret, presence: &Presence) -> Option<Vec<Node
 
 /// Returns the value of a signal to a node: its id, and the signal as the node gets it.
 fn encode_signal(secret: &StoreSecret, controller: u64, to: NodeId, signal: &pb::Signal) -> Bytes {
-    let body = [to.0.as_slice(), &signal.encode_to_vec()].concat();
-    secret.seal(&signal_name(controller), &body).into()
+    secret.seal(&signal_name(controller), &signal_body(to, signal)).into()
 }
 
 /// Returns the node and the signal in a value; `None` if it is not authentic or malformed.
@@ -218,9 +217,24 @@ fn decode_signal(
     value: &[u8],
 ) -> Option<(NodeId, pb::Signal)> {
     let opened = secret.open(&signal_name(controller), value).ok()?;
-    let (to, signal) = opened.body.split_first_chunk::<16>()?;
+    parse_signal(opened.body)
+}
+
+/// Returns what is authenticated of a signal to a node.
+fn signal_body(to: NodeId, signal: &pb::Signal) -> Vec<u8> {
+    [to.0.as_slice(), &signal.encode_to_vec()].concat()
+}
+
+/// Parses what is authenticated of a signal.
+fn parse_signal(body: &[u8]) -> Option<(NodeId, pb::Signal)> {
+    let (to, signal) = body.split_first_chunk::<16>()?;
     let signal = pb::Signal::decode(signal).ok()?;
     (signal.body.len() <= limits::SIGNAL_BYTES).then_some((NodeId(*to), signal))
+}
+
+/// Parses what is authenticated of a signal and encodes it again, for fuzzing. `None` if it is malformed.
+pub(crate) fn recode_signal(body: &[u8]) -> Option<Vec<u8>> {
+    parse_signal(body).map(|(to, signal)| signal_body(to, &signal))
 }
 
 /// Returns the name under which a part of presence is authenticated.

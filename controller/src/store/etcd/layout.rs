@@ -311,6 +311,13 @@ pub(crate) fn recode_head(bytes: &[u8]) -> Option<Vec<u8>> {
     Some(Head::read(bytes, "").ok()?.encode_to_vec())
 }
 
+/// Parses a key of presence and encodes it again, for fuzzing. `None` if it is malformed.
+pub(crate) fn recode_presence(bytes: &[u8]) -> Option<Vec<u8>> {
+    let keys = Keys::new("/towline/".to_owned());
+    let (controller, part) = keys.presence_of(bytes)?;
+    Some(keys.presence(controller, part).to_vec())
+}
+
 /// Decodes a staged part and encodes it again, for fuzzing. `None` if it is malformed.
 pub(crate) fn recode_part(bytes: &[u8]) -> Option<Vec<u8>> {
     Some(encode_part(&decode_part(bytes)?).to_vec())

@@ -32,7 +32,7 @@ use tokio::sync::oneshot;
 
 pub use errors::EtcdError;
 use layout::Head;
-pub(crate) use layout::{recode_head, recode_part};
+pub(crate) use layout::{recode_head, recode_part, recode_presence};
 pub use replicas::{Presence, Replicas, SIGNALS};
 use session::{Outcome, Placed, Session};
 pub use settings::{
