@@ -1,5 +1,5 @@
 //! `cargo lab ha`: three controllers share three etcd members. Each of the six is killed, paused and cut off from the
-//! network in turn, while operators create tokens, machines join, and nodes send to each other.
+//! network in turn, and then each controller is restarted, while operators create tokens, machines join, and nodes send to each other.
 //!
 //! | file | owns |
 //! |---|---|
@@ -83,6 +83,8 @@ enum Fault {
     Kill,
     Pause,
     Partition,
+    /// It is told to stop, and starts again: one step of a rolling restart.
+    Stop,
 }
 
 /// What has the fault, with its number.
@@ -121,22 +123,18 @@ pub fn run(setting: &Setting) -> anyhow::Result<Ha> {
     let mut figures = Ha { rootless: setting.rank == Rank::Rootless, ..Ha::default() };
     let mut promises = Promises::new();
     let mut world = World::build(setting)?;
-    for fault in [Fault::Kill, Fault::Pause, Fault::Partition] {
-        let controllers = (0..COUNT).map(Target::Controller);
-        for target in controllers.chain((0..COUNT).map(Target::Etcd)) {
-            let name = name(fault, target);
-            setting.output.step(&name);
-            match world.run(setting, fault, target, name.clone()) {
-                Ok(case) => {
-                    case.check(&mut promises);
-                    figures.cases.push(case);
-                }
-                Err(error) => {
-                    // What follows would be measured with the rest of this fault.
-                    promises.fail(format!("{name}: {error:#}"));
-                    figures.failed = promises.into_failed();
-                    return Ok(figures);
-                }
+    for (fault, target) in faults() {
+        let name = name(fault, target);
+        setting.output.step(&name);
+        match world.run(setting, fault, target, name.clone()) {
+            Ok(case) => {
+                case.check(&mut promises);
+                figures.cases.push(case);
+            }
+            Err(error) => {
+                // What follows would be measured with the rest of this fault.
+                promises.fail(format!("{name}: {error:#}"));
+                break;
             }
         }
     }
@@ -144,11 +142,22 @@ pub fn run(setting: &Setting) -> anyhow::Result<Ha> {
     Ok(figures)
 }
 
+fn faults() -> Vec<(Fault, Target)> {
+    let mut faults = Vec::new();
+    for fault in [Fault::Kill, Fault::Pause, Fault::Partition] {
+        faults.extend((0..COUNT).map(|number| (fault, Target::Controller(number))));
+        faults.extend((0..COUNT).map(|number| (fault, Target::Etcd(number))));
+    }
+    faults.extend((0..COUNT).map(|number| (Fault::Stop, Target::Controller(number))));
+    faults
+}
+
 fn name(fault: Fault, target: Target) -> String {
     let fault = match fault {
         Fault::Kill => "kill",
         Fault::Pause => "pause",
         Fault::Partition => "partition",
+        Fault::Stop => "restart",
     };
     match target {
         Target::Controller(number) => format!("{fault}_controller_{number}"),
@@ -310,12 +319,19 @@ impl World {
             },
             Fault::Pause => self.signal(target, Signal::SIGSTOP),
             Fault::Partition => self.connect(target, false),
+            Fault::Stop => {
+                let daemon = match target {
+                    Target::Controller(number) => self.controllers[number].take_daemon(),
+                    Target::Etcd(number) => self.members[number].daemon.take(),
+                };
+                daemon.map_or(Ok(()), |daemon| daemon.stop().map(drop))
+            }
         }
     }
 
     fn end(&mut self, fault: Fault, target: Target) -> anyhow::Result<()> {
         match fault {
-            Fault::Kill => match target {
+            Fault::Kill | Fault::Stop => match target {
                 Target::Controller(number) => self.controllers[number].restart(),
                 Target::Etcd(number) => self.members[number].start(),
             },
