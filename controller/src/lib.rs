@@ -26,9 +26,8 @@
 //!   [secret](store_secret) that authenticates the store's records.
 //! - [`service`] implements the RPCs, behind one table that says which role may call which RPC. Operators
 //!   come by the [`local`] socket, or over the network if they chose so.
-//! - `opening` opens store and ledger at the start.
 //! - `replicas` is the exchange with other controllers that use the same store.
-//! - [`server`] starts and stops all parts. [`cli`] is the command line, whose commands call a
+//! - [`server`] starts and stops all parts; its `opening` opens store and ledger. [`cli`] is the command line, whose commands call a
 //!   running controller.
 //!
 //! # Contract
@@ -53,7 +52,6 @@ pub mod listen;
 pub mod local;
 pub mod map;
 pub mod metrics;
-mod opening;
 pub mod peer;
 #[cfg(feature = "kubernetes")]
 pub mod publish;

@@ -336,6 +336,8 @@ async fn another_epoch_is_watched_from_its_beginning_and_removes_nobody() {
     scene.daemon.map().await;
     drop(watch);
 
+    // The first watch tells the node that the epoch is another one; the second one brings what it knows.
+    drop(scene.session(6).await);
     let watch = scene.session(6).await;
     watch.send(changes(1, vec![scene.upsert(3)])).await;
     assert_eq!(names(&scene.daemon.map().await), ["node-3"]);

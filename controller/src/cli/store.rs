@@ -12,7 +12,7 @@ use crate::authority::Authority;
 use crate::clock;
 use crate::config::{self, Settings};
 use crate::ledger::Ledger;
-use crate::opening;
+use crate::server::opening;
 use crate::state_dir::StateDir;
 use crate::store::etcd::EtcdStore;
 use crate::store::{FileStore, Location, Place, Record, Store as _, Write};

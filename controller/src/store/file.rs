@@ -88,11 +88,13 @@ impl FileStore {
         match error {
             DatabaseError::DatabaseAlreadyOpen => OpenError::Locked(path),
             // redb reports a file that is too short or is not a redb file as an I/O error of
-            // these kinds.
+            // these kinds, the last one for the copy in memory.
             DatabaseError::Storage(StorageError::Io(io))
                 if !matches!(
                     io.kind(),
-                    std::io::ErrorKind::InvalidData | std::io::ErrorKind::UnexpectedEof
+                    std::io::ErrorKind::InvalidData
+                        | std::io::ErrorKind::UnexpectedEof
+                        | std::io::ErrorKind::InvalidInput
                 ) =>
             {
                 OpenError::Io { path, why: io.to_string() }

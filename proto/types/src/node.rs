@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::codes;
 use crate::id::{IdentityKey, Label, MeshId, NodeId, NodeName, WireguardKey};
+use crate::limits;
 use crate::pod_range::PodRange;
 use crate::probe_version::ProbeVersion;
 use crate::token::ControllerAddress;
@@ -102,6 +103,42 @@ impl Grant {
     /// Returns the group of nodes that share exactly this prefix, if the node is in one.
     pub fn sharing(&self, prefix: &IpNet) -> Option<&Label> {
         self.shared.iter().find(|shared| shared.prefix == *prefix).map(|shared| &shared.group)
+    }
+}
+
+impl Grant {
+    /// Returns the grant with the blocks pinned that a record with these prefixes needs. `None` if it
+    /// needs no other blocks. A prefix for which there is no block left stays outside of the grant.
+    pub fn pin(&self, announced: &[IpNet]) -> Option<Self> {
+        let mut grant = self.clone();
+        let mut is_changed = false;
+        for prefix in announced {
+            if !grant.allows(prefix) {
+                is_changed |= grant.pin_block(prefix, announced);
+            }
+        }
+        is_changed.then_some(grant)
+    }
+
+    /// Returns the pod range in whose blocks a prefix lies.
+    pub fn pod_range(&self, prefix: &IpNet) -> Option<&PodRange> {
+        self.pod_ranges.iter().find(|range| range.block_around(prefix).is_some())
+    }
+
+    /// Pins the block around a prefix that is not allowed yet. Returns false if none is left.
+    fn pin_block(&mut self, prefix: &IpNet, announced: &[IpNet]) -> bool {
+        for range in &mut self.pod_ranges {
+            let Some(block) = range.block_around(prefix) else { continue };
+            let Some(unused) = range.make_room(announced) else { continue };
+            self.allowed_prefixes.retain(|allowed| Some(*allowed) != unused);
+            if self.allowed_prefixes.len() >= limits::PREFIXES {
+                continue;
+            }
+            range.pin(block);
+            self.allowed_prefixes.push(block);
+            return true;
+        }
+        false
     }
 }
 

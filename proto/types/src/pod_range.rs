@@ -9,7 +9,6 @@
 use ipnet::IpNet;
 
 use crate::limits;
-use crate::node::Grant;
 
 /// Network of which a node may announce a few blocks of equal size.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -115,6 +114,22 @@ impl PodRange {
         }
         IpNet::new(net.network(), self.block_len).ok().map(|block| block.trunc())
     }
+
+    /// Makes room for one more block. Returns the pinned block that was given up for it: one in which none
+    /// of the announced prefixes lies. `None` if every block is in use.
+    pub(crate) fn make_room(&mut self, announced: &[IpNet]) -> Option<Option<IpNet>> {
+        if self.pinned.len() < self.blocks as usize {
+            return Some(None);
+        }
+        let is_unused = |pinned: &IpNet| !announced.iter().any(|net| pinned.contains(net));
+        let at = self.pinned.iter().position(is_unused)?;
+        Some(Some(self.pinned.remove(at)))
+    }
+
+    /// Pins a block, for which there is room.
+    pub(crate) fn pin(&mut self, block: IpNet) {
+        self.pinned.push(block);
+    }
 }
 
 impl std::fmt::Display for PodRange {
@@ -124,53 +139,13 @@ impl std::fmt::Display for PodRange {
     }
 }
 
-impl Grant {
-    /// Returns the grant with the blocks pinned that a record with these prefixes needs. `None` if it
-    /// needs no other blocks. A prefix for which there is no block left stays outside of the grant.
-    pub fn pin(&self, announced: &[IpNet]) -> Option<Self> {
-        let mut grant = self.clone();
-        let mut is_changed = false;
-        for prefix in announced {
-            if !grant.allows(prefix) {
-                is_changed |= grant.pin_block(prefix, announced);
-            }
-        }
-        is_changed.then_some(grant)
-    }
-
-    /// Returns the pod range in whose blocks a prefix lies.
-    pub fn pod_range(&self, prefix: &IpNet) -> Option<&PodRange> {
-        self.pod_ranges.iter().find(|range| range.block_around(prefix).is_some())
-    }
-
-    /// Pins the block around a prefix that is not allowed yet. Returns false if none is left.
-    fn pin_block(&mut self, prefix: &IpNet, announced: &[IpNet]) -> bool {
-        for range in &mut self.pod_ranges {
-            let Some(block) = range.block_around(prefix) else { continue };
-            if range.pinned.len() >= range.blocks as usize {
-                let is_unused = |pinned: &IpNet| !announced.iter().any(|net| pinned.contains(net));
-                let Some(at) = range.pinned.iter().position(is_unused) else { continue };
-                let unused = range.pinned.remove(at);
-                self.allowed_prefixes.retain(|allowed| *allowed != unused);
-            }
-            if self.allowed_prefixes.len() >= limits::PREFIXES {
-                continue;
-            }
-            range.pinned.push(block);
-            self.allowed_prefixes.push(block);
-            return true;
-        }
-        false
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
     use crate::id::{IdentityKey, MeshId, NodeId, WireguardKey};
-    use crate::node::OverlayAddresses;
+    use crate::node::{Grant, OverlayAddresses};
 
     fn net(text: &str) -> IpNet {
         text.parse().unwrap()

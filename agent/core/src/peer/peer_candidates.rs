@@ -30,9 +30,15 @@ const TARGETS: usize = 48;
 impl Peer {
     /// Sends an initiation over those of the paths that may be sent something. Returns whether there are
     /// any.
+    ///
+    /// A path that is known only as a source is pinged instead: an answer does not say which copy of an
+    /// initiation it answers, so who changes its source would name the path that carries the traffic.
     pub(super) fn initiate(&mut self, cx: &mut PeerContext<'_>, mut to: Vec<Path>) -> bool {
         to.truncate(limits::CANDIDATES);
-        to.retain(|path| self.may_send(cx, path, source_credit::INITIATION));
+        to.retain(|path| {
+            let now = cx.fx.now;
+            self.is_offered(now, path) && self.may_send(cx, path, source_credit::PING)
+        });
         let is_sent = !to.is_empty();
         if is_sent {
             cx.fx.output(Output::Handshake { peer: self.key(), to });

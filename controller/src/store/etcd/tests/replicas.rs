@@ -15,13 +15,14 @@ use towline_registry::{Join, JoinError, Now};
 
 use super::*;
 use crate::authority::Authority;
+use crate::clock;
 use crate::events::Events;
 use crate::ledger::Ledger;
 use crate::map::Map;
+use crate::server::opening;
 use crate::state_dir::StateDir;
 use crate::view::View;
 use crate::writer::{self, Published, Unavailable, Writer};
-use crate::{clock, opening};
 
 fn shared(cluster: &Cluster, prefix: &str) -> EtcdStore {
     let settings = EtcdSettings { is_shared: true, ..cluster.settings(prefix) };

@@ -5,6 +5,8 @@
 //! changes nothing. The start is counted in the store before it is counted in the file `starts`: a
 //! kill between the two leaves a store that is ahead, which does not look like a restored backup.
 
+pub(crate) mod opening;
+
 use std::future::Future;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
@@ -40,10 +42,6 @@ use crate::listen::{self, Handshakes, Places, PresentedPeer, Standing};
 use crate::local;
 use crate::map::Map;
 use crate::metrics;
-use crate::opening::{
-    Opening, SEQUENCE_NOT_WRITTEN, admit_local_admin, is_fresh, is_revoked, open_ledger,
-    warn_unless_stored,
-};
 use crate::peer::PeerName;
 use crate::reflector::Reflector;
 use crate::replicas::Exchange;
@@ -59,6 +57,10 @@ use crate::tls::{self, ServerCertificate, TlsError};
 use crate::ui;
 use crate::view::View;
 use crate::writer::{self, LoadError, Writer};
+use opening::{
+    Opening, SEQUENCE_NOT_WRITTEN, admit_local_admin, is_fresh, is_revoked, open_ledger,
+    warn_unless_stored,
+};
 use towline_registry::sessions::Sessions;
 use towline_registry::{Now, OverlayInUse};
 

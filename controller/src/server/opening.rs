@@ -10,11 +10,11 @@ use towline_proto::id::IdentityKey;
 use towline_proto::node::MeshConfig;
 use towline_proto::token::ControllerAddress;
 
+use super::ServeError;
 use crate::authority::{self, Authority, LOCAL_ADMIN};
 use crate::config::{LEASE, MeshSettings, OVERLAY_V4};
 use crate::entropy::{NoEntropy, random};
 use crate::ledger::Ledger;
-use crate::server::ServeError;
 use crate::state_dir::StateDir;
 use crate::store::{CommitError, Identity, Place, Store};
 use crate::writer;
