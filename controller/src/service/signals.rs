@@ -1,9 +1,9 @@
 //! Forwarding of signals: sealed messages from one node to another, which the controller can
 //! neither read nor store.
 //!
-//! Signals are only forwarded between live watches, which may be at different controllers of the mesh. A signal is dropped if the receiver's queue is
-//! full or the sender exceeds its rate. Nodes repeat important signals and number them, so a loss
-//! or a duplicate does no harm.
+//! Signals are only forwarded between live watches, which may be at different controllers of the
+//! mesh. A signal is dropped if the receiver's queue is full or the sender exceeds its rate. Nodes
+//! repeat important signals and number them, so a loss or a duplicate does no harm.
 
 use std::collections::BTreeMap;
 
