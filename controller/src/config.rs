@@ -170,6 +170,9 @@ pub struct EtcdTable {
     /// Connect to other machines without TLS. Who is on the way can then read the store, and put an earlier one
     /// in its place.
     pub plaintext: bool,
+    /// Several controllers serve the mesh at a time. It must be the same in all of them. Without it, one serves, and
+    /// the others wait until it ends.
+    pub shared: bool,
 }
 
 /// Settings of the metrics for Prometheus.
@@ -286,6 +289,7 @@ impl Settings {
                 user: self.etcd.user.or(below.etcd.user),
                 password_file: self.etcd.password_file.or(below.etcd.password_file),
                 plaintext: self.etcd.plaintext || below.etcd.plaintext,
+                shared: self.etcd.shared || below.etcd.shared,
             },
         }
     }
@@ -332,7 +336,7 @@ impl Settings {
             (None, None) => None,
             _ => return Err(invalid("etcd", "`user` and `password_file` need each other".into())),
         };
-        Ok(Location::Etcd(EtcdSettings { url, tls, login }))
+        Ok(Location::Etcd(EtcdSettings { url, tls, login, is_shared: table.shared }))
     }
 
     /// Checks the settings, applies defaults to absent ones, and returns the configuration.

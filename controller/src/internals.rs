@@ -5,6 +5,7 @@ use towline_proto::pb;
 use x25519_dalek::StaticSecret;
 
 use crate::authority::csr_key;
+use crate::replicas;
 use crate::service::WireJoin;
 use crate::store::etcd;
 use crate::store_secret::StoreSecret;
@@ -50,6 +51,16 @@ pub fn etcd_head(bytes: &[u8]) -> Option<Vec<u8>> {
 /// Decodes a part of a staged change in etcd, and encodes it again. `None` if it is malformed.
 pub fn etcd_part(bytes: &[u8]) -> Option<Vec<u8>> {
     etcd::recode_part(bytes)
+}
+
+/// Parses a key of presence in etcd, and encodes it again. `None` if it is malformed.
+pub fn etcd_presence(bytes: &[u8]) -> Option<Vec<u8>> {
+    etcd::recode_presence(bytes)
+}
+
+/// Parses a signal of another controller, and encodes it again. `None` if it is malformed.
+pub fn forwarded_signal(bytes: &[u8]) -> Option<Vec<u8>> {
+    replicas::recode_signal(bytes)
 }
 
 /// Opens an authenticated record of the store, with a secret that is not that of any store. Returns true if the record

@@ -4,6 +4,8 @@
 //! the store, signs what the registry returns unsigned, and turns changes into writes to the store
 //! and into what watchers and operators see.
 
+mod refresh;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -326,17 +328,24 @@ impl Ledger {
     fn write(&mut self, key: Key, body: Option<Vec<u8>>) -> Write {
         let (name, secret) = (key_text(key), self.authority.store_secret());
         let value = body.map(|body| secret.seal(&name, &body));
-        if key != Key::Counters {
-            if let Some(old) = self.items.remove(&name) {
-                self.sum.remove(&old);
-            }
-            let item = value.as_ref().and_then(|value| secret.item(secret.current(), &name, value));
-            if let Some(item) = item {
-                self.sum.add(&item);
-                self.items.insert(name.clone(), item);
-            }
-        }
+        self.count(&name, value.as_deref());
         (name, value)
+    }
+
+    /// Updates the sum over all records for the value that is stored under a key now; `None` if it is deleted.
+    fn count(&mut self, name: &str, value: Option<&[u8]>) {
+        if name == key_text(Key::Counters) {
+            return;
+        }
+        if let Some(old) = self.items.remove(name) {
+            self.sum.remove(&old);
+        }
+        let secret = self.authority.store_secret();
+        let item = value.and_then(|value| secret.item(secret.current(), name, value));
+        if let Some(item) = item {
+            self.sum.add(&item);
+            self.items.insert(name.to_owned(), item);
+        }
     }
 
     /// Returns the value to store under a key; `None` if the record is deleted.
@@ -605,6 +614,49 @@ mod tests {
         view.replace(loaded.view());
         assert_eq!(names(&view), names(&world.view));
         assert_eq!(view.tokens(None, 9), world.view.tokens(None, 9));
+    }
+
+    #[test]
+    fn a_replica_has_what_another_controller_wrote_or_notices_that_it_does_not() {
+        let mut world = World::new();
+        let node = world.node(1);
+        let mut replica = world.load(&AUTHORITY).unwrap();
+        let (mut before, shown) = (world.stored.clone(), Map::new());
+        shown.apply(1, replica.counters().revision, replica.map());
+        let written = |world: &World, before: &BTreeMap<String, Vec<u8>>| -> Vec<Write> {
+            let is_new = |(key, value): &(&String, &Vec<u8>)| before.get(*key) != Some(*value);
+            let changed = world.stored.iter().filter(is_new);
+            changed.map(|(key, value)| (key.clone(), Some(value.clone()))).collect()
+        };
+        world.node(2);
+        world.publish(1, 7);
+        let registry = world.ledger.registry();
+        registry.remove(node, "test", &world.sessions, world.now).unwrap();
+        world.commit();
+        let changes = replica.refresh(&written(&world, &before), world.now).unwrap();
+        assert!(changes.writes.is_empty() && changes.events.is_empty());
+        shown.apply(1, replica.counters().revision, changes.map);
+        assert_eq!(shown.changes_after(0), world.map.changes_after(0));
+        assert!(replica.registry().member(node).is_err());
+
+        // Both can go on: the next change of the replica is one that the other one takes.
+        let (token, hash) = (TokenId([9; 8]), SecretHash([9; 32]));
+        let terms = TokenTerms::once();
+        replica.registry().create_token(token, hash, terms, i64::MAX, world.now).unwrap();
+        let writes = replica.take_changes(BTreeMap::new).writes;
+        world.ledger.refresh(&writes, world.now).unwrap();
+        world
+            .stored
+            .extend(writes.into_iter().filter_map(|(key, value)| value.map(|value| (key, value))));
+        world.load(&AUTHORITY).unwrap();
+        assert_eq!(replica.counters(), world.ledger.counters());
+
+        before = world.stored.clone();
+        world.ledger.registry().revoke_token(token).unwrap();
+        world.node(3);
+        let mut some = written(&world, &before);
+        some.retain(|(key, _)| !key.starts_with("token/0909"));
+        assert!(matches!(replica.refresh(&some, world.now), Err(ReadError::Mixed)));
     }
 
     #[test]

@@ -26,6 +26,7 @@
 //!   [secret](store_secret) that authenticates the store's records.
 //! - [`service`] implements the RPCs, behind one table that says which role may call which RPC. Operators
 //!   come by the [`local`] socket, or over the network if they chose so.
+//! - `replicas` is the exchange with other controllers that use the same store.
 //! - [`server`] starts and stops all parts; its `opening` opens store and ledger. [`cli`] is the command line, whose commands call a
 //!   running controller.
 //!
@@ -55,6 +56,7 @@ pub mod peer;
 #[cfg(feature = "kubernetes")]
 pub mod publish;
 mod reflector;
+mod replicas;
 pub mod server;
 pub mod service;
 mod slots;

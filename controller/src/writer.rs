@@ -5,6 +5,9 @@
 //! the map and the view, and only then answers. So a change is stored before it is acknowledged or
 //! published, and the queued requests share one fsync. What only reads does not wait here.
 //!
+//! Where other controllers use the same store, the writer takes the turn to write for each batch, and
+//! first applies what the others wrote. In between it follows them ([`Writer::refresh`]).
+//!
 //! If a commit fails, all its callers get the error and nothing is published. The ledger is then
 //! loaded again from the store, which decides whether the changes took effect.
 
@@ -21,9 +24,10 @@ use crate::events::{Events, MeshEvent};
 use crate::ledger::{self, Ledger, LedgerChanges};
 use crate::map::Map;
 use crate::store::{OpenError, Record, Store};
+use crate::stored::key_text;
 use crate::view::View;
 use towline_registry::sessions::Sessions;
-use towline_registry::{Event, Now};
+use towline_registry::{Event, Key, Now};
 
 /// Largest number of requests in the queue.
 const QUEUE: usize = 1024;
@@ -35,6 +39,8 @@ const BATCH: usize = 256;
 #[derive(Clone)]
 pub struct Writer {
     queue: mpsc::Sender<Message>,
+    /// True if other controllers use the store, too.
+    is_shared: bool,
 }
 
 /// Error of a request whose changes could not be stored.
@@ -42,12 +48,20 @@ pub struct Writer {
 #[error("the controller cannot store changes: {0}")]
 pub struct Unavailable(Arc<str>);
 
+impl Unavailable {
+    fn of(error: &dyn std::error::Error) -> Self {
+        Self(error.to_string().into())
+    }
+}
+
 /// Message in the writer's queue.
 enum Message {
     /// A request of a caller.
     Job(Job),
     /// A backup of the store, after the requests before it.
     Backup(oneshot::Sender<Result<Vec<Record>, Unavailable>>),
+    /// Apply what other controllers wrote. The answer is whether that succeeded.
+    Refresh(oneshot::Sender<bool>),
     /// Accept no more requests, finish the queued ones and end.
     Stop,
 }
@@ -105,21 +119,28 @@ pub fn read(
 
 /// Starts the writer's thread. The receiver resolves when the thread has ended.
 pub fn start(
-    store: Box<dyn Store>,
+    mut store: Box<dyn Store>,
     ledger: Ledger,
     authority: Arc<Authority>,
     published: Published,
 ) -> std::io::Result<(Writer, oneshot::Receiver<()>)> {
     let (queue, requests) = mpsc::channel(QUEUE);
     let (ended, has_ended) = oneshot::channel();
-    published.sessions.lock().restore(ledger.last_seen());
+    let is_shared = store.share();
+    {
+        let mut sessions = published.sessions.lock();
+        sessions.restore(ledger.last_seen());
+        if is_shared {
+            sessions.share();
+        }
+    }
     published.replace(&ledger);
     let thread = Thread { store, ledger, authority, published, broken: false };
     std::thread::Builder::new().name("store".into()).spawn(move || {
         thread.run(requests);
         let _ = ended.send(());
     })?;
-    Ok((Writer { queue }, has_ended))
+    Ok((Writer { queue, is_shared }, has_ended))
 }
 
 impl Published {
@@ -165,6 +186,18 @@ impl Writer {
         answered.await.map_err(|_| stopping())?
     }
 
+    /// Applies what other controllers wrote, and shows it. Returns whether the store could be read.
+    pub async fn refresh(&self) -> bool {
+        let (answer, answered) = oneshot::channel();
+        // If nothing receives it, the writer has ended.
+        self.queue.send(Message::Refresh(answer)).await.is_ok() && answered.await.unwrap_or(false)
+    }
+
+    /// Returns whether other controllers use the store, too.
+    pub fn is_shared(&self) -> bool {
+        self.is_shared
+    }
+
     /// Returns the number of requests that wait, and the largest number that can wait.
     pub fn queue(&self) -> (usize, usize) {
         let most = self.queue.max_capacity();
@@ -174,7 +207,7 @@ impl Writer {
     /// Returns a handle to a writer that has ended.
     #[cfg(test)]
     pub(crate) fn ended() -> Self {
-        Self { queue: mpsc::channel(QUEUE).0 }
+        Self { queue: mpsc::channel(QUEUE).0, is_shared: false }
     }
 
     /// Ends the writer once it has answered all queued requests. Later requests are refused.
@@ -197,17 +230,27 @@ struct Thread {
 impl Thread {
     fn run(mut self, mut requests: mpsc::Receiver<Message>) {
         while let Some(first) = requests.blocking_recv() {
-            let (mut batch, mut backups) = (Vec::new(), Vec::new());
+            let (mut batch, mut backups, mut refreshes) = (Vec::new(), Vec::new(), Vec::new());
             let mut next = Some(first);
             while let Some(message) = next {
                 match message {
                     Message::Job(job) => batch.push(job),
                     Message::Backup(answer) => backups.push(answer),
+                    Message::Refresh(answer) => refreshes.push(answer),
                     Message::Stop => requests.close(),
                 }
                 next = if batch.len() < BATCH { requests.try_recv().ok() } else { None };
             }
-            self.serve(batch);
+            if !batch.is_empty() {
+                self.serve(batch);
+            }
+            if !refreshes.is_empty() {
+                let is_fresh = self.refresh();
+                for answer in refreshes {
+                    // The caller may be gone.
+                    let _ = answer.send(is_fresh);
+                }
+            }
             for answer in backups {
                 // The caller may be gone.
                 let _ = answer.send(self.backup());
@@ -217,15 +260,16 @@ impl Thread {
 
     /// Reads the store, which has every change that was answered, and no other.
     fn backup(&mut self) -> Result<Vec<Record>, Unavailable> {
-        self.repair()?;
-        let mut records =
-            self.store.load().map_err(|error| Unavailable(error.to_string().into()))?;
+        self.begin_turn()?;
+        let loaded = self.store.load();
+        self.store.end_turn();
+        let mut records = loaded.map_err(|error| Unavailable::of(&error))?;
         self.ledger.mark_backup(&mut records);
         Ok(records)
     }
 
     fn serve(&mut self, batch: Vec<Job>) {
-        if let Err(unavailable) = self.repair() {
+        if let Err(unavailable) = self.begin_turn() {
             for job in batch {
                 job(Err(unavailable.clone()));
             }
@@ -248,9 +292,65 @@ impl Thread {
         }
     }
 
+    /// Prepares the ledger for requests: nothing is broken, and what other controllers wrote is in it. Until the commit,
+    /// they write nothing.
+    fn begin_turn(&mut self) -> Result<(), Unavailable> {
+        self.repair()?;
+        self.store.begin_turn().map_err(|error| {
+            tracing::warn!(%error, "cannot take the turn to write");
+            Unavailable::of(&error)
+        })?;
+        self.follow()?;
+        self.repair()
+    }
+
+    /// Applies what other controllers wrote, outside of a turn. Returns whether that succeeded.
+    fn refresh(&mut self) -> bool {
+        let is_read = self.broken || self.follow().is_ok();
+        if self.broken {
+            let is_repaired = self.repair().is_ok();
+            if is_repaired {
+                self.store.end_turn();
+            }
+            return is_repaired;
+        }
+        is_read
+    }
+
+    /// Takes over what other controllers wrote. If that is not all that changed, the ledger is broken after it.
+    fn follow(&mut self) -> Result<(), Unavailable> {
+        let written = self.store.changes().map_err(|error| {
+            tracing::warn!(%error, "cannot read what other controllers wrote");
+            Unavailable::of(&error)
+        })?;
+        if written.is_empty() {
+            return Ok(());
+        }
+        let changes = match self.ledger.refresh(&written, clock::now()) {
+            Ok(changes) => changes,
+            Err(error) => {
+                tracing::debug!(%error, "reading the whole store");
+                self.broken = true;
+                return Ok(());
+            }
+        };
+        self.published.counters.set_sequence(self.store.sequence());
+        let seen = key_text(Key::LastSeen);
+        if written.iter().any(|(key, _)| *key == seen) {
+            self.published.sessions.lock().learn(self.ledger.last_seen());
+        }
+        let counters = self.ledger.counters();
+        self.published.map.apply(counters.epoch, counters.revision, changes.map);
+        // The controller that found a problem has said so.
+        drop(self.published.view.apply(changes.view));
+        Ok(())
+    }
+
     /// Stores changes, and publishes them in the map and the view.
     fn store(&mut self, changes: LedgerChanges) -> Result<(), Unavailable> {
-        if !changes.writes.is_empty() {
+        if changes.writes.is_empty() {
+            self.store.end_turn();
+        } else {
             let expected = self.store.sequence();
             let begun = clock::now();
             let committed = self.store.commit(expected, &changes.writes);
@@ -295,6 +395,7 @@ impl Thread {
         match ledger {
             Ok(ledger) => {
                 self.published.replace(&ledger);
+                self.published.sessions.lock().learn(ledger.last_seen());
                 self.ledger = ledger;
                 self.broken = false;
                 tracing::info!("store recovered");

@@ -43,7 +43,13 @@ struct Controller {
 impl Controller {
     /// Starts a controller, and reads its log up to a line with these words.
     fn start(dir: &Path, store: &str, words: &str) -> Self {
+        Self::start_with(&[], dir, store, words)
+    }
+
+    /// Starts a controller with more arguments, and reads its log up to a line with these words.
+    fn start_with(arguments: &[&str], dir: &Path, store: &str, words: &str) -> Self {
         let mut command = command(&SERVE, dir, store);
+        command.args(arguments);
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let log = BufReader::new(child.stderr.take().unwrap());
         let mut controller = Self { process: Process(child), log };
@@ -170,6 +176,54 @@ fn controllers_take_over_from_one_another_and_lose_nothing() {
     let refused = run(&SERVE, &stranger, &store);
     let error = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(!refused.status.success() && error.contains("the same ca.key and ca.crt"), "{error}");
+}
+
+/// Asks until the tokens at a controller are these. A command takes longer than a controller needs to follow.
+fn wait_for_tokens(dir: &Path, store: &str, expected: &[String]) {
+    let is_there = |_| tokens(dir, store) == expected;
+    assert!((0..50).any(is_there), "{:?} instead of {expected:?}", tokens(dir, store));
+}
+
+#[test]
+fn controllers_that_share_a_store_serve_at_a_time() {
+    let root = tempfile::tempdir().unwrap();
+    let Some((_etcd, store)) = etcd(&root.path().join("etcd")) else { return };
+    let config = root.path().join("controller.toml");
+    std::fs::write(&config, "[etcd]\nshared = true\n").unwrap();
+    let arguments = ["--config", config.to_str().unwrap()];
+    let dirs: Vec<_> = ["a", "b", "c"].map(|name| root.path().join(name)).into();
+    let serves = "listening address=127.0.0.1:";
+    let start = |dir: &Path| Controller::start_with(&arguments, dir, &store, serves).detach();
+    let mut running = vec![start(&dirs[0])];
+    for dir in &dirs[1..] {
+        copy_ca(&dirs[0], dir);
+        running.push(start(dir));
+    }
+
+    // Commands at all three at once: none is refused, none is lost.
+    let create = |dir: &Path| stdout(&run(&["token", "create"], dir, &store));
+    std::thread::scope(|scope| {
+        let create = &create;
+        for dir in &dirs {
+            scope.spawn(move || (0..5).for_each(|_| drop(create(dir))));
+        }
+    });
+    let all = tokens(&dirs[0], &store);
+    assert!(all.len() >= 5, "its own ones are there at once: {all:?}");
+    let count = |dir: &Path| tokens(dir, &store).len();
+    assert!((0..50).any(|_| count(&dirs[0]) == 15), "{}", count(&dirs[0]));
+    let all = tokens(&dirs[0], &store);
+    dirs.iter().for_each(|dir| wait_for_tokens(dir, &store, &all));
+
+    // One is killed, one stops; the third goes on, and the others find what it wrote.
+    drop(running.remove(0));
+    running.remove(0).terminate();
+    create(&dirs[2]);
+    let all = tokens(&dirs[2], &store);
+    assert_eq!(all.len(), 16);
+    running.push(start(&dirs[0]));
+    running.push(start(&dirs[1]));
+    dirs.iter().for_each(|dir| wait_for_tokens(dir, &store, &all));
 }
 
 #[test]

@@ -158,7 +158,8 @@ pub struct Discovery {
     configured: watch::Receiver<Vec<ControllerAddress>>,
     /// Effective list of controllers.
     controllers: Vec<ControllerAddress>,
-    /// Number of attempts since the list changed. Each attempt takes the next one of the list.
+    /// Number of attempts since the list changed, and the place of the first one. Each attempt takes the next one of
+    /// the list.
     attempt: usize,
     mark: u32,
     certificate: Vec<CertificateDer<'static>>,
@@ -199,13 +200,15 @@ impl Discovery {
     pub fn new(setup: Setup, events: mpsc::Sender<Event>) -> Result<Self, StateError> {
         let certificate = setup.state.certificate()?.unwrap_or_default();
         let controllers = join::controllers(&setup.configured.borrow(), &setup.membership);
+        let is_configured = !setup.configured.borrow().is_empty();
+        let attempt = first_attempt(setup.membership.grant.node_id, is_configured);
         Ok(Self {
             state: setup.state,
             keys: setup.keys,
             membership: setup.membership,
             configured: setup.configured,
             controllers,
-            attempt: 0,
+            attempt,
             mark: setup.mark,
             certificate,
             counters: setup.counters,
@@ -274,7 +277,8 @@ impl Discovery {
             return Ok(());
         }
         self.controllers.clone_from(&controllers);
-        self.attempt = 0;
+        let is_configured = !self.configured.borrow().is_empty();
+        self.attempt = first_attempt(self.membership.grant.node_id, is_configured);
         tracing::info!(?controllers, "list of controllers changed");
         self.events.send(Event::Controllers(controllers)).await.map_err(|_| Ended::Stop)
     }
@@ -687,6 +691,14 @@ fn kept(stored: Result<(), StateError>) {
     }
 }
 
+/// Returns the place of the controller that a node tries first, modulo the length of the list. The mesh's own list is
+/// one of equal controllers, over which the nodes are spread by their random ids. A list in the configuration of the
+/// node is tried in its order.
+fn first_attempt(node: NodeId, is_configured: bool) -> usize {
+    let [.., high, low] = node.0;
+    if is_configured { 0 } else { usize::from(u16::from_be_bytes([high, low])) }
+}
+
 /// Returns whether the controller refused the record itself, so that another session would not
 /// help.
 fn is_about_the_record(status: &tonic::Status) -> bool {
@@ -728,6 +740,19 @@ mod tests {
         let pauses = [0.0, 0.5, 1.0].map(|random| asked_pause(&asked, random).as_secs());
         assert_eq!(pauses, [8, 10, 12]);
         assert_eq!(asked_pause(&NotConnected::NoAnswer, 1.0), Duration::ZERO);
+    }
+
+    #[test]
+    fn nodes_are_spread_over_the_controllers_of_the_mesh_but_not_over_configured_ones() {
+        let node = |low| {
+            let mut id = [7; 16];
+            id[15] = low;
+            NodeId(id)
+        };
+        let places: std::collections::BTreeSet<usize> =
+            (0..3).map(|low| first_attempt(node(low), false) % 3).collect();
+        assert_eq!(places.len(), 3);
+        assert_eq!(first_attempt(node(2), true), 0);
     }
 
     #[test]

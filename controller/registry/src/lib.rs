@@ -14,6 +14,7 @@
 //! | `claims` | which node holds which prefix |
 //! | `join` | admission of a node with a token |
 //! | `readmit` | the return of what a restored or empty store lost |
+//! | `refresh` | changes that another controller made |
 //! | `publish` | a node's record, and the assignment of the prefixes that it claims |
 //! | `problems` | what the operator of a node should know |
 //! | [`sessions`] | the live sessions |
@@ -46,6 +47,7 @@ mod now;
 mod problems;
 mod publish;
 mod readmit;
+mod refresh;
 pub mod sessions;
 pub mod token;
 
@@ -72,6 +74,7 @@ pub use now::Now;
 use problems::Problems;
 pub use problems::{NodeProblem, WithheldReason};
 pub use publish::{Difference, Published, Withheld};
+pub use refresh::Refreshed;
 use sessions::Sessions;
 use token::{SecretHash, Token, TokenTerms};
 
@@ -727,16 +730,16 @@ impl Registry {
     }
 
     /// Returns whether a node has been offline for longer than `limit`. Time in which the controller itself was
-    /// away or stopped does not count.
+    /// away or stopped, or did not know which nodes are connected to other controllers, does not count.
     fn is_away_for(&self, limit: Duration, node: NodeId, sessions: &Sessions, now: Now) -> bool {
-        if self.is_stalled(now) || sessions.live(node, now).is_some() {
+        if self.is_stalled(now) || sessions.is_blind(now) || sessions.live(node, now).is_some() {
             return false;
         }
         let Some(member) = self.members.get(node) else { return false };
-        let heard = sessions.last_heard(node);
-        let since =
-            [heard, self.awake_since].into_iter().flatten().fold(member.known_since, Ord::max);
-        now.since(since) > limit
+        let heard = [sessions.last_heard(node), sessions.last_elsewhere(node)];
+        let since = [self.awake_since, sessions.sighted_since()];
+        let since = heard.into_iter().chain(since).flatten().fold(member.known_since, Ord::max);
+        now.since(since) > sessions.least_absence(limit)
     }
 
     /// Returns whether the periodic work did not run for so long that the process was stopped, for example because

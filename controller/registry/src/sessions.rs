@@ -3,6 +3,9 @@
 //! A session lives from the start of its watch until it is closed, is replaced by the same
 //! instance, or has missed [`MISSED`] heartbeats. Sessions are not stored. The times at which nodes
 //! were last seen are stored now and then (see [`Key::LastSeen`](super::Key::LastSeen)).
+//!
+//! Where several controllers serve the mesh, each tells the others which nodes are connected to it. Without recent
+//! news of all others ([`BLIND`]), no node counts as offline: it may be connected to another controller.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -14,6 +17,14 @@ use super::Now;
 
 /// Number of heartbeat intervals without a message after which a session is dead.
 pub const MISSED: u32 = 3;
+
+/// Time without news of the other controllers after which this one does not know which nodes are connected to
+/// them. Then nodes are not offline, and this controller's own nodes should connect to another one.
+pub const BLIND: Duration = Duration::from_secs(20);
+/// Shortest time for which a node is offline before it counts as away, where several controllers serve the mesh. A node
+/// may have to leave all but one of them first, if they are cut off: up to 7, each of which ends its watch within a minute
+/// after it noticed that.
+const LEAST_ABSENCE: Duration = Duration::from_secs(600);
 
 /// Id of a session, random.
 pub type SessionId = [u8; 16];
@@ -58,6 +69,19 @@ pub struct Sessions {
     live: BTreeMap<NodeId, Session>,
     seen: BTreeMap<NodeId, LastSeen>,
     opened_and_closed: u64,
+    /// Presence at the other controllers; `None` if this is the only one.
+    elsewhere: Option<Elsewhere>,
+}
+
+/// Presence at the other controllers.
+#[derive(Debug, Default)]
+struct Elsewhere {
+    /// Monotonic time at which each node was last found connected to another controller.
+    found: BTreeMap<NodeId, Instant>,
+    /// Monotonic time of the newest news; `None` before the first.
+    heard_at: Option<Instant>,
+    /// Monotonic time since which the news have come without a gap of [`BLIND`].
+    sighted_since: Option<Instant>,
 }
 
 /// Time at which a node was last seen before its current session.
@@ -72,7 +96,85 @@ struct LastSeen {
 impl Sessions {
     /// Creates a table without sessions. Each client has to send a message every `heartbeat`.
     pub fn new(heartbeat: Duration) -> Self {
-        Self { heartbeat, live: BTreeMap::new(), seen: BTreeMap::new(), opened_and_closed: 0 }
+        Self {
+            heartbeat,
+            live: BTreeMap::new(),
+            seen: BTreeMap::new(),
+            opened_and_closed: 0,
+            elsewhere: None,
+        }
+    }
+
+    /// Says that nodes may be connected to other controllers, too. Until [`Sessions::hear`] is called, no node is
+    /// offline.
+    pub fn share(&mut self) {
+        self.elsewhere.get_or_insert_default();
+    }
+
+    /// Takes news: these nodes, and no others, are connected to other controllers.
+    pub fn hear(&mut self, connected: impl IntoIterator<Item = NodeId>, now: Now) {
+        let Some(elsewhere) = &mut self.elsewhere else { return };
+        let is_gap = |at| now.since(at) > BLIND;
+        if elsewhere.heard_at.is_none_or(is_gap) {
+            elsewhere.sighted_since = Some(now.mono);
+        }
+        elsewhere.heard_at = Some(now.mono);
+        for node in connected {
+            elsewhere.found.insert(node, now.mono);
+            let seen = self.seen.entry(node).or_insert(LastSeen { unix: now.unix, mono: None });
+            seen.unix = seen.unix.max(now.unix);
+        }
+    }
+
+    /// Returns whether it is unknown which nodes are connected to other controllers.
+    pub fn is_blind(&self, now: Now) -> bool {
+        let heard = |elsewhere: &Elsewhere| elsewhere.heard_at;
+        let is_recent = |at| now.since(at) <= BLIND;
+        self.elsewhere.as_ref().is_some_and(|elsewhere| !heard(elsewhere).is_some_and(is_recent))
+    }
+
+    /// Returns since when it is known which nodes are connected to other controllers; `None` if there are none, or
+    /// before the first news.
+    pub fn sighted_since(&self) -> Option<Instant> {
+        self.elsewhere.as_ref()?.sighted_since
+    }
+
+    /// Returns when a node was last found connected to another controller.
+    pub fn last_elsewhere(&self, node: NodeId) -> Option<Instant> {
+        self.elsewhere.as_ref()?.found.get(&node).copied()
+    }
+
+    /// Returns whether a node is connected to another controller, by the newest news.
+    pub fn is_elsewhere(&self, node: NodeId) -> bool {
+        let Some(elsewhere) = &self.elsewhere else { return false };
+        let found = elsewhere.found.get(&node);
+        found.is_some_and(|at| Some(*at) == elsewhere.heard_at)
+    }
+
+    /// Returns whether a node is connected to this controller or to another one.
+    pub fn is_online(&self, node: NodeId, now: Now) -> bool {
+        self.live(node, now).is_some() || self.is_elsewhere(node)
+    }
+
+    /// Returns the time for which a node must be offline to be away, if `limit` is the one of the mesh.
+    pub fn least_absence(&self, limit: Duration) -> Duration {
+        if self.elsewhere.is_some() { limit.max(LEAST_ABSENCE) } else { limit }
+    }
+
+    /// Returns the nodes with a live session.
+    pub fn connected(&self, now: Now) -> Vec<NodeId> {
+        let deadline = self.deadline();
+        let is_live = |session: &Session| now.since(session.last_seen) <= deadline;
+        let live = self.live.iter().filter(|(_, session)| is_live(session));
+        live.map(|(node, _)| *node).collect()
+    }
+
+    /// Takes over times at which nodes were last seen, by another controller. Later times that are known stay.
+    pub fn learn(&mut self, seen: impl IntoIterator<Item = (NodeId, i64)>) {
+        for (node, unix) in seen {
+            let known = self.seen.entry(node).or_insert(LastSeen { unix, mono: None });
+            known.unix = known.unix.max(unix);
+        }
     }
 
     /// Adds the times at which nodes were last seen before this process started.
@@ -148,6 +250,9 @@ impl Sessions {
     /// Removes what is known of nodes that do not satisfy `is_member`.
     pub fn retain(&mut self, is_member: impl Fn(NodeId) -> bool) {
         self.seen.retain(|node, _| is_member(*node));
+        if let Some(elsewhere) = &mut self.elsewhere {
+            elsewhere.found.retain(|node, _| is_member(*node));
+        }
     }
 
     /// Returns the node's session, if it is live.
@@ -251,6 +356,27 @@ mod tests {
         assert!(sessions.live(NODE, now).is_some());
         assert!(sessions.close(NODE, [2; 16], now));
         assert!(sessions.is_empty());
+    }
+
+    #[test]
+    fn without_news_of_the_other_controllers_nothing_is_known_of_their_nodes() {
+        let start = tests::now();
+        let mut sessions = Sessions::new(SECOND);
+        assert!(!sessions.is_blind(start), "it is the only controller");
+        sessions.share();
+        assert!(sessions.is_blind(start));
+        sessions.hear([NODE], start);
+        assert!(!sessions.is_blind(start) && sessions.is_elsewhere(NODE));
+        let soon = start.plus(BLIND);
+        sessions.hear([], soon);
+        assert!(!sessions.is_elsewhere(NODE));
+        assert_eq!(sessions.last_elsewhere(NODE), Some(start.mono));
+        assert_eq!(sessions.sighted_since(), Some(start.mono));
+        let late = soon.plus(BLIND + SECOND);
+        assert!(sessions.is_blind(late));
+        sessions.hear([], late);
+        assert!(!sessions.is_blind(late));
+        assert_eq!(sessions.sighted_since(), Some(late.mono), "nodes get their whole time again");
     }
 
     #[test]

@@ -122,7 +122,7 @@ impl Source {
         let nodes: Vec<Arc<NodeView>> = self.view.nodes(None, usize::MAX);
         let (online, changes) = {
             let sessions = self.sessions.lock();
-            let is_online = |node: &&Arc<NodeView>| sessions.live(node.id, now).is_some();
+            let is_online = |node: &&Arc<NodeView>| sessions.is_online(node.id, now);
             (nodes.iter().filter(is_online).count(), sessions.opened_and_closed())
         };
         let mut by_state = text.family(&NODES);

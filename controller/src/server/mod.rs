@@ -45,12 +45,13 @@ use crate::map::Map;
 use crate::metrics;
 use crate::peer::PeerName;
 use crate::reflector::Reflector;
+use crate::replicas::Exchange;
 use crate::service::{
-    AdminService, Authorizer, Budgets, DiscoveryService, FAILED_JOINS, HealthService, Shared,
-    Signals, drain_begins,
+    AdminService, Authorizer, Budgets, DiscoveryService, FAILED_JOINS, HealthService, Outbound,
+    Shared, Signals, drain_begins,
 };
 use crate::state_dir::{Lock, StateDir, StateError};
-use crate::store::etcd::EtcdError;
+use crate::store::etcd::{EtcdError, Replicas};
 use crate::store::{CommitError, OpenError, Place};
 use crate::summaries::Summaries;
 use crate::tls::{self, ServerCertificate, TlsError};
@@ -79,6 +80,8 @@ const SEQUENCE_NOTE: Duration = Duration::from_secs(60);
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(10));
 /// Largest number of concurrent HTTP/2 streams on one connection.
 const STREAMS: u32 = 8;
+/// Length of the queue of signals to nodes of other controllers.
+const OUTBOUND: usize = 256;
 /// Receive windows of HTTP/2 in bytes: of a stream, and of a connection. A client can make the
 /// controller buffer this much, and no more.
 const WINDOWS: (u32, u32) = (64 * 1024, 256 * 1024);
@@ -150,6 +153,7 @@ pub struct Controller {
     handshakes: Handshakes,
     reflector: Option<Reflector>,
     shared: Shared,
+    peers: Peers,
     stop: watch::Sender<Option<Duration>>,
     writer_ended: oneshot::Receiver<()>,
     /// Error that ends the use of the store, if something can end it.
@@ -163,6 +167,15 @@ pub struct Controller {
     is_remote_admin: bool,
     counters: Arc<Counters>,
     started: Now,
+}
+
+/// What the exchange with the other controllers needs.
+struct Peers {
+    /// Way to the other controllers; `None` if this is the only one.
+    replicas: Option<Replicas>,
+    /// Signals to their nodes.
+    outbound: mpsc::Receiver<Outbound>,
+    cut_off: watch::Sender<Option<Duration>>,
 }
 
 /// Starts a controller and runs it until `shutdown` resolves.
@@ -213,6 +226,11 @@ impl Controller {
         let (store, ledger) = open_ledger(opening, place, fresh)?;
         let (mut store, ledger) = admit_local_admin(&dir, fresh, store, ledger, &authority, now)?;
         let lost = store.lost();
+        let replicas = store.replicas();
+        let (sender, outbound) = mpsc::channel(OUTBOUND);
+        let signals = Signals::new(replicas.as_ref().map(|_| sender));
+        let (isolate, cut_off) = watch::channel(None);
+        let peers = Peers { replicas, outbound, cut_off: isolate };
         let certificate = Arc::new(ServerCertificate::new(&authority, now.unix)?);
         let tls = tls::server_config(&authority, certificate.clone())?;
 
@@ -250,7 +268,7 @@ impl Controller {
             proof_key,
             advertise: config.advertise,
             budgets: Budgets::default(),
-            signals: Signals::default(),
+            signals,
             summaries: Arc::default(),
             events,
             admission: Arc::default(),
@@ -259,6 +277,7 @@ impl Controller {
             head: Mutex::new(None),
             reflector: reflector.as_ref().map(|_| address.port()),
             stopping,
+            cut_off,
         };
         // Without it, operators need the credential and `remote_admin`.
         let socket = local::listen(&dir).inspect_err(|error| {
@@ -283,6 +302,7 @@ impl Controller {
             handshakes: Handshakes::start().map_err(ServeError::Handshakes)?,
             reflector,
             shared,
+            peers,
             stop,
             writer_ended,
             lost,
@@ -320,7 +340,8 @@ impl Controller {
             admission: shared.admission.clone(),
             writer: shared.writer.clone(),
         };
-        let measuring = tokio::spawn(measure(self.metrics, source, shared.stopping.clone()));
+        let (stopping, cut_off) = (shared.stopping.clone(), shared.cut_off.clone());
+        let measuring = tokio::spawn(measure(self.metrics, source, stopping, cut_off));
         let page = ui::Page {
             reported: shared.reported(),
             events: shared.events.clone(),
@@ -372,6 +393,13 @@ impl Controller {
             self.is_remote_admin,
         );
         let shared = Arc::new(shared);
+        let Peers { replicas, outbound, cut_off } = self.peers;
+        let exchange = replicas.map(|replicas| Exchange::new(replicas, shared.clone(), cut_off));
+        let exchanging = tokio::spawn(async move {
+            if let Some(exchange) = exchange {
+                exchange.run(outbound).await;
+            }
+        });
         let discovery = DiscoveryServer::new(DiscoveryService::new(shared.clone()))
             .max_decoding_message_size(limits::MESSAGE_BYTES)
             .max_encoding_message_size(limits::MESSAGE_BYTES);
@@ -424,6 +452,8 @@ impl Controller {
             .await;
         }
         drop(server);
+        // Until here, the other controllers knew the nodes whose watches were about to end.
+        exchanging.abort();
         // Until here, probes were told that the controller stops.
         measuring.abort();
         // Connections that are still open do not keep the store's thread alive: it finishes the
@@ -568,15 +598,17 @@ async fn measure(
     address: Option<SocketAddr>,
     source: metrics::Source,
     stopping: watch::Receiver<Option<Duration>>,
+    cut_off: watch::Receiver<Option<Duration>>,
 ) {
     let Some(address) = address else { return };
     let collect = move || {
         let text = source.collect(clock::now());
         async move { Some(text) }
     };
-    let ready = move || match *stopping.borrow() {
-        None => Ok(()),
-        Some(_) => Err("the controller is stopping"),
+    let ready = move || match (*stopping.borrow(), *cut_off.borrow()) {
+        (None, None) => Ok(()),
+        (Some(_), _) => Err("the controller is stopping"),
+        (None, Some(_)) => Err("the controller is cut off from its store"),
     };
     towline_service::metrics::serve_with_health(address, collect, Some(Arc::new(ready))).await;
 }

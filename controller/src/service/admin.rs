@@ -397,7 +397,7 @@ fn node_info(node: &NodeView, sessions: &Sessions, now: Now) -> pb::NodeInfo {
     pb::NodeInfo {
         grant: Some(node.grant.clone()),
         record: node.record.clone(),
-        online: session.is_some(),
+        online: sessions.is_online(node.id, now),
         last_seen: sessions.last_seen(node.id, now),
         joined_at: node.joined_at,
         session_address: session.map(|address| address.to_string()).unwrap_or_default(),

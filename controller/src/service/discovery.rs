@@ -28,7 +28,7 @@ use crate::ledger::Ledger;
 use crate::map::AccessError;
 use towline_registry::sessions::{Occupied, Session, Sessions};
 use towline_registry::token::SecretHash;
-use towline_registry::{Join, PublishError, ReadmitError};
+use towline_registry::{Join, JoinError, PublishError, ReadmitError};
 
 use super::auth::Caller;
 use super::budgets::Work;
@@ -48,6 +48,23 @@ impl DiscoveryService {
     /// Creates the service on the shared state.
     pub fn new(shared: Arc<Shared>) -> Self {
         Self { shared }
+    }
+
+    /// Reads what other controllers wrote if this one does not know a token, which one of them may have created a moment
+    /// ago. A source that had many failed joins cannot cause that.
+    async fn catch_up(&self, token: TokenId, secret_hash: &SecretHash, source: SocketAddr) {
+        let now = clock::now();
+        let is_known = || match self.shared.view.check_secret(token, secret_hash, now.unix) {
+            Err(JoinError::TokenUnknown(_)) => false,
+            Err(_) | Ok(_) => true,
+        };
+        if !self.shared.writer.is_shared() || is_known() {
+            return;
+        }
+        if self.shared.failed_joins.lock().wait(source.ip(), now.mono).is_zero() {
+            // If it cannot be read, the token stays unknown.
+            let _ = self.shared.writer.refresh().await;
+        }
     }
 
     /// Refuses a join whose token or secret is wrong, before anything of it costs time. If the source had many
@@ -164,6 +181,7 @@ impl Discovery for DiscoveryService {
         let source = Caller::of(&request)?.address()?;
         let join = WireJoin::parse(request.into_inner()).map_err(|error| error.status())?;
         let secret_hash = secret_hash(&join.secret);
+        self.catch_up(join.token, &secret_hash, source).await;
         self.check_secret(&join, &secret_hash, source)?;
         Ok(Response::new(self.admit(join, secret_hash, source).await?))
     }

@@ -55,7 +55,7 @@ pub use discovery::DiscoveryService;
 pub(crate) use discovery::WireJoin;
 pub use health::HealthService;
 pub use refusal::tombstone_of;
-pub use signals::Signals;
+pub use signals::{Outbound, Signals};
 
 /// Rate limit of failed joins per source: a burst of 10, then one in 6 seconds.
 pub(crate) const FAILED_JOINS: Rate = Rate::one_per(Duration::from_secs(6), 10);
@@ -103,6 +103,8 @@ pub struct Shared {
     pub counters: Arc<Counters>,
     /// Time over which watches end, set when the controller stops.
     pub stopping: tokio::sync::watch::Receiver<Option<Duration>>,
+    /// Time over which each watch ends, set while this controller is cut off from the others.
+    pub cut_off: tokio::sync::watch::Receiver<Option<Duration>>,
 }
 
 impl Shared {

@@ -136,6 +136,9 @@ impl Watcher {
         ticks.tick().await;
         let mut silence = pin!(sleep(deadline));
         let mut loading = pin!(sleep(LOADING));
+        let mut cut_off = self.shared.cut_off.clone();
+        // Set while the controller is cut off from the others, and this watch is to end for that reason.
+        let mut leaving: Option<Pin<Box<Sleep>>> = None;
         // Set once the controller stops, until this watch ends. Watches end one after the other.
         let mut last: Option<Pin<Box<Sleep>>> = None;
         let mut due = Due::Ready;
@@ -153,6 +156,18 @@ impl Watcher {
                 () = async { if let Some(last) = &mut last { last.await } }, if last.is_some() => {
                     self.shared.counters.limit(Limit::Stopping);
                     return Some(Status::unavailable("the controller is stopping: try again"));
+                }
+                over = cut_off_begins(&mut cut_off), if leaving.is_none() => {
+                    leaving = Some(Box::pin(sleep(over.mul_f64(entropy::fraction()))));
+                }
+                () = async { if let Some(leaving) = &mut leaving { leaving.await } },
+                    if leaving.is_some() =>
+                {
+                    leaving = None;
+                    if cut_off.borrow().is_some() {
+                        let text = "the controller is cut off from its store: use another one";
+                        return Some(Status::unavailable(text));
+                    }
                 }
                 // A client that reads slowly must not keep others from loading the map.
                 () = &mut loading, if self.loading.is_some() => self.loading = None,
@@ -339,6 +354,16 @@ impl Watcher {
     }
 }
 
+/// Waits until the controller is cut off, and returns the time over which watches end then.
+async fn cut_off_begins(cut_off: &mut tokio::sync::watch::Receiver<Option<Duration>>) -> Duration {
+    let over = cut_off.wait_for(Option::is_some).await.ok().and_then(|over| *over);
+    match over {
+        Some(over) => over,
+        // It is the only one.
+        None => std::future::pending().await,
+    }
+}
+
 /// Returns the status of a watch that the same node opened again.
 fn replaced() -> Status {
     Status::aborted("the session was replaced by a newer one")
@@ -483,6 +508,7 @@ mod tests {
         client: mpsc::Sender<Result<Frame<Bytes>, Infallible>>,
         responses: mpsc::Receiver<Result<pb::WatchResponse, Status>>,
         stop: watch::Sender<Option<Duration>>,
+        isolate: watch::Sender<Option<Duration>>,
         opened: Instant,
     }
 
@@ -498,6 +524,7 @@ mod tests {
             let authority = Authority::load_or_create(&dir, true, 1_700_000_000).unwrap();
             let proof_key = StaticSecret::from([1; 32]);
             let (stop, stopping) = watch::channel(None);
+            let (isolate, cut_off) = watch::channel(None);
             let shared = Shared {
                 authority: Arc::new(authority),
                 writer: Writer::ended(),
@@ -518,6 +545,7 @@ mod tests {
                 counters: Arc::default(),
                 reflector: None,
                 stopping,
+                cut_off,
             };
             let identity = IdentityKey([3; 32]);
             let name: NodeName = "a".parse().unwrap();
@@ -539,7 +567,7 @@ mod tests {
             let node = CallingNode { id: NODE, name, identity, expires_at };
             let watcher = Watcher::new(Arc::new(shared), node, SESSION, 0, None, sender);
             tokio::spawn(watcher.run(requests));
-            Self { client, responses, stop, opened: Instant::now() }
+            Self { client, responses, stop, isolate, opened: Instant::now() }
         }
 
         /// Sends a heartbeat as a client does: the message with the head of gRPC.
@@ -615,6 +643,15 @@ mod tests {
         sleep(Duration::from_secs(1)).await;
         assert!(gone.is_closed(), "the watch ended though a message waits for the client");
         drop(responses);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_watch_ends_while_its_controller_is_cut_off_from_the_others() {
+        let mut scene = Scene::new();
+        scene.isolate.send(Some(Duration::from_secs(5))).unwrap();
+        let (_, code, seconds) = scene.end().await;
+        assert!(code.is_none_or(|code| code == Code::Unavailable), "{code:?}");
+        assert!(seconds <= 5, "{seconds}");
     }
 
     #[tokio::test(start_paused = true)]

@@ -20,7 +20,7 @@ use std::path::PathBuf;
 
 use tokio::sync::oneshot;
 
-use etcd::{EtcdError, EtcdSettings, EtcdStore};
+use etcd::{EtcdError, EtcdSettings, EtcdStore, Replicas};
 pub use file::FileStore;
 
 /// Version of the format of the records. It is raised with every change that an older controller cannot
@@ -47,6 +47,32 @@ pub trait Store: Send {
 
     /// Opens the store again after a failed commit, to find out what is in it.
     fn reopen(&mut self) -> Result<(), OpenError>;
+
+    /// Lets other controllers use the store at the same time, if its settings allow that. Returns whether they may.
+    /// From then on, [`Store::changes`] must be called in a turn before a commit.
+    fn share(&mut self) -> bool {
+        false
+    }
+
+    /// Returns the way to the other controllers that use the store; `None` if it is not shared.
+    fn replicas(&self) -> Option<Replicas> {
+        None
+    }
+
+    /// Begins a turn: until the next commit or [`Store::end_turn`], other controllers do not write. Does nothing if the
+    /// store is not shared. A turn that takes too long is ended by others, and its commit fails then.
+    fn begin_turn(&mut self) -> Result<(), OpenError> {
+        Ok(())
+    }
+
+    /// Ends a turn without a commit.
+    fn end_turn(&mut self) {}
+
+    /// Reads the records that other controllers wrote since the last commit or call, and follows the store to its
+    /// newest commit. Records that were deleted may be absent.
+    fn changes(&mut self) -> Result<Vec<Write>, OpenError> {
+        Ok(Vec::new())
+    }
 
     /// Returns a receiver of the error that ends the use of the store, for example because another
     /// controller took over. `None` if nothing ends it, or after the first call.

@@ -38,7 +38,7 @@ impl Reported {
         let nodes = self.view.nodes(after, limit);
         let presence: Vec<(bool, i64)> = {
             let sessions = self.sessions.lock();
-            let of = |id| (sessions.live(id, now).is_some(), sessions.last_seen(id, now));
+            let of = |id| (sessions.is_online(id, now), sessions.last_seen(id, now));
             nodes.iter().map(|node| of(node.id)).collect()
         };
         let nodes = nodes.iter().zip(presence);

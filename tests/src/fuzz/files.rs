@@ -63,6 +63,12 @@ pub fn stored(bytes: &[u8]) {
     let empty = || MapCache::new(CA.public(), NodeId([1; 16]));
     empty().replay(bytes);
     controller::sealed("meta", bytes);
+    if let Some(key) = controller::etcd_presence(bytes) {
+        assert_eq!(key, bytes);
+    }
+    if let Some(encoded) = controller::forwarded_signal(bytes) {
+        assert_eq!(controller::forwarded_signal(&encoded), Some(encoded));
+    }
     match which % 7 {
         0 => {
             if let Ok(map) = empty().restore(bytes) {

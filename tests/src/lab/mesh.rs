@@ -29,6 +29,8 @@ pub struct Controller {
     address: SocketAddr,
     listen: String,
     advertise: Vec<SocketAddr>,
+    /// Configuration file, if it has one.
+    config: Option<PathBuf>,
     log: PathBuf,
     daemon: Option<Daemon>,
 }
@@ -178,7 +180,8 @@ impl Controller {
     /// Starts a controller as [`Self::start`] does, on all of the host's addresses.
     pub fn start_on_all(lab: &Lab, host: &Arc<Host>, binaries: &Binaries) -> anyhow::Result<Self> {
         let advertise = host.addresses().iter().map(|address| SocketAddr::new(*address, 7443));
-        Self::start_with(lab, host, binaries, "[::]:7443".to_owned(), advertise.collect())
+        let listen = "[::]:7443".to_owned();
+        Self::start_with(lab, host, binaries, listen, advertise.collect(), None)
     }
 
     /// Starts a controller as [`Self::start`] does, on all of the host's addresses. Nodes know it by
@@ -190,14 +193,33 @@ impl Controller {
         address: IpAddr,
     ) -> anyhow::Result<Self> {
         let known = vec![SocketAddr::new(address, 7443)];
-        Self::start_with(lab, host, binaries, "[::]:7443".to_owned(), known)
+        Self::start_with(lab, host, binaries, "[::]:7443".to_owned(), known, None)
     }
 
     /// Starts a controller on a host's first address, port 7443, and waits until it answers.
     pub fn start(lab: &Lab, host: &Arc<Host>, binaries: &Binaries) -> anyhow::Result<Self> {
         let address = host.addresses().first().ok_or_else(|| anyhow!("the host has no address"))?;
         let address = SocketAddr::new(*address, 7443);
-        Self::start_with(lab, host, binaries, address.to_string(), vec![address])
+        Self::start_with(lab, host, binaries, address.to_string(), vec![address], None)
+    }
+
+    /// Starts a controller with a configuration file on a host's first address, port 7443, and waits until it answers.
+    /// It advertises these addresses.
+    pub fn start_configured(
+        lab: &Lab,
+        host: &Arc<Host>,
+        binaries: &Binaries,
+        config: &Path,
+        advertise: Vec<SocketAddr>,
+    ) -> anyhow::Result<Self> {
+        let address = host.addresses().first().ok_or_else(|| anyhow!("the host has no address"))?;
+        let listen = SocketAddr::new(*address, 7443).to_string();
+        Self::start_with(lab, host, binaries, listen, advertise, Some(config.to_owned()))
+    }
+
+    /// Returns the state directory that a controller on this host gets.
+    pub fn state_directory(lab: &Lab, host: &Host) -> PathBuf {
+        lab.directory().join(format!("controller-{}", host.name()))
     }
 
     fn start_with(
@@ -206,18 +228,20 @@ impl Controller {
         binaries: &Binaries,
         listen: String,
         advertise: Vec<SocketAddr>,
+        config: Option<PathBuf>,
     ) -> anyhow::Result<Self> {
         let address = host.addresses().first().ok_or_else(|| anyhow!("the host has no address"))?;
         let operator = Operator {
             host: Arc::clone(host),
             program: binaries.controller.clone(),
-            state: lab.directory().join(format!("controller-{}", host.name())),
+            state: Self::state_directory(lab, host),
         };
         let mut controller = Self {
             operator,
             address: SocketAddr::new(*address, 7443),
             listen,
             advertise,
+            config,
             log: lab.directory().join(format!("controller-{}.log", host.name())),
             daemon: None,
         };
@@ -259,6 +283,9 @@ impl Controller {
         let mut program = self.operator.program(&["serve"]).args(["--listen", &self.listen]);
         for address in &self.advertise {
             program = program.args(["--advertise", &address.to_string()]);
+        }
+        if let Some(config) = &self.config {
+            program = program.arg("--config").arg(config);
         }
         program = program.args(flags.iter().copied());
         // The previous process must end first, since it holds the port and the store.

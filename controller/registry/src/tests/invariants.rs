@@ -207,6 +207,45 @@ proptest! {
     }
 
     #[test]
+    fn a_replica_that_applies_each_change_has_what_one_that_loads_all_has(
+        actions in prop::collection::vec(action(), 1..60),
+        every in 1usize..5,
+    ) {
+        let mut world = World::new();
+        let mut replica = Registry::load(world.stored.contents(world.now)).unwrap();
+        let mut before = world.stored.clone();
+        for (step, action) in actions.iter().enumerate() {
+            world.apply_action(action);
+            // Several changes may come at once.
+            if step % every != 0 && step + 1 < actions.len() {
+                continue;
+            }
+            let contents = world.stored.contents(world.now);
+            replica.refresh(world.stored.since(&before, world.now)).unwrap();
+            before = world.stored.clone();
+            let loaded = Registry::load(contents).unwrap();
+            prop_assert_eq!(replica.counters(), loaded.counters());
+            prop_assert_eq!(replica.mesh(), loaded.mesh());
+            let members = |registry: &Registry| -> Vec<Member> {
+                let of = |member: &Member| Member { known_since: world.now.mono, ..member.clone() };
+                registry.members().map(of).collect()
+            };
+            prop_assert_eq!(members(&replica), members(&loaded));
+            prop_assert!(replica.removed_nodes().eq(loaded.removed_nodes()));
+            prop_assert!(replica.tokens().eq(loaded.tokens()));
+            for member in loaded.members() {
+                let node = member.grant.node_id;
+                prop_assert_eq!(replica.claims.held_by(node), loaded.claims.held_by(node));
+            }
+            for removed in loaded.removed_nodes() {
+                prop_assert!(replica.claims.held_by(removed.tombstone.node_id).is_empty());
+            }
+            let changes = replica.take_changes();
+            prop_assert!(changes.records.is_empty() && changes.unsigned.is_empty());
+        }
+    }
+
+    #[test]
     fn an_emptied_store_gets_back_exactly_the_nodes_that_were_there(
         actions in prop::collection::vec(action(), 1..60),
         first in any::<usize>(),

@@ -21,8 +21,8 @@ use super::sessions::{Session, Sessions};
 use super::token::{SecretHash, Token, TokenTerms};
 use super::{
     Admin, Contents, Counters, CreateTokenError, Difference, Join, JoinError, Key, LoadError,
-    Member, Mesh, NodeAbsent, Now, PublishError, Published, Registry, RemovedNode, Starts,
-    Unsigned,
+    Member, Mesh, NodeAbsent, Now, PublishError, Published, Refreshed, Registry, RemovedNode,
+    Starts, Unsigned,
 };
 
 const SECRET: SecretHash = SecretHash([7; 32]);
@@ -87,6 +87,38 @@ impl Stored {
             removed_nodes: self.removed_nodes.values().cloned().collect(),
             tokens: self.tokens.values().cloned().collect(),
             admins: self.admins.values().cloned().collect(),
+        }
+    }
+}
+
+impl Stored {
+    /// Returns the records that changed since `before`. A removed node has a tombstone, and its deleted record is
+    /// not listed.
+    fn since(&self, before: &Self, now: Now) -> Refreshed {
+        let member = |member: &Member| Member { known_since: now.mono, ..member.clone() };
+        let is_new = |id: &NodeId, member: &Member| before.members.get(id) != Some(member);
+        let gone = before.tokens.keys().filter(|id| !self.tokens.contains_key(*id));
+        let changed =
+            self.tokens.iter().filter(|(id, token)| before.tokens.get(*id) != Some(*token));
+        let tokens = changed.map(|(id, token)| (*id, Some(token.clone())));
+        Refreshed {
+            counters: Some(self.counters),
+            mesh: self.mesh.clone().filter(|mesh| before.mesh.as_ref() != Some(mesh)),
+            members: self
+                .members
+                .iter()
+                .filter(|(id, member)| is_new(id, member))
+                .map(|(_, found)| member(found))
+                .collect(),
+            absent: Vec::new(),
+            removed_nodes: self
+                .removed_nodes
+                .iter()
+                .filter(|(id, _)| !before.removed_nodes.contains_key(*id))
+                .map(|(_, removed)| removed.clone())
+                .collect(),
+            tokens: tokens.chain(gone.map(|id| (*id, None))).collect(),
+            admins: self.admins.iter().map(|(key, admin)| (*key, Some(admin.clone()))).collect(),
         }
     }
 }

@@ -224,3 +224,33 @@ fn two_gateways_of_one_group_hold_their_lan_together() {
     let name = &world.registry.member(holder).unwrap().grant.name;
     assert!(["c", "d"].contains(&name.as_str()), "{name}");
 }
+
+#[test]
+fn a_prefix_stays_while_its_holder_is_or_may_be_connected_to_another_controller() {
+    let mut world = World::new();
+    let holder = world.node("a", 1, &["10.0.0.0/8"]);
+    let claimant = world.node("b", 2, &["10.0.0.0/8"]);
+    world.announce(holder, 1, "10.1.0.0/16");
+    assert_eq!(world.announce(claimant, 1, "10.1.0.0/16").len(), 1);
+    world.close(holder);
+    world.sessions.share();
+    world.advance(LEASE * 2);
+    assert_eq!(world.holder("10.1.0.0/16"), Some(holder), "nothing is known of it");
+
+    let step = Duration::from_secs(15);
+    for _ in 0..100 {
+        world.sessions.hear([holder], world.now);
+        world.step(step);
+    }
+    assert_eq!(world.holder("10.1.0.0/16"), Some(holder), "it is connected elsewhere");
+    for _ in 0..39 {
+        world.sessions.hear([], world.now);
+        world.step(step);
+    }
+    assert_eq!(world.holder("10.1.0.0/16"), Some(holder), "it has the whole lease");
+    for _ in 0..4 {
+        world.sessions.hear([], world.now);
+        world.step(step);
+    }
+    assert_eq!(world.holder("10.1.0.0/16"), Some(claimant));
+}

@@ -3,7 +3,9 @@
 //! | key, below the prefix | value |
 //! |---|---|
 //! | `head` | format, sequence number, mesh, CA, the newest commits, and a staged change if there is one |
-//! | `owner` | name of the controller that uses the store, under its lease |
+//! | `owner` | name of the controller that uses the store, or whose turn it is to write, under its lease |
+//! | `presence/CONTROLLER/PART` | nodes that are connected to a controller, under its lease |
+//! | `signals/CONTROLLER/ID` | signals to nodes of a controller, under the lease of the sender |
 //! | `records/KEY` | one record |
 //! | `staged/ID/PART` | a part of a change that is too large for one transaction |
 //!
@@ -152,6 +154,39 @@ impl Keys {
         self.key(&format!("staged/{id:016x}/{part:04}"))
     }
 
+    /// Returns the key of a part of what a controller says about presence.
+    pub(super) fn presence(&self, controller: u64, part: u8) -> Bytes {
+        self.key(&format!("presence/{controller:016x}/{part:02x}"))
+    }
+
+    /// Returns the range of the presence at all controllers.
+    pub(super) fn all_presence(&self) -> (Bytes, Bytes) {
+        (self.key("presence/"), self.key("presence0"))
+    }
+
+    /// Returns the controller and the part in a key of presence; `None` if the key is none.
+    pub(super) fn presence_of(&self, key: &[u8]) -> Option<(u64, u8)> {
+        let key = std::str::from_utf8(key).ok()?;
+        let name = key.strip_prefix(self.prefix.as_str())?.strip_prefix("presence/")?;
+        let (controller, part) = name.split_once('/')?;
+        let parsed =
+            (u64::from_str_radix(controller, 16).ok()?, u8::from_str_radix(part, 16).ok()?);
+        (self.presence(parsed.0, parsed.1) == key.as_bytes()).then_some(parsed)
+    }
+
+    /// Returns the key of a signal to a node of a controller.
+    pub(super) fn signal(&self, controller: u64, id: u64) -> Bytes {
+        self.key(&format!("signals/{controller:016x}/{id:016x}"))
+    }
+
+    /// Returns the range of the signals to nodes of a controller.
+    pub(super) fn signals(&self, controller: u64) -> (Bytes, Bytes) {
+        (
+            self.key(&format!("signals/{controller:016x}/")),
+            self.key(&format!("signals/{controller:016x}0")),
+        )
+    }
+
     /// Returns the record in a key and a value of etcd; `None` if the key is not one of a record.
     pub(super) fn record(&self, key: &[u8], value: &[u8]) -> Option<Record> {
         let key = std::str::from_utf8(key).ok()?;
@@ -276,6 +311,13 @@ pub(crate) fn recode_head(bytes: &[u8]) -> Option<Vec<u8>> {
     Some(Head::read(bytes, "").ok()?.encode_to_vec())
 }
 
+/// Parses a key of presence and encodes it again, for fuzzing. `None` if it is malformed.
+pub(crate) fn recode_presence(bytes: &[u8]) -> Option<Vec<u8>> {
+    let keys = Keys::new("/towline/".to_owned());
+    let (controller, part) = keys.presence_of(bytes)?;
+    Some(keys.presence(controller, part).to_vec())
+}
+
 /// Decodes a staged part and encodes it again, for fuzzing. `None` if it is malformed.
 pub(crate) fn recode_part(bytes: &[u8]) -> Option<Vec<u8>> {
     Some(encode_part(&decode_part(bytes)?).to_vec())
@@ -387,6 +429,20 @@ mod tests {
         }
         let (first, end) = keys.records();
         assert!(first < end && Bytes::from_static(b"/towline/records/zz") < end);
+    }
+
+    #[test]
+    fn a_key_of_presence_names_its_controller_and_part() {
+        let keys = keys();
+        let key = keys.presence(0xab, 7);
+        assert_eq!(keys.presence_of(&key), Some((0xab, 7)));
+        let (first, end) = keys.all_presence();
+        assert!(first < key && key < end);
+        let (first, end) = keys.signals(0xab);
+        assert!(first < keys.signal(0xab, u64::MAX) && keys.signal(0xab, u64::MAX) < end);
+        for other in ["/towline/presence/ab/07", "/towline/presence/x/07", "/towline/head"] {
+            assert_eq!(keys.presence_of(other.as_bytes()), None, "{other}");
+        }
     }
 
     #[test]

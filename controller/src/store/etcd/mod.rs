@@ -1,9 +1,10 @@
 //! The store in etcd (API v3), which outlives the machine of a controller.
 //!
-//! One controller uses the store at a time: the owner. It holds a lease. When it dies, another
-//! controller with the same CA can take over once the lease has ended. The lease only says whose turn
-//! it is: what keeps a late write of the previous owner out is that every transaction compares the
-//! head and the owner. See `layout` for the keys.
+//! One controller writes the store at a time: the owner. It holds a lease. By default it is the only one that
+//! uses the store. When it dies, another controller with the same CA can take over once the lease has ended.
+//! Where the store is shared, a controller is the owner for the time of one commit, and reads what the others
+//! changed before it decides anything. The key only says whose turn it is: what keeps a late write of the previous
+//! owner out is that every transaction compares the head and the owner. See `layout` for the keys.
 //!
 //! | module | owns |
 //! |---|---|
@@ -12,12 +13,14 @@
 //! | `errors` | errors, and what the status of a call means |
 //! | `layout` | keys, head, and how a commit becomes transactions; no I/O |
 //! | `client` | connection, login, and the next member when one fails |
+//! | `replicas` | what controllers that share the store tell each other |
 //! | `session` | lease, reads and commits |
 //! | `thread` | the runtime for all of it, since calls of the store block |
 
 mod client;
 mod errors;
 mod layout;
+mod replicas;
 mod session;
 mod settings;
 mod thread;
@@ -29,7 +32,8 @@ use tokio::sync::oneshot;
 
 pub use errors::EtcdError;
 use layout::Head;
-pub(crate) use layout::{recode_head, recode_part};
+pub(crate) use layout::{recode_head, recode_part, recode_presence};
+pub use replicas::{Presence, Replicas, SIGNALS};
 use session::{Outcome, Placed, Session};
 pub use settings::{
     CertificateFiles, EtcdSettings, EtcdUrl, LoginFile, SCHEME, TlsFiles, UrlError,
@@ -44,6 +48,8 @@ pub struct EtcdStore {
     session: Arc<Session>,
     /// Newest known head; `None` if the store has no mesh yet.
     placed: Option<Placed>,
+    /// True if the turn to write is taken for each commit and given back with it.
+    takes_turns: bool,
     /// Receives the error that ends the use of the store.
     lost: Option<oneshot::Receiver<OpenError>>,
 }
@@ -59,7 +65,7 @@ impl EtcdStore {
         let thread = EtcdThread::start()?;
         let ours = session.clone();
         let placed = thread.wait(async move {
-            ours.acquire().await?;
+            ours.own().await?;
             let settled = ours.settle().await;
             if settled.is_err() {
                 ours.release().await;
@@ -69,7 +75,7 @@ impl EtcdStore {
         let lost = session.lost();
         let ours = session.clone();
         thread.spawn(async move { ours.keep().await });
-        Ok(Self { thread, session, placed, lost: Some(lost) })
+        Ok(Self { thread, session, placed, takes_turns: false, lost: Some(lost) })
     }
 
     /// Reads all records of a store at one revision, without becoming its owner.
@@ -106,7 +112,7 @@ impl EtcdStore {
         let (session, writes) = (self.session.clone(), records.to_vec());
         let outcome = self.thread.wait(async move {
             session.check_empty().await?;
-            session.commit(before, writes).await
+            session.commit(before, writes, false).await
         })?;
         match outcome {
             Outcome::Done(placed) => {
@@ -131,13 +137,38 @@ impl EtcdStore {
         Ok(())
     }
 
+    /// Takes over the head that was found in the store, if it is not an older one than the known head, or one of
+    /// another mesh.
+    fn advance(&mut self, found: Placed) -> Result<(), OpenError> {
+        if let Some(Placed { head, revision }) = &self.placed {
+            let (had, now) = (head.sequence, found.head.sequence);
+            if now < had || found.revision < *revision {
+                // The start of a controller knows what to do then.
+                self.session.lose(EtcdError::WentBack { had, found: now });
+                return Err(EtcdError::WentBack { had, found: now }.into());
+            }
+            if head.mesh != found.head.mesh || head.ca != found.head.ca {
+                return Err(EtcdError::OtherMesh {
+                    store: self.session.store().to_owned(),
+                    found: found.head.mesh,
+                    ours: head.mesh.clone(),
+                }
+                .into());
+            }
+        }
+        self.placed = Some(found);
+        Ok(())
+    }
+
     fn try_commit(&mut self, expected: u64, writes: &[Write]) -> Result<u64, CommitError> {
         let Some(before) = self.placed.clone() else { return Err(self.missing().into()) };
         if before.head.sequence != expected {
             return Err(CommitError::Conflict { expected, found: before.head.sequence });
         }
         let (session, writes) = (self.session.clone(), writes.to_vec());
-        match self.thread.wait(async move { session.commit(before, writes).await })? {
+        let ends_turn = self.takes_turns;
+        let commit = async move { session.commit(before, writes, ends_turn).await };
+        match self.thread.wait(commit)? {
             Outcome::Done(placed) => {
                 let sequence = placed.head.sequence;
                 self.placed = Some(placed);
@@ -174,28 +205,56 @@ impl Store for EtcdStore {
     fn reopen(&mut self) -> Result<(), OpenError> {
         let session = self.session.clone();
         let found = self.thread.wait(async move {
-            session.acquire().await?;
+            session.own().await?;
             session.settle().await
         })?;
         let found = found.ok_or_else(|| self.missing())?;
-        if let Some(Placed { head, revision }) = &self.placed {
-            let (had, now) = (head.sequence, found.head.sequence);
-            if now < had || found.revision < *revision {
-                // The start of a controller knows what to do then.
-                self.session.lose(EtcdError::WentBack { had, found: now });
-                return Err(EtcdError::WentBack { had, found: now }.into());
-            }
-            if head.mesh != found.head.mesh || head.ca != found.head.ca {
-                return Err(EtcdError::OtherMesh {
-                    store: self.name(),
-                    found: found.head.mesh,
-                    ours: head.mesh.clone(),
-                }
-                .into());
+        self.advance(found)
+    }
+
+    fn share(&mut self) -> bool {
+        if self.session.is_shared() && !self.takes_turns {
+            self.takes_turns = true;
+            self.end_turn();
+        }
+        self.takes_turns
+    }
+
+    fn replicas(&self) -> Option<Replicas> {
+        let replicas = || Replicas::new(self.session.clone(), self.thread.handle());
+        self.session.is_shared().then(replicas)
+    }
+
+    fn begin_turn(&mut self) -> Result<(), OpenError> {
+        if self.takes_turns {
+            let session = self.session.clone();
+            self.thread.wait(async move {
+                session.own().await?;
+                session.finish().await
+            })?;
+        }
+        Ok(())
+    }
+
+    fn end_turn(&mut self) {
+        if self.takes_turns {
+            let session = self.session.clone();
+            if let Err(error) = self.thread.wait(async move { session.end_turn().await }) {
+                // Another controller takes it after some seconds, or the next commit of this one ends it.
+                tracing::warn!(%error, "cannot give the turn to write back");
             }
         }
-        self.placed = Some(found);
-        Ok(())
+    }
+
+    fn changes(&mut self) -> Result<Vec<Write>, OpenError> {
+        let (true, Some(since)) = (self.takes_turns, self.placed.clone()) else {
+            return Ok(Vec::new());
+        };
+        let session = self.session.clone();
+        let read = self.thread.wait(async move { session.changes(since).await })?;
+        let (found, written) = read.ok_or_else(|| self.missing())?;
+        self.advance(found)?;
+        Ok(written)
     }
 
     fn lost(&mut self) -> Option<oneshot::Receiver<OpenError>> {

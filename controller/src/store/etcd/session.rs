@@ -8,7 +8,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use prost::Message;
 use tokio::sync::oneshot;
-use tokio::time::{interval, timeout};
+use tokio::time::{Instant, interval, sleep, timeout};
 
 use super::client::Client;
 use super::errors::EtcdError;
@@ -24,6 +24,15 @@ const LEASE: Duration = Duration::from_secs(15);
 const RENEWAL: Duration = Duration::from_secs(4);
 /// Time to give the lease back when the controller stops.
 const RELEASE: Duration = Duration::from_millis(500);
+/// First word of the key `owner` of a controller that has the turn to write, and gives it back soon.
+const TURN: &str = "turn of ";
+/// Time for which a controller may have the turn before another one takes it away. What it writes after that is
+/// refused.
+const TURN_PATIENCE: Duration = Duration::from_secs(5);
+/// Longest time to wait for the turn. Requests of nodes and operators wait meanwhile.
+const TURN_WAIT: Duration = Duration::from_secs(12);
+/// Mean pause before a controller asks for the turn again.
+const TURN_PAUSE: Duration = Duration::from_millis(10);
 /// Number of keys in one response. With the largest records this is about 9 MiB.
 const PAGE: i64 = 128;
 /// Number of attempts to read all records at one revision, while etcd is compacted.
@@ -37,7 +46,11 @@ pub(super) struct Session {
     store: String,
     /// Value of the key `owner`: name of this controller, unique to this process.
     owner: Bytes,
-    /// Lease of the key `owner`; 0 if there is none.
+    /// Random number of this process, which names its keys.
+    number: u64,
+    /// True if several controllers use the store at a time.
+    is_shared: bool,
+    /// Lease of the key `owner`, and of the presence of nodes; 0 if there is none.
     lease: AtomicI64,
     /// Id of the next write. The first one is random.
     next_id: AtomicU64,
@@ -67,15 +80,19 @@ impl Session {
     /// Creates the session of this process, without any access to etcd.
     pub(super) fn new(settings: EtcdSettings) -> Result<Self, EtcdError> {
         let (store, keys) = (settings.url.to_string(), Keys::new(settings.url.key_prefix()));
+        let is_shared = settings.is_shared;
         let host = nix::unistd::gethostname().unwrap_or_default();
         let (host, process) = (host.to_string_lossy(), std::process::id());
         let [number, first_id] = [entropy::random()?, entropy::random()?].map(u64::from_le_bytes);
-        let owner = format!("{host} (pid {process}, start {number:016x})");
+        let turn = if is_shared { TURN } else { "" };
+        let owner = format!("{turn}{host} (pid {process}, start {number:016x})");
         Ok(Self {
             client: Client::new(settings)?,
             keys,
             store,
             owner: owner.into(),
+            number,
+            is_shared,
             lease: AtomicI64::new(0),
             next_id: AtomicU64::new(first_id),
             lost: Mutex::default(),
@@ -102,6 +119,114 @@ impl Session {
         &self.store
     }
 
+    /// Returns the number of this process.
+    pub(super) fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Returns the names of the keys.
+    pub(super) fn keys(&self) -> &Keys {
+        &self.keys
+    }
+
+    /// Returns whether several controllers use the store at a time.
+    pub(super) fn is_shared(&self) -> bool {
+        self.is_shared
+    }
+
+    /// Becomes the owner of the store, or takes the turn to write where several controllers use it.
+    pub(super) async fn own(&self) -> Result<(), EtcdError> {
+        if self.is_shared { self.take_turn().await } else { self.acquire().await }
+    }
+
+    /// Takes the turn to write. Waits while another controller has it, and takes it away from one that has it for
+    /// longer than [`TURN_PATIENCE`].
+    ///
+    /// # Errors
+    ///
+    /// [`EtcdError::InUse`] if a controller that does not share the store is its owner.
+    async fn take_turn(&self) -> Result<(), EtcdError> {
+        let key = self.keys.owner();
+        let begun = Instant::now();
+        // Revision of the owner that is waited for, and since when.
+        let mut awaited: Option<(i64, Instant)> = None;
+        // Revision of the owner that is replaced; 0 if there must be none.
+        let mut replaced = 0;
+        let mut is_lease_new = false;
+        loop {
+            let lease = self.lease().await?;
+            let request = TxnRequest {
+                compare: vec![Compare::last_write(key.clone(), replaced)],
+                success: vec![RequestOp::put(key.clone(), self.owner.clone(), lease)],
+                failure: vec![RequestOp::read(key.clone())],
+            };
+            let answer = match self.transact(request).await {
+                // The lease ended, for example while this process was stopped.
+                Err(EtcdError::Refused(_)) if !is_lease_new => {
+                    self.lease.store(0, Ordering::Relaxed);
+                    is_lease_new = true;
+                    continue;
+                }
+                answer => answer?,
+            };
+            if answer.succeeded {
+                return Ok(());
+            }
+            replaced = 0;
+            let holder = match answer.read(0) {
+                Some(holder) if holder.value == self.owner => return Ok(()),
+                Some(holder) if !holder.value.starts_with(TURN.as_bytes()) => {
+                    return Err(self.in_use(&holder.value));
+                }
+                Some(holder) => holder,
+                None => continue,
+            };
+            let now = Instant::now();
+            let since = match awaited {
+                Some((revision, since)) if revision == holder.mod_revision => since,
+                Some(_) | None => now,
+            };
+            awaited = Some((holder.mod_revision, since));
+            if now.duration_since(begun) > TURN_WAIT {
+                return Err(self.in_use(&holder.value));
+            }
+            if now.duration_since(since) > TURN_PATIENCE {
+                replaced = holder.mod_revision;
+            } else {
+                sleep(TURN_PAUSE.mul_f64(0.5 + entropy::fraction())).await;
+            }
+        }
+    }
+
+    /// Gives the turn to write back, if this controller has it.
+    pub(super) async fn end_turn(&self) -> Result<(), EtcdError> {
+        let request = TxnRequest {
+            compare: vec![self.owner_is()],
+            success: vec![RequestOp::delete(self.keys.owner(), Bytes::new())],
+            failure: Vec::new(),
+        };
+        self.transact(request).await.map(drop)
+    }
+
+    /// Returns the lease of this controller, which is requested if there is none.
+    pub(super) async fn lease(&self) -> Result<i64, EtcdError> {
+        let held = self.lease.load(Ordering::Relaxed);
+        if held != 0 {
+            return Ok(held);
+        }
+        let id = self.grant().await?;
+        self.lease.store(id, Ordering::Relaxed);
+        Ok(id)
+    }
+
+    /// Requests another lease of the time to live [`LEASE`].
+    pub(super) async fn grant(&self) -> Result<i64, EtcdError> {
+        let ttl = i64::try_from(LEASE.as_secs()).unwrap_or(i64::MAX);
+        let request = wire::LeaseGrantRequest { ttl };
+        let lease: wire::LeaseGrantResponse = self.client.call(wire::LEASE_GRANT, request).await?;
+        Ok(lease.id)
+    }
+
     /// Becomes the owner of the store, unless this controller is the owner already.
     ///
     /// # Errors
@@ -119,16 +244,14 @@ impl Session {
             Some(holder) => return Err(self.in_use(&holder.value)),
             None => {}
         }
-        let ttl = i64::try_from(LEASE.as_secs()).unwrap_or(i64::MAX);
-        let request = wire::LeaseGrantRequest { ttl };
-        let lease: wire::LeaseGrantResponse = self.client.call(wire::LEASE_GRANT, request).await?;
+        let lease = self.grant().await?;
         let request = TxnRequest {
             compare: vec![Compare::last_write(key.clone(), 0)],
-            success: vec![RequestOp::put(key.clone(), self.owner.clone(), lease.id)],
+            success: vec![RequestOp::put(key.clone(), self.owner.clone(), lease)],
             failure: vec![RequestOp::read(key)],
         };
         let result = match self.transact(request).await {
-            Ok(answer) if answer.succeeded => Ok(lease.id),
+            Ok(answer) if answer.succeeded => Ok(lease),
             Ok(answer) => match answer.read(0) {
                 Some(holder) if holder.value == self.owner => Ok(holder.lease),
                 Some(holder) => Err(self.in_use(&holder.value)),
@@ -139,9 +262,9 @@ impl Session {
         if let Ok(held) = result {
             self.lease.store(held, Ordering::Relaxed);
         }
-        if !matches!(result, Ok(held) if held == lease.id) {
+        if !matches!(result, Ok(held) if held == lease) {
             // The new lease is of no use. Without an answer, it ends by itself.
-            let _ = timeout(RELEASE, self.revoke(lease.id)).await;
+            let _ = timeout(RELEASE, self.revoke(lease)).await;
         }
         result.map(drop)
     }
@@ -153,6 +276,12 @@ impl Session {
         loop {
             renewals.tick().await;
             let id = self.lease.load(Ordering::Relaxed);
+            if id == 0 && self.is_shared {
+                if let Err(error) = self.lease().await {
+                    tracing::warn!(%error, "cannot get a lease of the store");
+                }
+                continue;
+            }
             if id == 0 {
                 return;
             }
@@ -161,6 +290,10 @@ impl Session {
                 self.client.call(wire::LEASE_KEEP_ALIVE, request).await;
             let error = match answer {
                 Ok(answer) if answer.ttl > 0 => continue,
+                Ok(_) if self.is_shared => {
+                    self.lease.store(0, Ordering::Relaxed);
+                    self.lease().await.err()
+                }
                 Ok(_) => self.acquire().await.err(),
                 Err(error) => Some(error),
             };
@@ -186,7 +319,7 @@ impl Session {
     pub(super) async fn settle(&self) -> Result<Option<Placed>, EtcdError> {
         let Some(placed) = self.head().await? else { return Ok(None) };
         match placed.head.staged {
-            Some(staged) => self.copy_staged(placed, staged).await.map(Some),
+            Some(staged) => self.copy_staged(placed, staged, false).await.map(Some),
             None => {
                 // Parts that nobody has committed.
                 let (first, end) = self.keys.all_staged();
@@ -203,6 +336,44 @@ impl Session {
                 }
             }
         }
+    }
+
+    /// Reads the head, after it finished a change that another controller left staged. Only the owner may call
+    /// this.
+    pub(super) async fn finish(&self) -> Result<(), EtcdError> {
+        match self.head().await? {
+            Some(placed) => match placed.head.staged {
+                Some(staged) => self.copy_staged(placed, staged, false).await.map(drop),
+                None => Ok(()),
+            },
+            None => Err(EtcdError::Empty(self.store.clone())),
+        }
+    }
+
+    /// Reads what changed after `since`: the newest head, and the changed records. The records that were deleted are
+    /// only among them while a staged change deletes them. `None` if the store has no mesh.
+    pub(super) async fn changes(
+        &self,
+        since: Placed,
+    ) -> Result<Option<(Placed, Vec<Write>)>, EtcdError> {
+        for _ in 0..READS {
+            match self.try_changes(&since).await {
+                Err(EtcdError::Compacted) => {}
+                result => return result,
+            }
+        }
+        Err(EtcdError::Compacted)
+    }
+
+    async fn try_changes(&self, since: &Placed) -> Result<Option<(Placed, Vec<Write>)>, EtcdError> {
+        let answer = self.range(RangeRequest::of(self.keys.head())).await?;
+        let Some(placed) = self.placed(&answer)? else { return Ok(None) };
+        if placed == *since {
+            return Ok(Some((placed, Vec::new())));
+        }
+        let revision = answer.header.unwrap_or_default().revision;
+        let written = self.records(&placed, revision, since.revision.saturating_add(1)).await?;
+        Ok(Some((placed, written.into_iter().collect())))
     }
 
     /// Reads the head; `None` if the store has no mesh.
@@ -227,18 +398,37 @@ impl Session {
         let answer = self.range(RangeRequest::of(self.keys.head())).await?;
         let Some(placed) = self.placed(&answer)? else { return Ok(None) };
         let revision = answer.header.unwrap_or_default().revision;
+        let records = self.records(&placed, revision, 0).await?;
+        let present = |(key, value): (String, Option<Vec<u8>>)| value.map(|value| (key, value));
+        Ok(Some((placed, records.into_iter().filter_map(present).collect())))
+    }
+
+    /// Reads the records at a revision whose last write was at `changed_since` or later, and adds a staged change of
+    /// the head. A deleted record has no value.
+    async fn records(
+        &self,
+        placed: &Placed,
+        revision: i64,
+        changed_since: i64,
+    ) -> Result<BTreeMap<String, Option<Vec<u8>>>, EtcdError> {
         let mut records = BTreeMap::new();
         let (mut key, range_end) = self.keys.records();
         loop {
-            let range_end = range_end.clone();
-            let page = self.range(RangeRequest { key, range_end, limit: PAGE, revision }).await?;
+            let page = RangeRequest {
+                range_end: range_end.clone(),
+                limit: PAGE,
+                revision,
+                min_mod_revision: changed_since,
+                ..RangeRequest::of(key)
+            };
+            let page = self.range(page).await?;
             for kv in &page.kvs {
                 let record = self.keys.record(&kv.key, &kv.value);
                 let (name, value) = record.ok_or_else(|| {
                     let key = String::from_utf8_lossy(&kv.key);
                     self.damaged(&key.escape_default().to_string(), "is no record")
                 })?;
-                records.insert(name, value);
+                records.insert(name, Some(value));
             }
             let Some(last) = page.kvs.last().filter(|_| page.more) else { break };
             let mut next = last.key.to_vec();
@@ -247,21 +437,17 @@ impl Session {
         }
         if let Some(staged) = placed.head.staged {
             for part in 0..staged.parts {
-                for (key, value) in self.part(staged, part, revision).await? {
-                    match value {
-                        Some(value) => records.insert(key, value),
-                        None => records.remove(&key),
-                    };
-                }
+                records.extend(self.part(staged, part, revision).await?);
             }
         }
-        Ok(Some((placed, records.into_iter().collect())))
+        Ok(records)
     }
 
     /// Fails if the store has records or staged changes, although it has no head.
     pub(super) async fn check_empty(&self) -> Result<(), EtcdError> {
         let (key, range_end) = self.keys.records();
-        let page = self.range(RangeRequest { key, range_end, limit: 1, revision: 0 }).await?;
+        let request = RangeRequest { range_end, limit: 1, ..RangeRequest::of(key) };
+        let page = self.range(request).await?;
         if page.kvs.is_empty() {
             Ok(())
         } else {
@@ -270,16 +456,18 @@ impl Session {
     }
 
     /// Writes a commit that was computed from the state `before`. All calls in it can be repeated: it
-    /// recognizes its own writes.
+    /// recognizes its own writes. If `ends_turn`, it gives the turn to write back.
     pub(super) async fn commit(
         &self,
         before: Placed,
         writes: Vec<Write>,
+        ends_turn: bool,
     ) -> Result<Outcome, EtcdError> {
         let id = self.id();
         let parts = match layout::plan(&self.keys, &writes)? {
             Plan::Direct(operations) => {
                 let next = before.head.after(id, None);
+                let operations = self.and_end_turn(operations, ends_turn);
                 return self.replace(&before, next, id, operations, &[]).await;
             }
             Plan::Staged(parts) => parts,
@@ -294,13 +482,20 @@ impl Session {
         }
         let next = before.head.after(id, Some(staged));
         match self.replace(&before, next, id, Vec::new(), &names).await? {
-            Outcome::Done(placed) => self.copy_staged(placed, staged).await.map(Outcome::Done),
+            Outcome::Done(placed) => {
+                self.copy_staged(placed, staged, ends_turn).await.map(Outcome::Done)
+            }
             Outcome::Conflict(found) => Ok(Outcome::Conflict(found)),
         }
     }
 
     /// Copies a staged change to the records, and removes its name and its parts.
-    async fn copy_staged(&self, placed: Placed, staged: Staged) -> Result<Placed, EtcdError> {
+    async fn copy_staged(
+        &self,
+        placed: Placed,
+        staged: Staged,
+        ends_turn: bool,
+    ) -> Result<Placed, EtcdError> {
         for part in 0..staged.parts {
             let writes = self.part(staged, part, 0).await?;
             for success in layout::batches(&self.keys, &writes)? {
@@ -314,11 +509,19 @@ impl Session {
         let (first, end) = self.keys.staged(staged.id);
         let id = self.id();
         let next = placed.head.settled(id);
-        let remove = vec![RequestOp::delete(first, end)];
+        let remove = self.and_end_turn(vec![RequestOp::delete(first, end)], ends_turn);
         match self.replace(&placed, next, id, remove, &[]).await? {
             Outcome::Done(placed) => Ok(placed),
             Outcome::Conflict(_) => Err(self.changed()),
         }
+    }
+
+    /// Adds the operation that gives the turn to write back.
+    fn and_end_turn(&self, mut operations: Vec<RequestOp>, ends_turn: bool) -> Vec<RequestOp> {
+        if ends_turn {
+            operations.push(RequestOp::delete(self.keys.owner(), Bytes::new()));
+        }
+        operations
     }
 
     /// Replaces the head by `next`, whose newest write is `id`, together with `operations`, if the head is
@@ -386,11 +589,18 @@ impl Session {
         Ok(Some(Placed { head, revision: kv.mod_revision }))
     }
 
-    async fn range(&self, request: RangeRequest) -> Result<RangeResponse, EtcdError> {
+    /// Forgets the lease, which has ended.
+    pub(super) fn forget_lease(&self) {
+        self.lease.store(0, Ordering::Relaxed);
+    }
+
+    /// Reads keys.
+    pub(super) async fn range(&self, request: RangeRequest) -> Result<RangeResponse, EtcdError> {
         self.client.call(wire::RANGE, request).await
     }
 
-    async fn transact(&self, request: TxnRequest) -> Result<TxnResponse, EtcdError> {
+    /// Executes a transaction.
+    pub(super) async fn transact(&self, request: TxnRequest) -> Result<TxnResponse, EtcdError> {
         self.client.call(wire::TXN, request).await
     }
 
@@ -408,7 +618,8 @@ impl Session {
         Compare::has_value(self.keys.owner(), self.owner.clone())
     }
 
-    fn id(&self) -> u64 {
+    /// Returns an id that no other write has.
+    pub(super) fn id(&self) -> u64 {
         self.next_id.fetch_add(1, Ordering::Relaxed)
     }
 
@@ -422,7 +633,8 @@ impl Session {
         EtcdError::Changed(self.store.clone())
     }
 
-    fn damaged(&self, key: &str, why: &str) -> EtcdError {
+    /// Returns the error that a key has an invalid value.
+    pub(super) fn damaged(&self, key: &str, why: &str) -> EtcdError {
         let (key, why) = (key.to_owned(), why.to_owned());
         EtcdError::Damaged { store: self.store.clone(), key, why }
     }

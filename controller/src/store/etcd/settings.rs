@@ -11,7 +11,7 @@ pub const SCHEME: &str = "etcd://";
 /// First part of the keys where the URL names none.
 const PREFIX: &str = "towline";
 /// Parts that the prefix may not have: below another prefix, they are what a mesh keeps its records in.
-const RESERVED: [&str; 2] = ["records", "staged"];
+const RESERVED: [&str; 4] = ["records", "staged", "presence", "signals"];
 /// Largest length of the prefix of the keys, in bytes.
 const PREFIX_BYTES: usize = 128;
 
@@ -33,6 +33,8 @@ pub struct EtcdSettings {
     pub tls: Option<TlsFiles>,
     /// User to log in as; `None` does not log in.
     pub login: Option<LoginFile>,
+    /// True if several controllers serve the mesh at a time; false if one does and the others wait.
+    pub is_shared: bool,
 }
 
 /// Files for TLS with etcd.
@@ -82,7 +84,10 @@ pub enum UrlError {
     #[error("the prefix after the addresses may have letters, digits, `-`, `_`, `.` and `/`")]
     Prefix,
     /// The keys would be among those of another mesh.
-    #[error("no part of the prefix may be `records` or `staged`: a mesh has keys of these names")]
+    #[error(
+        "no part of the prefix may be `records`, `staged`, `presence` or `signals`: a mesh has keys of these \
+         names"
+    )]
     Reserved,
 }
 

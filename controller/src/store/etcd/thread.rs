@@ -42,6 +42,11 @@ impl EtcdThread {
         answered.recv().unwrap_or_else(|error| Err(EtcdError::Ended(error.to_string())))
     }
 
+    /// Returns the runtime of the thread.
+    pub(super) fn handle(&self) -> Handle {
+        self.runtime.clone()
+    }
+
     /// Starts `work` on the thread. It is dropped when the thread ends.
     pub(super) fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
         drop(self.runtime.spawn(work));

@@ -57,6 +57,9 @@ pub(super) struct RangeRequest {
     /// Revision to read at; 0: the newest, which a quorum confirms.
     #[prost(int64, tag = "4")]
     pub(super) revision: i64,
+    /// Leaves out the keys whose last write was before this revision; 0: none.
+    #[prost(int64, tag = "10")]
+    pub(super) min_mod_revision: i64,
 }
 
 /// Response with keys, sorted.
@@ -250,7 +253,7 @@ impl std::fmt::Debug for AuthenticateResponse {
 impl RangeRequest {
     /// Returns the request of one key in its newest state.
     pub(super) fn of(key: Bytes) -> Self {
-        Self { key, range_end: Bytes::new(), limit: 0, revision: 0 }
+        Self { key, range_end: Bytes::new(), limit: 0, revision: 0, min_mod_revision: 0 }
     }
 }
 

@@ -20,6 +20,7 @@ pub mod explain;
 pub mod failover;
 pub mod flood;
 mod foreign_firewalls;
+pub mod ha;
 pub mod hosts;
 pub mod hybrid;
 pub mod idle;

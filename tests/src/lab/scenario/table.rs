@@ -9,7 +9,7 @@ use clap::{ArgMatches, Args, Command, FromArgMatches};
 use super::selection::{Entry, Selection, list};
 use super::{
     Setting, attack, bench, bootstrap, cluster, coexist, crash, demo, departure, explain, failover,
-    flood, hosts, idle, interop, kubernetes, leak, many, mixed, mtu, nat, nodes, outage, plan,
+    flood, ha, hosts, idle, interop, kubernetes, leak, many, mixed, mtu, nat, nodes, outage, plan,
     scale, vm,
 };
 use crate::lab::binaries::{Binaries, Profile};
@@ -98,6 +98,13 @@ pub const SCENARIOS: &[Scenario] = &[
             mixed::require_history()?;
             on_plain_hosts(Profile::Dev, mixed::run, flags)
         },
+    },
+    Scenario {
+        name: "ha",
+        aliases: &[],
+        help: "Kill, pause and cut off each of three controllers and three etcd members (needs etcd)",
+        arguments: none,
+        run: |_, flags| on_plain_hosts(Profile::Dev, ha::run, flags),
     },
     Scenario {
         name: "idle",

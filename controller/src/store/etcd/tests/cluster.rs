@@ -104,7 +104,7 @@ impl Cluster {
         let addresses: Vec<String> =
             self.members.iter().map(|member| format!("127.0.0.1:{}", member.port)).collect();
         let url = EtcdUrl::parse(&format!("etcd://{}/{prefix}", addresses.join(","))).unwrap();
-        EtcdSettings { url, tls: self.tls.clone(), login: None }
+        EtcdSettings { url, tls: self.tls.clone(), login: None, is_shared: false }
     }
 
     /// Sends a request to the cluster.

@@ -1,6 +1,7 @@
 //! The store against real etcd servers. Where there is no etcd, each test says so and passes.
 
 mod cluster;
+mod replicas;
 
 use prost::Message;
 
