@@ -190,7 +190,12 @@ pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Cluster> {
         let message = "pods of the third worker reach the others only without a tunnel of the CNI";
         return Err(anyhow!(WrongUsage(message.to_owned())));
     }
-    let one = [Form { cni: options.cni, proxy: options.proxy, is_dual_stack: options.dual_stack }];
+    let one = [Form {
+        cni: options.cni,
+        proxy: options.proxy,
+        is_dual_stack: options.dual_stack,
+        has_daemon_set: options.daemon_set,
+    }];
     let forms = if options.full { &Form::ALL[..] } else { &one[..] };
     if forms.iter().any(|form| form.cni.tunnels()) {
         flannel::require_vxlan()?;
