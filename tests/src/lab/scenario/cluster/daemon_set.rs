@@ -16,7 +16,6 @@ use crate::checkout;
 use crate::lab::interrupt::sleep;
 use crate::lab::mesh::{Node, Operator};
 use crate::lab::namespace::Namespace;
-use crate::lab::package::build_image;
 
 /// Name and addresses on the internet of the worker.
 pub(super) const WORKER: (&str, &str, &str) = ("worker-c", "203.0.113.30", "2001:db8::30");
@@ -27,28 +26,6 @@ const NAMESPACE: &str = "towline";
 /// Lifetime of the kubelet's certificate, in the forms of Kubernetes and of the lab. The kubelet gets another one after
 /// 36 s to 132 s.
 const LIFETIME: (&str, Duration) = ("3m", Duration::from_secs(180));
-
-/// The image of the agent, as archives.
-#[derive(Debug)]
-pub(super) struct AgentImage {
-    archives: Vec<PathBuf>,
-    /// Name of the image by its digest.
-    digest_name: String,
-}
-
-/// Builds the image in `directory`.
-pub(super) fn build(directory: &Path) -> anyhow::Result<AgentImage> {
-    let image = build_image()?;
-    let mut archives = Vec::new();
-    for (name, bytes) in
-        [("agent-by-version.tar", &image.by_version), ("agent-by-digest.tar", &image.by_digest)]
-    {
-        let path = directory.join(name);
-        std::fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))?;
-        archives.push(path);
-    }
-    Ok(AgentImage { archives, digest_name: image.digest_name })
-}
 
 /// What the checks use of the cluster.
 pub(super) struct Stage<'a> {

@@ -2,7 +2,7 @@
 //! the host reach pods only through the tunnel.
 
 use std::net::{IpAddr, Ipv4Addr};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
@@ -16,10 +16,8 @@ use super::programs::Programs;
 use crate::cluster::{kubeconfig, replace};
 use crate::lab::interrupt::wait_for;
 use crate::lab::namespace::Namespace;
-use crate::lab::output::ProgressOutput;
 use crate::lab::process::{Daemon, Program};
 use crate::lab::report::Forbidden;
-use crate::lab::scenario::kubernetes::programs::go_build;
 use crate::lab::topology::Host;
 
 /// Link of the mesh, between whose addresses flannel tunnels.
@@ -34,23 +32,6 @@ pub(super) const SUBNET_FILE: &str = "/run/flannel/subnet.env";
 const USER: &str = "flannel";
 /// Limit for the controller manager to give a pod network to a Node.
 const POD_NETWORK_LIMIT: Duration = Duration::from_secs(60);
-
-/// Programs of flannel.
-#[derive(Debug)]
-pub(super) struct Flannel {
-    pub(super) daemon: PathBuf,
-    /// CNI plugin of the type `flannel`.
-    pub(super) plugin: PathBuf,
-}
-
-/// Builds the programs in `directory`. Go caches what they consist of.
-pub(super) fn build(output: &ProgressOutput, directory: &Path) -> anyhow::Result<Flannel> {
-    output.step("building flannel: takes some minutes the first time");
-    let (daemon, plugin) = (directory.join("flanneld"), directory.join("flannel"));
-    go_build("flannel", "flannel", ".", &daemon)?;
-    go_build("flannel's plugin", "flannel", "./plugin", &plugin)?;
-    Ok(Flannel { daemon, plugin })
-}
 
 /// Checks that the kernel has VXLAN links.
 ///

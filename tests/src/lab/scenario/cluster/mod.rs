@@ -13,7 +13,7 @@
 //!
 //! | file | owns |
 //! |---|---|
-//! | `programs.rs` | finding and building the programs |
+//! | `programs.rs` | finding and building the programs, and the image of the agent |
 //! | `plane.rs` | the control plane, and kubectl |
 //! | `machine.rs` | the namespaces, containerd, kubelet and kube-proxy of a worker |
 //! | `daemon_set.rs` | the agent in a pod, in the forms of the cluster that have it |
@@ -204,10 +204,10 @@ pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Cluster> {
     let built = tempfile::tempdir()?;
     let images = images(built.path())?;
     if forms.iter().any(|form| form.cni.backend().is_some()) {
-        programs.flannel = Some(flannel::build(&setting.output, built.path())?);
+        programs.flannel = Some(programs::build_flannel(&setting.output, built.path())?);
     }
     if forms.iter().any(|form| form.has_daemon_set) {
-        programs.agent = Some(daemon_set::build(built.path())?);
+        programs.agent = Some(programs::build_agent(built.path())?);
     }
     let mut cluster = Cluster::default();
     let mut promises = Promises::new();

@@ -3,13 +3,12 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::anyhow;
+use anyhow::{Context as _, anyhow};
 
-use super::daemon_set::AgentImage;
-use super::flannel::Flannel;
 use crate::lab::output::ProgressOutput;
+use crate::lab::package::build_image;
 use crate::lab::report::Forbidden;
-use crate::lab::scenario::kubernetes::programs::{built, in_path};
+use crate::lab::scenario::kubernetes::programs::{built, go_build, in_path};
 
 /// Directory of the CNI plugins of Debian's package.
 const PLUGINS: &str = "/usr/lib/cni";
@@ -76,6 +75,45 @@ impl Programs {
             agent: None,
         })
     }
+}
+
+/// Programs of flannel.
+#[derive(Debug)]
+pub(super) struct Flannel {
+    pub(super) daemon: PathBuf,
+    /// CNI plugin of the type `flannel`.
+    pub(super) plugin: PathBuf,
+}
+
+/// Builds the programs of flannel in `directory`. Go caches what they consist of.
+pub(super) fn build_flannel(output: &ProgressOutput, directory: &Path) -> anyhow::Result<Flannel> {
+    output.step("building flannel: takes some minutes the first time");
+    let (daemon, plugin) = (directory.join("flanneld"), directory.join("flannel"));
+    go_build("flannel", "flannel", ".", &daemon)?;
+    go_build("flannel's plugin", "flannel", "./plugin", &plugin)?;
+    Ok(Flannel { daemon, plugin })
+}
+
+/// The image of the agent, as archives.
+#[derive(Debug)]
+pub(super) struct AgentImage {
+    pub(super) archives: Vec<PathBuf>,
+    /// Name of the image by its digest.
+    pub(super) digest_name: String,
+}
+
+/// Builds the image of the agent in `directory`.
+pub(super) fn build_agent(directory: &Path) -> anyhow::Result<AgentImage> {
+    let image = build_image()?;
+    let mut archives = Vec::new();
+    for (name, bytes) in
+        [("agent-by-version.tar", &image.by_version), ("agent-by-digest.tar", &image.by_digest)]
+    {
+        let path = directory.join(name);
+        std::fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))?;
+        archives.push(path);
+    }
+    Ok(AgentImage { archives, digest_name: image.digest_name })
 }
 
 /// Returns the path of a program of a Debian package.
