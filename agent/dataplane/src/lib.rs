@@ -113,6 +113,9 @@ use switch::Switch;
 use table::Table;
 use worker::{Command, Inbox, Worker, WorkerShared};
 
+/// Index of a peer in the table of peers.
+type Slot = u32;
+
 /// Settings of a data plane that stay the same while it runs.
 pub struct Config {
     /// The node's WireGuard key.

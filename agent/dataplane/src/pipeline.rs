@@ -16,6 +16,7 @@ use towline_types::rate::Rate;
 use towline_types::source_limiter::SourceLimiter;
 use towline_types::stun;
 
+use super::Slot;
 use super::arena::{
     Datagrams, Destination, GsoBatch, NoDatagrams, Received, RecvBatch, SendBatch, TunBatch,
     WriteBatch,
@@ -30,7 +31,7 @@ use super::headers::{
 use super::probes::{self, Probes};
 use super::runs::{Handshake, OpenedPacket, Run};
 use super::split::Split;
-use super::table::{Peer, Slot, Table};
+use super::table::{Peer, Table};
 use super::tunnel::TunnelContext;
 use super::udp::UdpIo;
 use towline_wireguard::{

@@ -6,8 +6,8 @@ use std::num::NonZeroUsize;
 use towline_core::path::Path;
 use towline_wireguard::{Message, MessageKind};
 
+use super::Slot;
 use super::arena::Datagrams;
-use super::table::Slot;
 
 /// Consecutive data messages for one receiver index, from one sender.
 #[derive(Debug, Clone, Copy)]

@@ -19,12 +19,10 @@ use towline_core::path::Path;
 use towline_core::peer_table::{PeerEntry, PeerTable};
 use towline_types::id::WireguardKey;
 
+use super::Slot;
 use super::counters::PeerCounters;
 use super::tunnel::Tunnel;
 use towline_wireguard::Secrets;
-
-/// Index of a peer in the table.
-pub type Slot = u32;
 
 /// One peer: its entry from the core, its tunnel and its counters.
 #[derive(Debug)]
