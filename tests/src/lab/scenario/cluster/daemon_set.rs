@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
 
-use super::machine::{Layout, Machine};
+use super::machine::{Layout, Machine, pod};
 use super::plane::{PODS, Plane};
 use super::programs::Programs;
 use super::{Checks, Form};
@@ -79,7 +79,7 @@ pub(super) fn play(stage: Stage<'_>, checks: &mut Checks<'_>) -> anyhow::Result<
         Ok(is_ready(&agent))
     })?;
     ensure!(ready, "the agent's pod is not ready");
-    let echo = super::form::pod("echo-d", &name, &["serve", "echo-d"]);
+    let echo = pod("echo-d", &name, &["serve", "echo-d"]);
     plane.apply(programs, &echo)?;
     let label = format!("pod echo-b to a pod of {name}, through the agent in a pod");
     checks.check(&label, 2 * LIMIT, || crosses(plane, programs))?;

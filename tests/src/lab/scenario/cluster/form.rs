@@ -14,7 +14,7 @@ use towline_netlink::{Family, MAIN_TABLE, Rtnetlink};
 
 use super::daemon_set::{self, Stage};
 use super::flannel::{self, TUNNEL_LINK, TUNNEL_LINK_V6};
-use super::machine::{API_ENDPOINT, IMAGE, Layout, Machine, agent_section};
+use super::machine::{API_ENDPOINT, Layout, Machine, agent_section, pod};
 use super::plane::{PODS, PODS_V6, Plane, SERVICES};
 use super::programs::Programs;
 use super::{Checks, Cni, Form};
@@ -666,22 +666,6 @@ fn clear(captures: [Capture; 3], checks: &mut Checks<'_>) -> anyhow::Result<()> 
         )?;
     }
     Ok(())
-}
-
-/// Returns a pod with one container of the test program. The scheduler places it by the node's name.
-pub(super) fn pod(name: &str, node: &str, arguments: &[&str]) -> Value {
-    json!({
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": name, "labels": {"app": name}},
-        "spec": {
-            "nodeSelector": {"kubernetes.io/hostname": node},
-            "terminationGracePeriodSeconds": 1,
-            "containers": [{
-                "name": "testpod", "image": IMAGE, "imagePullPolicy": "Never", "args": arguments,
-            }],
-        },
-    })
 }
 
 /// Sends a request from a host, and returns the answer.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::Form;
 use super::flannel::{self, Run, SUBNET_FILE};
@@ -537,4 +537,20 @@ fn remove_groups(group: &Path) {
         }
     }
     let _ = std::fs::remove_dir(group);
+}
+
+/// Returns a pod with one container of the test program. The scheduler places it by the node's name.
+pub(super) fn pod(name: &str, node: &str, arguments: &[&str]) -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "labels": {"app": name}},
+        "spec": {
+            "nodeSelector": {"kubernetes.io/hostname": node},
+            "terminationGracePeriodSeconds": 1,
+            "containers": [{
+                "name": "testpod", "image": IMAGE, "imagePullPolicy": "Never", "args": arguments,
+            }],
+        },
+    })
 }
