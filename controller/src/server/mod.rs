@@ -397,7 +397,7 @@ impl Controller {
         let exchange = replicas.map(|replicas| Exchange::new(replicas, shared.clone(), cut_off));
         let exchanging = tokio::spawn(async move {
             if let Some(exchange) = exchange {
-                exchange.run(outbound).await;
+                Box::pin(exchange.run(outbound)).await;
             }
         });
         let discovery = DiscoveryServer::new(DiscoveryService::new(shared.clone()))

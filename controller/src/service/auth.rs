@@ -222,7 +222,7 @@ impl CallingNode {
 }
 
 /// Returns the status for a node whose certificate has expired.
-pub fn expired() -> Status {
+pub(super) fn expired() -> Status {
     Status::unauthenticated("the node's certificate has expired: renew it")
 }
 

@@ -57,7 +57,7 @@ fn agent() -> File {
                        with all defaults, and `systemctl reload towline` applies changes of `[node]`, \
                        `[controller]`, `[trust]` and `[[peer]]`; other changes need a restart of the agent. \
                        [deploy/agent.toml](../deploy/agent.toml) is a file with every key.",
-        root: item("agent/src/config.rs", "Config"),
+        root: item("agent/src/config/mod.rs", "Config"),
         defaults: serde_json::to_value(towline_agent::config::Config::default()).expect("JSON"),
         error: |text| {
             let parsed = towline_agent::config::Config::parse(text, Path::new("agent.toml"));

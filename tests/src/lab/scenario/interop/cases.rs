@@ -211,7 +211,7 @@ fn ticking(
 }
 
 /// Checks that the real `wg` prints every peer of Towline and no secret key, and changes nothing.
-fn wg_show(setting: &Setting, opponent: &Opponent<'_'>) -> anyhow::Result<Outcome> {
+fn wg_show(setting: &Setting, opponent: &Opponent<'_>) -> anyhow::Result<Outcome> {
     if let Err(error) = std::process::Command::new("wg").arg("--version").output() {
         return Ok(Outcome::Impossible(format!("cannot run wg: {error}: install wireguard-tools")));
     }
