@@ -18,38 +18,33 @@
 //! | `Derived` | peer table and plan, as they were handed out last |
 //! | `Effects` | time, randomness, deadlines, outputs; shared by all parts |
 
-use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr};
+mod known;
+mod settings;
+
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use towline_types::frame::{Probe, ProbeVersion};
-use towline_types::id::{NodeId, NodeName, WireguardKey};
-use towline_types::node::{Candidate, Grant, MeshConfig, RelayRole};
+use towline_types::id::{NodeId, WireguardKey};
+use towline_types::node::{Grant, RelayRole};
 
-use crate::counters::Counters;
 use crate::derived::Derived;
 use crate::effects::Effects;
-use crate::forwarding::ForwardingTable;
 use crate::home_relays::{ChannelPeer, HomeRelays};
-use crate::local_limits::{Covered, LocalLimits};
-use crate::local_networks::LocalNetworks;
 use crate::local_node::LocalNode;
-use crate::path::{ChannelId, LocalAddress, LocalPort, Path};
-use crate::peer::{NetworkConditions, Peer, PeerContext};
-use crate::peer_history::PeerChange;
-use crate::peer_table::{Observation, PeerTable};
+use crate::path::{ChannelId, LocalPort, Path};
+use crate::peer::{Peer, PeerContext};
+use crate::peer_table::Observation;
 use crate::peers::Peers;
-use crate::plan::{TransitPlan, UnderlayPlan};
 use crate::prefixes::is_private;
 use crate::probing::{CallOrder, Probing};
-use crate::reason::PeerReason;
 use crate::relay_server::{RelayServer, Source};
 use crate::roster::{Roster, RosterEvent};
 use crate::routing::{HostSettings, RoutingInput};
 use crate::second_port::SecondPort;
-use crate::static_peers::{StaticPeer, StaticPeerStatus, StaticPeers};
+use crate::static_peers::StaticPeers;
 use crate::stun_client::StunClient;
 use crate::timers::Timer;
 
@@ -304,185 +299,6 @@ impl Mesh {
     }
 }
 
-/// # Inputs: whole values that replace the last ones
-impl Mesh {
-    /// Takes our grant (an operator changed it).
-    pub fn set_grant(&mut self, now: Instant, grant: Grant) {
-        self.fx.advance(now);
-        if self.roster.set_grant(&mut self.fx, grant)
-            && let Some(membership) = self.roster.membership()
-        {
-            self.local.set_grant(&membership.grant);
-            self.follow_role();
-        }
-    }
-
-    /// Takes the candidates that our host and our configuration have now. Those that others
-    /// can use come back as [`Output::Advertise`] when they changed.
-    pub fn set_candidates(&mut self, now: Instant, candidates: Vec<Candidate>) {
-        self.fx.advance(now);
-        self.static_peers.handle_local_change(&mut self.fx);
-        if self.local.set_host_candidates(candidates) {
-            self.local_changed();
-        }
-    }
-
-    /// Takes our uplinks, and the candidates as [`Self::set_candidates`] does: they change together.
-    /// The uplinks are the addresses of ours that outer datagrams may leave from, each with its
-    /// interface, the preferred ones first. Those that arrive at another address of an interface are
-    /// answered from its preferred one.
-    pub fn set_uplinks(
-        &mut self,
-        now: Instant,
-        uplinks: Vec<LocalAddress>,
-        candidates: Vec<Candidate>,
-    ) {
-        self.fx.advance(now);
-        self.static_peers.handle_local_change(&mut self.fx);
-        let ends = |local: &LocalNode| [true, false].map(|v4| local.ends(v4));
-        let before = ends(&self.local);
-        let other_uplinks = self.local.set_uplinks(uplinks);
-        if self.local.set_host_candidates(candidates) || ends(&self.local) != before {
-            self.local_changed();
-        } else if other_uplinks {
-            self.addresses_changed();
-        }
-    }
-
-    /// Takes the prefixes that we announce now: they are reached by the host's own routes,
-    /// so neither routed into the tunnel nor guarded.
-    pub fn set_prefixes(&mut self, now: Instant, prefixes: Vec<IpNet>) {
-        self.fx.advance(now);
-        self.roster.set_own_prefixes(&mut self.fx, prefixes);
-    }
-
-    /// Takes the networks of this host that stay as they are, even if others announce them: neither routed
-    /// into the tunnel nor guarded while the host is connected to them. What others hold inside of them
-    /// (their own addresses) is.
-    pub fn set_local_networks(&mut self, now: Instant, networks: LocalNetworks) {
-        self.fx.advance(now);
-        self.settings.set_local_networks(&mut self.fx, networks);
-    }
-
-    /// Takes the limits that this host sets: networks that cover what it needs are refused.
-    pub fn set_local_limits(&mut self, now: Instant, limits: LocalLimits) {
-        self.fx.advance(now);
-        self.roster.set_local_limits(&mut self.fx, limits);
-    }
-
-    /// Takes the networks to which the host is connected now. Only those of [`Self::set_local_networks`]
-    /// among them stay as they are.
-    pub fn set_connected_networks(&mut self, now: Instant, connected: BTreeSet<IpNet>) {
-        self.fx.advance(now);
-        self.settings.set_connected_networks(&mut self.fx, connected);
-    }
-
-    /// Takes the networks of this node's pods, which are among what it announces. The plan lets
-    /// only the container network's own routes lead there.
-    pub fn set_pod_networks(&mut self, now: Instant, networks: Vec<IpNet>) {
-        self.fx.advance(now);
-        self.settings.set_pod_networks(&mut self.fx, networks);
-    }
-
-    /// Takes the addresses that our link has in addition to the mesh's.
-    pub fn set_addresses(&mut self, now: Instant, addresses: Vec<IpAddr>) {
-        self.fx.advance(now);
-        self.settings.set_addresses(&mut self.fx, addresses);
-    }
-
-    /// Takes the networks that packets out of the tunnel may be forwarded to, though we do not
-    /// announce them.
-    pub fn set_forward_to(&mut self, now: Instant, networks: Vec<IpNet>) {
-        self.fx.advance(now);
-        self.settings.set_forward_to(&mut self.fx, networks);
-    }
-
-    /// Takes the networks of this host's links, and the links that lead to the internet: the plan lets
-    /// this host be the router of other nodes there.
-    pub fn set_transit(&mut self, now: Instant, transit: TransitPlan) {
-        self.fx.advance(now);
-        self.settings.set_transit(&mut self.fx, transit);
-    }
-
-    /// Sets whether packets of this host that enter the tunnel with a source that is not ours get our
-    /// address as source.
-    pub fn set_masquerade(&mut self, now: Instant, masquerade: bool) {
-        self.fx.advance(now);
-        self.settings.set_masquerade(&mut self.fx, masquerade);
-    }
-
-    /// Takes our own node IPs, at most one of each family, which are announced too: they are the
-    /// preferred sources of what enters the tunnel.
-    pub fn set_node_ips(&mut self, now: Instant, node_ips: Vec<IpAddr>) {
-        self.fx.advance(now);
-        self.settings.set_node_ips(&mut self.fx, node_ips);
-    }
-
-    /// Takes what of ours travels outside the tunnel now: the plan lets it pass.
-    pub fn set_underlay(&mut self, now: Instant, underlay: UnderlayPlan) {
-        self.fx.advance(now);
-        self.settings.set_underlay(&mut self.fx, underlay);
-    }
-
-    /// Takes the peers of our configuration: those that stay keep their sessions.
-    pub fn set_static_peers(&mut self, now: Instant, peers: Vec<StaticPeer>) {
-        self.fx.advance(now);
-        self.resolve();
-        self.static_peers.set(&mut self.fx, peers);
-    }
-
-    /// Takes the reflectors that the controllers offer. Relays and public nodes are known.
-    pub fn set_reflectors(&mut self, now: Instant, reflectors: Vec<SocketAddr>) {
-        self.fx.advance(now);
-        self.stun.set_offered(&mut self.fx, &self.local, reflectors);
-    }
-
-    /// Sets whether a controller is connected that can carry signals.
-    pub fn set_controller_connected(&mut self, now: Instant, connected: bool) {
-        self.fx.advance(now);
-        self.local.set_controller_connected(self.fx.now, connected);
-    }
-
-    /// Takes a higher boot epoch than that of the configuration: peers knew a later start.
-    pub fn set_boot_epoch(&mut self, now: Instant, boot_epoch: u64) {
-        self.fx.advance(now);
-        self.probing.set_boot_epoch(boot_epoch);
-    }
-
-    /// Takes the number of the second UDP port, which is open now; `None`: it could not be opened.
-    pub fn set_second_port(&mut self, now: Instant, port: Option<u16>) {
-        self.fx.advance(now);
-        if port.is_some() {
-            self.use_port(port);
-        }
-    }
-
-    /// Adds to [`Self::withdrawn`] what an earlier start of the agent knew.
-    pub fn set_withdrawn(&mut self, now: Instant, withdrawn: impl IntoIterator<Item = IpNet>) {
-        self.fx.advance(now);
-        self.roster.add_withdrawn(&mut self.fx, withdrawn);
-    }
-
-    /// Adds to [`Self::withdrawn_lans`] what an earlier start of the agent knew. The networks are among
-    /// those of [`Self::set_withdrawn`].
-    pub fn set_withdrawn_lans(&mut self, now: Instant, lans: impl IntoIterator<Item = IpNet>) {
-        self.fx.advance(now);
-        self.roster.add_withdrawn_lans(&mut self.fx, lans);
-    }
-
-    /// Adds to [`Self::withdrawn_by_owner`] what an earlier start of the agent knew. The networks are among
-    /// those of [`Self::set_withdrawn`].
-    pub fn set_withdrawn_owner(
-        &mut self,
-        now: Instant,
-        owner: NodeId,
-        nets: impl IntoIterator<Item = IpNet>,
-    ) {
-        self.fx.advance(now);
-        self.roster.add_withdrawn_owner(&mut self.fx, owner, nets);
-    }
-}
-
 /// # Commands of an operator
 impl Mesh {
     /// Pings a peer; [`Output::PingResult`] with this `id` tells how it ended, at
@@ -536,216 +352,6 @@ impl Mesh {
     /// When [`Self::handle_timeout`] wants to be called, and why.
     pub fn poll_timeout(&self) -> Option<(Instant, WakeReason)> {
         self.fx.timers.next().map(|(at, timer)| (at, timer.reason()))
-    }
-}
-
-/// # What is known
-///
-/// After a change of the map, the holders of keys and prefixes and the conflicts are current from the
-/// next [`Self::poll_output`] on; all else is current at once.
-impl Mesh {
-    /// Our own grant, if we are in a mesh.
-    pub fn grant(&self) -> Option<&Grant> {
-        self.roster.membership().map(|membership| &membership.grant)
-    }
-
-    /// What holds for the whole mesh.
-    pub fn config(&self) -> Option<&MeshConfig> {
-        self.roster.mesh()
-    }
-
-    /// Returns the protected ranges of the mesh that this host does not guard, each with what it covers.
-    pub fn refused_ranges(&self) -> impl Iterator<Item = (IpNet, Covered)> {
-        self.roster.refused_ranges()
-    }
-
-    /// Returns the ranges of the mesh that this host guards.
-    pub fn guarded_ranges(&self) -> impl Iterator<Item = IpNet> {
-        self.roster.guarded_ranges()
-    }
-
-    /// Returns whether this node itself was removed from the mesh. Its peer table then has static peers
-    /// only; guards and routes stay.
-    pub fn is_removed(&self) -> bool {
-        self.roster.is_removed()
-    }
-
-    /// Returns the peer table that was handed out last; `None` before the first one.
-    pub fn peer_table(&self) -> Option<&Arc<PeerTable>> {
-        self.derived.table()
-    }
-
-    /// Returns the forwarding table of this node's relay; `None` if it does not relay.
-    pub fn forwarding_table(&self) -> Option<&ForwardingTable> {
-        self.relay_server.as_ref().map(RelayServer::table)
-    }
-
-    /// Returns the state of this node's relay; `None` if it does not relay.
-    pub fn relay(&self) -> Option<RelayStatus> {
-        self.relay_server.as_ref().map(RelayServer::status)
-    }
-
-    /// Returns the relays, this node among them, that are used although no operator decided that they
-    /// may relay: the next version does not use them.
-    pub fn undecided_relays(&self) -> impl Iterator<Item = &NodeName> {
-        let grant = self.grant().filter(|_| self.relay_server.is_some());
-        let own = grant.filter(|grant| grant.relay == RelayRole::Undecided);
-        own.map(|grant| &grant.name).into_iter().chain(self.relays.undecided())
-    }
-
-    /// Returns whether the configuration makes this node a relay, but its grant denies it.
-    pub fn is_relay_denied(&self) -> bool {
-        self.relay_limits.is_some() && self.grant().is_some() && self.relay_server.is_none()
-    }
-
-    /// Networks that nobody holds now but a node held last: they stay guarded. To be given back
-    /// by [`Self::set_withdrawn`] at the next start.
-    pub fn withdrawn(&self) -> &BTreeSet<IpNet> {
-        self.roster.withdrawn()
-    }
-
-    /// Returns those of [`Self::withdrawn`] that are networks of machines rather than of pods. Pass them to
-    /// [`Self::set_withdrawn_lans`] at the next start.
-    pub fn withdrawn_lans(&self) -> &BTreeSet<IpNet> {
-        self.roster.withdrawn_lans()
-    }
-
-    /// Returns those of [`Self::withdrawn`] whose last holder is known, by that node, the oldest first. Pass
-    /// them to [`Self::set_withdrawn_owner`] at the next start.
-    pub fn withdrawn_by_owner(&self) -> impl Iterator<Item = (NodeId, Vec<IpNet>)> {
-        self.roster.withdrawn_by_owner()
-    }
-
-    /// Returns the networks that this host guards, each with the reason, sorted by network.
-    pub fn guarded_networks(&self) -> Vec<GuardedNetwork> {
-        let network = |network, reason| GuardedNetwork { network, reason };
-        let overlays: Vec<IpNet> =
-            self.roster.mesh().into_iter().flat_map(MeshConfig::overlays).collect();
-        let of_mesh = |net: IpNet| {
-            let is_overlay = overlays.contains(&net);
-            network(net, if is_overlay { GuardReason::Overlay } else { GuardReason::Protected })
-        };
-        let mut all: Vec<GuardedNetwork> = self.roster.guarded_ranges().map(of_mesh).collect();
-        for (node, claim) in self.roster.claims().iter() {
-            let inside = |net: &&IpNet| !overlays.iter().any(|range| range.contains(*net));
-            let announced = claim.prefixes.iter().filter(inside);
-            let reason = || GuardReason::Announced(node.name().clone());
-            all.extend(announced.map(|net| network(*net, reason())));
-        }
-        let static_peers = self.static_peers.prefixes();
-        all.extend(static_peers.map(|net| network(*net, GuardReason::StaticPeer)));
-        for net in self.roster.withdrawn() {
-            let owner = self.roster.last_holder(net);
-            let name = owner.and_then(|owner| self.roster.name(owner)).cloned();
-            all.push(network(*net, GuardReason::Withdrawn { owner, name }));
-        }
-        all.sort_by_key(|guarded| guarded.network);
-        all
-    }
-
-    /// Every peer, by node id.
-    pub fn peers(&self) -> impl Iterator<Item = PeerStatus> + '_ {
-        let conditions = self.conditions();
-        self.peers.iter().map(move |peer| self.status(peer, conditions))
-    }
-
-    /// One peer.
-    pub fn peer(&self, id: NodeId) -> Option<PeerStatus> {
-        self.peers.get(id).map(|peer| self.status(peer, self.conditions()))
-    }
-
-    /// Every path to a peer that was tried or can be tried: those that something came over, then the
-    /// candidates that never answered.
-    pub fn paths(&self, id: NodeId) -> Vec<PathStatus> {
-        let Some(peer) = self.peers.get(id) else { return Vec::new() };
-        let mut paths = peer.paths(self.fx.now, &self.local);
-        for path in paths.iter_mut().filter(|status| status.path.is_relayed()) {
-            path.relay = self.relays.at(path.path.remote).cloned();
-        }
-        paths
-    }
-
-    /// The changes of state and path of a peer that are remembered, the oldest first.
-    pub fn history(&self, id: NodeId) -> Vec<PeerChange> {
-        let peer = self.peers.get(id);
-        peer.map(|peer| peer.history().iter().copied().collect()).unwrap_or_default()
-    }
-
-    /// The node that holds a WireGuard key.
-    pub fn node_id(&self, key: &WireguardKey) -> Option<NodeId> {
-        self.roster.key_holder(key)
-    }
-
-    /// Every static peer, by key.
-    pub fn static_peers(&self) -> impl Iterator<Item = StaticPeerStatus> + '_ {
-        self.static_peers.statuses(self.fx.now)
-    }
-
-    /// Returns the second UDP port, while it is in use.
-    pub fn second_port(&self) -> Option<u16> {
-        self.settings.second_port()
-    }
-
-    /// Returns the reflectors of the controllers that never answered, if peers can only reach us at an address
-    /// that a reflector has to find.
-    pub fn silent_reflectors(&self) -> impl Iterator<Item = SocketAddr> + '_ {
-        self.stun.silent().filter(|_| !self.local.is_reachable_v4())
-    }
-
-    /// Returns the reflectors that are known, with what they answered lately.
-    pub fn reflectors(&self) -> Vec<ReflectorStatus> {
-        self.stun.reflectors(&self.local)
-    }
-
-    /// What was refused or held back.
-    pub fn counters(&self) -> Counters {
-        self.fx.counters
-    }
-
-    /// How the NAT on our side maps, once two reflectors answered.
-    pub fn mapping(&self) -> Option<Mapping> {
-        self.stun.mapping(&self.local)
-    }
-
-    fn conditions(&self) -> NetworkConditions {
-        NetworkConditions {
-            has_relays: !self.relays.is_empty(),
-            are_relays_silent: self.relays.is_silent(),
-            is_silent: self.stun.is_silent(),
-            mapping: self.mapping(),
-        }
-    }
-
-    fn status(&self, peer: &Peer, conditions: NetworkConditions) -> PeerStatus {
-        let claim = self.roster.claim(peer.id());
-        let reason = match claim.and_then(|claim| claim.key_holder.as_ref()) {
-            Some(holder) => Some(PeerReason::KeyConflict { holder: holder.clone() }),
-            None => peer.reason(self.fx.now, &self.local, conditions),
-        };
-        // What is not checked may have ended: it is shown as what it will be treated as.
-        let unchecked = peer.unchecked_for(self.fx.now, self.peers.is_eager());
-        let (state, path, reason) = match unchecked {
-            Some(time) => {
-                (PeerState::Idle, None, Some(PeerReason::Unchecked { seconds: time.as_secs() }))
-            }
-            None => (peer.state(), peer.path(), reason),
-        };
-        let relayed = path.filter(Path::is_relayed);
-        PeerStatus {
-            node: peer.node().clone(),
-            state,
-            since: peer.since(),
-            reason,
-            path,
-            relay: relayed.and_then(|path| self.relays.at(path.remote)).cloned(),
-            mtu: peer.mtu(),
-            is_single: path.is_some() && peer.is_single(),
-            rtt: peer.rtt(),
-            loss: peer.loss(),
-            last_handshake: peer.last_handshake(),
-            prefixes: claim.map(|claim| claim.prefixes.clone()).unwrap_or_default(),
-            conflicts: claim.map(|claim| claim.conflicts.clone()).unwrap_or_default(),
-        }
     }
 }
 
