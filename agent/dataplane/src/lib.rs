@@ -30,6 +30,7 @@
 //! | `batch_delay` | the delay after a batch of small packets |
 //! | `pipeline` | the path of a batch in each direction |
 //! | `tunnel` | one tunnel: timers, keepalives, waiting packets |
+//! | `roaming` | when it is reported that a peer sends from elsewhere |
 //! | `table` | lookup of a peer by address, key or receiver index |
 //! | `arena` | the buffers of a batch |
 //! | `split`, `coalesce`, `vnet`, `checksum`, `headers` | inner packets and super-packets |
@@ -57,6 +58,7 @@ pub mod internals;
 pub mod memory;
 mod pipeline;
 mod probes;
+mod roaming;
 pub mod split;
 mod steering;
 pub mod switch;

@@ -26,6 +26,7 @@ use super::arena::{Datagrams, Destination, SendBatch};
 use super::counters::PeerCounters;
 use super::drops::{DropReason, Drops};
 use super::events::EventSink;
+use super::roaming::RoamReports;
 use towline_wireguard::{
     Answered, HANDSHAKE_BYTES, MessageKind, Opened, Refusal, Secrets, Segments, Session, Single,
     Tick,
@@ -44,9 +45,6 @@ const RETRY_JITTER_MS: u64 = 333;
 const SAME_COMMAND: Duration = Duration::from_millis(20);
 /// Shortest time between two reports of inner traffic ([`Observation::Active`]).
 const ACTIVE_EVERY: Duration = Duration::from_secs(1);
-/// Shortest time between two reports that the peer roamed. Each one has the peer table made again, so a peer that
-/// sends each datagram from another port must not cause one for each.
-const ROAM_INTERVAL: Duration = Duration::from_secs(1);
 /// Largest number of segments that wait for a session. A super-packet counts once per segment.
 const WAITING: usize = 16;
 /// Longest time that a packet waits for a session.
@@ -95,10 +93,8 @@ pub(super) struct Tunnel {
     wanted_reported: bool,
     /// Path over which the last handshake was completed, used while the core knows no endpoint.
     adopted: Option<Path>,
-    /// Path of the last reported [`Observation::Roamed`], so that it is reported once.
-    roamed_reported: Option<Path>,
-    /// Time of that report.
-    roamed_at: Option<Instant>,
+    /// Reports of [`Observation::Roamed`].
+    roaming: RoamReports,
     /// Inner traffic that must be reported.
     inner_traffic: InnerTraffic,
     /// Time until which the tunnel needs ticks. `None` if it needs none.
@@ -175,8 +171,7 @@ impl Tunnel {
             waiting: VecDeque::new(),
             wanted_reported: false,
             adopted: None,
-            roamed_reported: None,
-            roamed_at: None,
+            roaming: RoamReports::default(),
             inner_traffic: InnerTraffic::default(),
             live_until: None,
             closed: false,
@@ -578,19 +573,9 @@ impl Tunnel {
     fn seen(&mut self, from: Path, known: Option<Path>, context: &mut TunnelContext<'_>) {
         if self.endpoint(known).is_some_and(|endpoint| endpoint.is(&from)) {
             if known.is_some() {
-                self.roamed_reported = None;
+                self.roaming.settle();
             }
-        } else {
-            self.report_roamed(from, context);
-        }
-    }
-
-    fn report_roamed(&mut self, from: Path, context: &mut TunnelContext<'_>) {
-        let is_soon = self.roamed_at.is_some_and(|at| context.now < at + ROAM_INTERVAL);
-        // A later datagram from there reports it.
-        if self.roamed_reported != Some(from) && !is_soon {
-            self.roamed_reported = Some(from);
-            self.roamed_at = Some(context.now);
+        } else if self.roaming.is_due(from, context.now) {
             context.events.observe(self.peer, Observation::Roamed { from });
         }
     }
