@@ -103,7 +103,7 @@ impl Health {
 /// What follows from the result of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    /// Nothing follows from it.
+    /// The check changes nothing.
     Same,
     /// The server answers again.
     Recovered,

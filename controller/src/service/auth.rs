@@ -100,7 +100,7 @@ impl Object {
             Self::OwnNode => "the calling node",
             Self::Map => "the map of all nodes; signals to them",
             Self::Lost => {
-                "the calling node, removals and the mesh's configuration, as far as the store lost them"
+                "what the store lost of: the calling node, removals and the mesh's configuration"
             }
             Self::AnyNode => "any node",
             Self::Reports => "what the nodes report of their tunnels; events",
