@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime};
 
 use futures_util::Stream;
 use ipnet::IpNet;
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixListener;
 use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
@@ -25,6 +25,7 @@ use towline_core::reason::PeerReason;
 use towline_proto::code::Coded as _;
 use towline_proto::pb::local_server::{Local, LocalServer};
 use towline_proto::{codes, limits, pb};
+use towline_service::local_socket;
 
 use crate::down::{Down, Lasts};
 use crate::events::{self, EventId};
@@ -314,7 +315,7 @@ async fn serve(
     stopped: impl Future<Output = ()>,
 ) {
     let incoming = UnixListenerStream::new(listener).filter(|connection| match connection {
-        Ok(stream) => allowed(stream),
+        Ok(stream) => local_socket::is_allowed(stream),
         Err(_) => true,
     });
     let service =
@@ -326,22 +327,6 @@ async fn serve(
         .await;
     if let Err(error) = served {
         tracing::error!(%error, "local API server failed: restart the agent");
-    }
-}
-
-/// Returns whether the peer of a connection may use the API: root and the agent's user may.
-pub(crate) fn allowed(stream: &UnixStream) -> bool {
-    let own = nix::unistd::geteuid().as_raw();
-    match stream.peer_cred() {
-        Ok(peer) if peer.uid() == 0 || peer.uid() == own => true,
-        Ok(peer) => {
-            tracing::warn!(uid = peer.uid(), "local connection refused");
-            false
-        }
-        Err(error) => {
-            tracing::warn!(%error, "local connection without credentials refused");
-            false
-        }
     }
 }
 
@@ -584,6 +569,8 @@ mod tests {
     use tonic::transport::{Channel, Endpoint};
     use towline_proto::pb::local_client::LocalClient;
     use towline_service::grpc;
+
+    use tokio::net::UnixStream;
 
     use super::*;
 

@@ -28,6 +28,7 @@ use towline_proto::limits;
 use towline_proto::pb::admin_server::AdminServer;
 use towline_proto::pb::discovery_server::DiscoveryServer;
 use towline_proto::source_limiter::SourceLimiter;
+use towline_service::local_socket;
 use towline_service::port_owner::{self, PortOwner, Transport};
 use x25519_dalek::{PublicKey, StaticSecret};
 
@@ -499,7 +500,7 @@ async fn serve_local(
 ) {
     let Some(socket) = socket else { return };
     let connections = UnixListenerStream::new(socket).filter(|connection| match connection {
-        Ok(stream) => local::is_allowed(stream),
+        Ok(stream) => local_socket::is_allowed(stream),
         Err(_) => true,
     });
     let served = Server::builder()

@@ -17,9 +17,10 @@ use tonic::{Request, Status};
 use tower::{Layer, Service};
 use towline_proto::id::{IdentityKey, MeshId, NodeId, NodeName};
 
+use towline_service::local_socket;
+
 use crate::clock;
 use crate::listen::{ConnectionInfo, PresentedPeer};
-use crate::local;
 use crate::map::{AccessError, Map};
 use crate::peer::PeerName;
 use crate::view::View;
@@ -295,7 +296,7 @@ impl Authorizer {
                 Ok((Caller { address: Some(connection.address), identity }, rpc))
             }
             Origin::Local(uid) => {
-                let uid = uid.filter(|uid| local::is_allowed_user(*uid));
+                let uid = uid.filter(|uid| local_socket::is_allowed_user(*uid));
                 let uid = uid.ok_or_else(|| {
                     Status::permission_denied("only root and the controller's user may do this")
                 })?;
