@@ -364,24 +364,11 @@ mod tests {
     use std::time::Duration;
     use towline_core::peer_table::PeerEntry;
     use towline_types::frame::STAMPED_PROBE_BYTES;
-    use towline_types::mtu::Mtu;
 
     const PING: Probe = Probe::Ping { transaction: 7 };
 
     fn entry(probe_version: ProbeVersion) -> PeerEntry {
-        PeerEntry {
-            endpoint: None,
-            prefixes: Vec::new(),
-            shared_sources: Vec::new(),
-            keepalive: None,
-            preshared_key: None,
-            mtu: Mtu::DEFAULT,
-            fragment: false,
-            is_single: false,
-            boot_epoch: 0,
-            is_static: false,
-            probe_version,
-        }
+        PeerEntry { probe_version, ..PeerEntry::default() }
     }
 
     fn node(byte: u8, epoch: u64) -> Probes {

@@ -104,9 +104,7 @@ impl Grant {
     pub fn sharing(&self, prefix: &IpNet) -> Option<&Label> {
         self.shared.iter().find(|shared| shared.prefix == *prefix).map(|shared| &shared.group)
     }
-}
 
-impl Grant {
     /// Returns the grant with the blocks pinned that a record with these prefixes needs. `None` if it
     /// needs no other blocks. A prefix for which there is no block left stays outside of the grant.
     pub fn pin(&self, announced: &[IpNet]) -> Option<Self> {
@@ -475,10 +473,11 @@ impl MeshConfig {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn grant() -> Grant {
+    /// Returns a grant of a worker, for the tests of this package.
+    pub(crate) fn grant() -> Grant {
         Grant {
             mesh_id: MeshId([1; 16]),
             node_id: NodeId([2; 16]),
