@@ -1,10 +1,9 @@
 //! Operators: their rights, credentials and lists.
 
-use rustls_pki_types::PrivateKeyDer;
 use tonic::Code;
 use tonic::transport::{Channel, Endpoint};
+use towline_controller::local;
 use towline_controller::service::{RPCS, Role};
-use towline_controller::{clock, local};
 use towline_fixtures::controller::{Machine, TestController, config, soon};
 use towline_proto::node::RelayRole;
 use towline_proto::pb::admin_client::AdminClient;
