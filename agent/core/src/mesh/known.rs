@@ -194,10 +194,11 @@ impl Mesh {
     }
 
     fn conditions(&self) -> NetworkConditions {
+        let is_alone = self.peers.iter().all(|peer| peer.last_handshake().is_none());
         NetworkConditions {
             has_relays: !self.relays.is_empty(),
             are_relays_silent: self.relays.is_silent(),
-            is_silent: self.stun.is_silent(),
+            is_silent: self.stun.is_silent(is_alone),
             mapping: self.mapping(),
         }
     }
