@@ -156,6 +156,12 @@ impl Map {
         self.inner.read().epoch
     }
 
+    /// Returns the epoch of the mesh and the newest revision, both of the same moment.
+    pub fn position(&self) -> (u64, u64) {
+        let inner = self.inner.read();
+        (inner.epoch, inner.revision)
+    }
+
     /// Returns the newest revision.
     pub fn revision(&self) -> u64 {
         self.inner.read().revision
