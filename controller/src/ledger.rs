@@ -193,6 +193,12 @@ impl Ledger {
         self.registry.counters()
     }
 
+    /// Returns whether stored records are not authenticated with the current key. The next changes include all
+    /// records then.
+    pub fn needs_rewrite(&self) -> bool {
+        self.must_rewrite
+    }
+
     /// Stores a record that a node signed. The caller has verified the signature.
     pub fn publish(
         &mut self,

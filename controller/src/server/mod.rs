@@ -173,7 +173,8 @@ pub async fn serve(config: Config, shutdown: impl Future<Output = ()>) -> Result
 impl ServeError {
     /// Returns whether another controller uses the store. It may end, and this one take its place.
     pub fn is_in_use(&self) -> bool {
-        matches!(self, Self::Open(OpenError::Etcd(EtcdError::InUse { .. })))
+        let (Self::Open(error) | Self::Read(LoadError::Open(error))) = self else { return false };
+        matches!(error, OpenError::Etcd(EtcdError::InUse { .. }))
     }
 
     /// Returns the error of binding `address`, with the owner of the port if it is visible.
@@ -211,7 +212,7 @@ impl Controller {
             now,
         };
         let (store, ledger) = open_ledger(opening, place, fresh)?;
-        let (mut store, ledger) = admit_local_admin(&dir, fresh, store, ledger, &authority, now)?;
+        let (mut store, ledger) = admit_local_admin(opening, fresh, store, ledger)?;
         let lost = store.lost();
         let certificate = Arc::new(ServerCertificate::new(&authority, now.unix)?);
         let tls = tls::server_config(&authority, certificate.clone())?;
@@ -230,8 +231,9 @@ impl Controller {
             counters: counters.clone(),
             events: events.clone(),
         };
-        let (writer, writer_ended) = writer::start(store, ledger, authority.clone(), published)
-            .map_err(ServeError::Thread)?;
+        let (writer, writer_ended) =
+            writer::start(store, ledger, authority.clone(), migrate, published)
+                .map_err(ServeError::Thread)?;
         let proof_key = StaticSecret::from(random::<32>()?);
         let (stop, stopping) = watch::channel(None);
         // Without the STUN server, nodes learn their public addresses only from other nodes.
