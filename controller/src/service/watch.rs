@@ -424,12 +424,12 @@ pub(super) async fn resync(
             tokio::task::yield_now().await;
         }
     }
+    let ours = shared.map.mesh();
     let mesh = match mesh {
-        Some(mesh) if mesh != shared.map.mesh() => {
+        Some(mesh) if mesh != ours => {
             let theirs = signed::mesh(Some(&mesh), key).map_err(untrusted)?;
-            let ours = signed::mesh(Some(&shared.map.mesh()), key).map_err(untrusted)?;
-            let is_newer = theirs.generation > ours.generation || theirs.epoch > ours.epoch;
-            is_newer.then_some(theirs)
+            let ours = signed::mesh(Some(&ours), key).map_err(untrusted)?;
+            theirs.is_ahead_of(&ours).then_some(theirs)
         }
         _ => None,
     };

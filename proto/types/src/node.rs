@@ -450,6 +450,14 @@ impl MeshConfig {
         (self.epoch, self.generation) > (other.epoch, other.generation)
     }
 
+    /// Returns whether a controller that has the configuration `other` may have lost this one: it has a higher
+    /// generation or is of a later epoch. In contrast to [`Self::is_newer_than`], one of an earlier epoch counts too:
+    /// what was signed after a backup has a higher generation than the backup, and the controller that was restored
+    /// from it has begun a later epoch.
+    pub fn is_ahead_of(&self, other: &Self) -> bool {
+        self.generation > other.generation || self.epoch > other.epoch
+    }
+
     /// Returns the mesh's controllers, then those of `others` that are not among them.
     pub fn controllers_and(&self, others: &[ControllerAddress]) -> Vec<ControllerAddress> {
         let mut controllers = self.controllers.clone();
