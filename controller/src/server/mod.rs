@@ -39,11 +39,10 @@ use crate::counters::Counters;
 use crate::entropy::{NoEntropy, random};
 use crate::events::Events;
 use crate::ledger::Ledger;
-use crate::listen::{self, Handshakes, Places, PresentedPeer, Standing};
+use crate::listen::{self, Handshakes, Places, PresentedPeer};
 use crate::local;
 use crate::map::Map;
 use crate::metrics;
-use crate::peer::PeerName;
 use crate::reflector::Reflector;
 use crate::service::{
     AdminService, Authorizer, Budgets, DiscoveryService, FAILED_JOINS, HealthService, Shared,
@@ -334,12 +333,19 @@ impl Controller {
         let (accepted, connections) = mpsc::channel(64);
         // While watches end, no connection is accepted, but the server must not take that for its end.
         let _connections_open = accepted.clone();
+        let authorizer = Authorizer::new(
+            shared.map.clone(),
+            shared.view.clone(),
+            shared.authority.mesh_id(),
+            self.is_remote_admin,
+        );
+        let by_certificate = authorizer.clone();
         let accepting = tokio::spawn(listen::accept(
             listener,
             acceptor,
             accepted,
             places,
-            standing(shared.map.clone(), shared.view.clone(), self.is_remote_admin),
+            move |presented: &PresentedPeer| by_certificate.standing(presented, clock::now().unix),
             self.handshakes.handle(),
         ));
         let renewing = tokio::spawn(renew(
@@ -367,12 +373,6 @@ impl Controller {
         let mut stopping = shared.stopping.clone();
         let map = shared.map.clone();
         let health = HealthServer::new(HealthService::new(shared.stopping.clone()));
-        let authorizer = Authorizer::new(
-            shared.map.clone(),
-            shared.view.clone(),
-            shared.authority.mesh_id(),
-            self.is_remote_admin,
-        );
         let shared = Arc::new(shared);
         let discovery = DiscoveryServer::new(DiscoveryService::new(shared.clone()))
             .max_decoding_message_size(limits::MESSAGE_BYTES)
@@ -451,26 +451,6 @@ impl Controller {
 /// Returns the time over which this number of watches ends.
 fn drain_time(watches: usize) -> Duration {
     DRAIN.1.min(DRAIN.0 * u32::try_from(watches).unwrap_or(u32::MAX))
-}
-
-/// Returns the function that tells the kind of a client by its certificate and the map.
-fn standing(
-    map: Arc<Map>,
-    view: Arc<View>,
-    is_remote_admin: bool,
-) -> impl Fn(&PresentedPeer) -> Standing + Clone {
-    move |presented| {
-        let (peer, is_expired) = (&presented.peer, presented.is_expired(clock::now().unix));
-        match peer.name {
-            PeerName::Node(node) if map.member(node, &peer.key).is_err() => Standing::Stranger,
-            PeerName::Node(node) if is_expired => Standing::Expired(node),
-            PeerName::Node(node) => Standing::Node(node),
-            PeerName::Admin(_) if !is_remote_admin || is_expired || !view.is_admin(&peer.key) => {
-                Standing::Stranger
-            }
-            PeerName::Admin(_) => Standing::Admin,
-        }
-    }
 }
 
 /// Returns the error that ends the use of the store, once there is one.
