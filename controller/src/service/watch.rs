@@ -217,9 +217,6 @@ impl Watcher {
                         permit.send(Ok(pb::WatchResponse { kind }));
                         continue;
                     }
-                    if is_paused {
-                        continue;
-                    }
                     // A heartbeat says nothing of changes, so it must not hide that there are some.
                     if due != Due::Heartbeat {
                         latest.mark_unchanged();
