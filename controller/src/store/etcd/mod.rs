@@ -130,22 +130,6 @@ impl EtcdStore {
         }
         Ok(())
     }
-
-    fn try_commit(&mut self, expected: u64, writes: &[Write]) -> Result<u64, CommitError> {
-        let Some(before) = self.placed.clone() else { return Err(self.missing().into()) };
-        if before.head.sequence != expected {
-            return Err(CommitError::Conflict { expected, found: before.head.sequence });
-        }
-        let (session, writes) = (self.session.clone(), writes.to_vec());
-        match self.thread.wait(async move { session.commit(before, writes).await })? {
-            Outcome::Done(placed) => {
-                let sequence = placed.head.sequence;
-                self.placed = Some(placed);
-                Ok(sequence)
-            }
-            Outcome::Conflict(found) => Err(CommitError::Conflict { expected, found }),
-        }
-    }
 }
 
 impl Store for EtcdStore {
@@ -168,7 +152,19 @@ impl Store for EtcdStore {
     }
 
     fn commit(&mut self, expected: u64, writes: &[Write]) -> Result<u64, CommitError> {
-        self.try_commit(expected, writes)
+        let Some(before) = self.placed.clone() else { return Err(self.missing().into()) };
+        if before.head.sequence != expected {
+            return Err(CommitError::Conflict { expected, found: before.head.sequence });
+        }
+        let (session, writes) = (self.session.clone(), writes.to_vec());
+        match self.thread.wait(async move { session.commit(before, writes).await })? {
+            Outcome::Done(placed) => {
+                let sequence = placed.head.sequence;
+                self.placed = Some(placed);
+                Ok(sequence)
+            }
+            Outcome::Conflict(found) => Err(CommitError::Conflict { expected, found }),
+        }
     }
 
     fn reopen(&mut self) -> Result<(), OpenError> {

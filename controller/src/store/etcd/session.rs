@@ -258,7 +258,8 @@ impl Session {
         Ok(Some((placed, records.into_iter().collect())))
     }
 
-    /// Fails if the store has records or staged changes, although it has no head.
+    /// Fails if the store has records, although it has no head. Staged parts alone are no error: no head names them,
+    /// and [`Self::settle`] removes them once there is one.
     pub(super) async fn check_empty(&self) -> Result<(), EtcdError> {
         let (key, range_end) = self.keys.records();
         let page = self.range(RangeRequest { key, range_end, limit: 1, revision: 0 }).await?;
