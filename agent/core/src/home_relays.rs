@@ -29,7 +29,7 @@ use towline_types::id::{NodeId, NodeName, WireguardKey};
 use towline_types::node::{CandidateKind, Node, RelayRole};
 
 use crate::effects::Effects;
-use crate::local_node::LocalNode;
+use crate::local_node::{LocalNode, is_host_local};
 use crate::path::{ChannelId, Path};
 use crate::prefixes::is_private;
 use crate::timers::Timer;
@@ -376,9 +376,11 @@ impl HomeRelays {
     }
 }
 
-/// Returns the addresses at which a node can be reached without its having sent something first.
+/// Returns the addresses at which a node can be reached without its having sent something first. Those of
+/// this host and of its links are left out: see [`LocalNode::can_send_to_node`].
 pub(crate) fn addresses(node: &Node) -> Vec<SocketAddr> {
-    let public = node.record().candidates.iter().filter(|c| match c.kind() {
+    let elsewhere = node.record().candidates.iter().filter(|c| !is_host_local(c.address().ip()));
+    let public = elsewhere.filter(|c| match c.kind() {
         CandidateKind::Configured => true,
         CandidateKind::Local => !is_private(c.address().ip()),
         CandidateKind::Reflexive | CandidateKind::Relayed => false,

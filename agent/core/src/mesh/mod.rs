@@ -165,7 +165,7 @@ impl Mesh {
         }
         // A relay serves nodes that reach it directly.
         let is_served = node.is_some()
-            && from.is_some_and(|it| !it.is_relayed() && self.local.can_send_to(it.remote));
+            && from.is_some_and(|it| !it.is_relayed() && self.local.can_send_to_node(it.remote));
         let record = node.and_then(|id| self.peers.get(id)).map(|peer| peer.node().record());
         let is_proven = record.is_some_and(|record| record.probe_version == ProbeVersion::V2);
         match (message, from) {

@@ -187,6 +187,20 @@ fn what_one_node_has_too_much_of_is_refused_to_it_alone() {
 }
 
 #[test]
+fn nothing_from_an_address_of_this_host_or_of_its_link_is_served() {
+    let mut us = relay();
+    for (transaction, from) in ["127.0.0.1:9", "169.254.169.254:80", "[::1]:9", "[fe80::1]:9"]
+        .map(path)
+        .into_iter()
+        .enumerate()
+    {
+        us.message(2, from, Probe::Register { transaction: transaction as u64 });
+    }
+    assert_eq!(transmits(&us.drain()).count(), 0);
+    assert_eq!(us.mesh.counters().relay_requests_refused, 4);
+}
+
+#[test]
 fn a_node_ceases_to_relay_when_its_grant_denies_it_and_registers_with_others() {
     let (mut us, _) = opened();
     us.upsert(peer(9).relay().candidates(&[OTHER]).generation(2));
