@@ -35,7 +35,7 @@ use crate::config::RelayLimits;
 use crate::effects::Effects;
 use crate::forwarding::{ForwardingEnd, ForwardingTable};
 use crate::output::Output;
-use crate::path::{CHANNEL_LIFETIME, ChannelId, Path};
+use crate::path::{CHANNEL_LIFETIME, ChannelId, Path, Source};
 use crate::status::RelayStatus;
 use crate::timers::Timer;
 
@@ -107,15 +107,6 @@ struct Channel {
     wanted: [Option<Path>; 2],
     /// Time at which the channel was last announced to each end.
     announced: [Option<Instant>; 2],
-}
-
-/// Source of a request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Source {
-    /// Path that the request came over.
-    pub(crate) path: Path,
-    /// True if the node proved that it receives there.
-    pub(crate) is_proven: bool,
 }
 
 /// Reason why a request is refused.
@@ -256,7 +247,7 @@ impl RelayServer {
     ) -> Result<(), Refusal> {
         let from = source.path;
         let registration = self.admit(fx, node)?;
-        if source.is_proven && registration.path != Some(from) {
+        if source.is_validated && registration.path != Some(from) {
             self.accept(fx.now, node, from, true);
             registered(fx, node, from, transaction);
         } else if registration.path == Some(from) {
@@ -278,10 +269,10 @@ impl RelayServer {
     ) -> Result<(ChannelId, Option<Path>), Refusal> {
         let from = source.path;
         let registration = self.admit(fx, node)?;
-        if source.is_proven {
+        if source.is_validated {
             registration.path.get_or_insert(from);
         }
-        let is_proven = source.is_proven || registration.path == Some(from);
+        let is_proven = source.is_validated || registration.path == Some(from);
         let has_room = |registration: &Registration, limits: &RelayLimits| {
             registration.channels.len() < limits.channels_per_node
         };

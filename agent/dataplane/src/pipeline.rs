@@ -512,7 +512,7 @@ impl Pipeline {
     ) {
         let endpoint = |peer: &WireguardKey| table.by_key(peer)?.endpoint();
         let received = self.probes.receive(now, from, datagram, &mut self.probe_buffer, endpoint);
-        let Received { peer, mut message, answer } = match received {
+        let Received { peer, mut message, is_validated, answer } = match received {
             Ok(received) => received,
             Err(reason) => return self.drops.count(reason),
         };
@@ -525,7 +525,9 @@ impl Pipeline {
             }
         }
         match message {
-            Ok(message) => self.events.datagram(|| Event::Probe { peer, from, message }),
+            Ok(message) => {
+                self.events.datagram(|| Event::Probe { peer, from, is_validated, message });
+            }
             Err(reason) => self.drops.count(reason),
         }
     }

@@ -108,6 +108,8 @@ pub(super) struct Received {
     pub(super) peer: WireguardKey,
     /// Message to deliver, or the reason why it is dropped.
     pub(super) message: Result<Probe, DropReason>,
+    /// True if the sender proved lately that it receives what is sent on the path of the probe.
+    pub(super) is_validated: bool,
     /// Datagram to send back by the path of the probe.
     pub(super) answer: Option<Answer>,
 }
@@ -198,16 +200,16 @@ impl Probes {
         let is_in_use = endpoint(&pair.peer).is_some_and(|endpoint| endpoint.is(&from));
         let arrival = Arrival { now, from, is_in_use, stamp };
         let decision = pair.session.lock().receive(&arrival, &self.0.tokens, &message);
-        let (answer, message) = match decision {
-            Decision::Deliver { answer } => (answer, Ok(message)),
-            Decision::Drop { answer, reason } => (answer, Err(reason.into())),
+        let (answer, message, is_validated) = match decision {
+            Decision::Deliver { answer, is_validated } => (answer, Ok(message), is_validated),
+            Decision::Drop { answer, reason } => (answer, Err(reason.into()), false),
         };
         let answer = answer.and_then(|answer| {
             let is_to_anybody = matches!(answer, Probe::Challenge { .. } | Probe::Proof { .. });
             let datagram = pair.seal(version, self.0.epoch, &answer, 0)?;
             Some(Answer { datagram, is_to_anybody })
         });
-        Ok(Received { peer: pair.peer, message, answer })
+        Ok(Received { peer: pair.peer, message, is_validated, answer })
     }
 }
 

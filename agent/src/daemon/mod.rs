@@ -67,7 +67,7 @@ use ipnet::IpNet;
 use rand::Rng as _;
 use tokio::sync::oneshot;
 use towline_core::mesh::{Mesh, Output, PeerState, PeerStatus, Transmit};
-use towline_core::path::Path as NetworkPath;
+use towline_core::path::{Path as NetworkPath, Source};
 use towline_core::peer_history::PathChange;
 use towline_core::peer_table::{Observation, PeerTable};
 use towline_core::prefixes::is_private;
@@ -338,8 +338,8 @@ impl Daemon {
             Report::Event(dataplane::Event::Peer { peer, what }) => {
                 self.mesh.handle_observation(now, peer, what);
             }
-            Report::Event(dataplane::Event::Probe { peer, from, message }) => {
-                self.message_received(peer, from, message);
+            Report::Event(dataplane::Event::Probe { peer, from, is_validated, message }) => {
+                self.message_received(peer, Source { path: from, is_validated }, message);
             }
             Report::Event(dataplane::Event::Stun { from, datagram }) => {
                 if let Some(stun::Message::Success { transaction, mapped }) =
@@ -374,8 +374,8 @@ impl Daemon {
     }
 
     /// Handles a message that the data plane opened.
-    fn message_received(&mut self, peer: WireguardKey, from: NetworkPath, message: Probe) {
-        self.mesh.handle_message(Instant::now(), peer, Some(from), message);
+    fn message_received(&mut self, peer: WireguardKey, source: Source, message: Probe) {
+        self.mesh.handle_message(Instant::now(), peer, Some(source), message);
     }
 
     /// Handles a message that a controller carried. Only a call does not depend on its path.

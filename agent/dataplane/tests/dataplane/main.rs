@@ -102,7 +102,7 @@ impl End {
     /// Ignores other events.
     fn message(&mut self, of: WireguardKey, wanted: impl Fn(&Probe) -> bool) -> Path {
         loop {
-            if let Event::Probe { peer, from, message } = self.event()
+            if let Event::Probe { peer, from, message, .. } = self.event()
                 && peer == of
                 && wanted(&message)
             {
