@@ -305,8 +305,11 @@ impl ProbeSession {
         reason: ProbeRefusal,
     ) -> Decision {
         let is_admitted = self.limits(arrival).answers.take(&ANSWERS, arrival.now, 1);
-        let token = secret.token(secret.period(arrival.now), self, &arrival.from);
-        Decision::Drop { answer: is_admitted.then_some(Probe::Challenge { token }), reason }
+        let answer = is_admitted.then(|| {
+            let token = secret.token(secret.period(arrival.now), self, &arrival.from);
+            Probe::Challenge { token }
+        });
+        Decision::Drop { answer, reason }
     }
 
     fn prove(&mut self, arrival: &Arrival, token: u64) -> Decision {

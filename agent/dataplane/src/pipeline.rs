@@ -511,18 +511,17 @@ impl Pipeline {
         out: &mut SendBatch,
     ) {
         let endpoint = |peer: &WireguardKey| table.by_key(peer)?.endpoint();
-        let received = self.probes.receive(now, from, datagram, &mut self.probe_buffer, endpoint);
+        let admit = || self.challenges.admit(from.remote.ip(), now);
+        let buffer = &mut self.probe_buffer;
+        let received = self.probes.receive(now, from, datagram, buffer, endpoint, admit);
         let Received { peer, mut message, is_validated, answer } = match received {
             Ok(received) => received,
             Err(reason) => return self.drops.count(reason),
         };
-        if let Some(answer) = answer {
-            if answer.is_to_anybody && !self.challenges.admit(from.remote.ip(), now) {
-                // Without the proof the mesh has nothing to send again.
-                message = message.and(Err(DropReason::ProbeLimited));
-            } else if !out.push(from, &answer.datagram) {
-                message = message.and(Err(DropReason::SendBufferFull));
-            }
+        if let Some(answer) = answer
+            && !out.push(from, &answer)
+        {
+            message = message.and(Err(DropReason::SendBufferFull));
         }
         match message {
             Ok(message) => {
