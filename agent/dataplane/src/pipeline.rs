@@ -407,19 +407,19 @@ impl Pipeline {
             self.coalesced.datagrams += count;
             self.coalesced.corrupted += corrupted;
         }
-        let mut last: Option<(IpAddr, Option<Slot>)> = None;
+        let mut last: Option<(IpAddr, bool)> = None;
         for (at, len) in &opened {
             let packet = writes.bytes().get(*at..at + len);
             let Some(inner) = packet.and_then(IpHeader::parse) else {
                 self.drops.count(DropReason::OpenedMalformed);
                 continue;
             };
-            let owner = match last {
-                Some((source, owner)) if source == inner.source => owner,
-                _ => table.route(inner.source),
+            let source = inner.source;
+            let may_send = || {
+                let owner = table.route(source);
+                owner == Some(slot) || table.is_shared_source(slot, owner, source)
             };
-            last = Some((inner.source, owner));
-            if owner != Some(slot) && !table.is_shared_source(slot, inner.source) {
+            if !cached(&mut last, source, may_send) {
                 self.drops.count(DropReason::WrongSource);
                 continue;
             }
