@@ -130,13 +130,23 @@ impl Probes {
         }))
     }
 
-    /// Replaces the set of peers. Those that stay keep their sessions. Static peers have no probes.
+    /// Replaces the set of peers. Those that stay keep their sessions. Static peers have no probes. A table
+    /// with the same peers and versions, which is most of them, changes nothing.
     pub fn apply(&self, table: &PeerTable) {
         let shared = &self.0;
         let _building = shared.building.lock();
         let before = shared.pairs.load();
+        let wanted = || table.peers.iter().filter(|(_, entry)| !entry.is_static);
+        let is_same = wanted().count() == before.by_peer.len()
+            && wanted().all(|(peer, entry)| {
+                let known = before.by_peer.get(peer);
+                known.is_some_and(|member| member.version == entry.probe_version)
+            });
+        if is_same {
+            return;
+        }
         let mut next = Pairs::default();
-        for (peer, entry) in table.peers.iter().filter(|(_, entry)| !entry.is_static) {
+        for (peer, entry) in wanted() {
             let pair = match before.by_peer.get(peer) {
                 Some(member) => member.pair.clone(),
                 // A key of low order has no pair: no probe is sent to it or accepted from it.
@@ -508,6 +518,38 @@ mod tests {
         b.apply(&PeerTable::default());
         assert_eq!(delivered(b, at(1), &recorded), Err(DropReason::ProbeUnknown));
         assert!(b.seal(&key(a), &PING, 0).is_none());
+    }
+
+    #[test]
+    fn a_table_with_the_same_peers_and_versions_leaves_the_pairs_as_they_are() {
+        let [a, b] = &pair();
+        let pairs = || a.0.pairs.load_full();
+        let before = pairs();
+        let apply = |entries: Vec<(WireguardKey, PeerEntry)>| {
+            a.apply(&PeerTable { peers: entries.into_iter().collect(), ..PeerTable::default() });
+        };
+        let moved = PeerEntry { endpoint: Some(at(7)), ..entry(ProbeVersion::V2) };
+        let office = PeerEntry { is_static: true, ..entry(ProbeVersion::V2) };
+        apply(vec![(key(b), moved.clone()), (WireguardKey([9; 32]), office.clone())]);
+        assert!(Arc::ptr_eq(&before, &pairs()));
+        // Another peer, another version, or none of them, are another set.
+        for entries in [
+            vec![(key(&node(3, 1)), moved.clone())],
+            vec![(key(b), entry(ProbeVersion::V1))],
+            vec![(key(b), office)],
+        ] {
+            let before = pairs();
+            let expected: Vec<_> = entries
+                .iter()
+                .filter(|(_, entry)| !entry.is_static)
+                .map(|(key, entry)| (*key, entry.probe_version))
+                .collect();
+            apply(entries);
+            assert!(!Arc::ptr_eq(&before, &pairs()));
+            let members = pairs();
+            let members = members.by_peer.iter().map(|(key, member)| (*key, member.version));
+            assert_eq!(members.collect::<Vec<_>>(), expected);
+        }
     }
 
     #[test]
