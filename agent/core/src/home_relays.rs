@@ -398,10 +398,11 @@ fn ways(via: Option<Path>, relay: &Relay, local: &LocalNode) -> Vec<Path> {
     }
 }
 
-/// Returns the weight of a relay for a node. Every node computes the same (FNV-1a, then a mix of
-/// the bits).
-fn weight(node: NodeId, relay: NodeId) -> u64 {
-    let bytes = node.0.iter().chain(&relay.0);
+/// Returns the weight of another node, such as a relay, for a node (rendezvous hashing); the lowest one is
+/// chosen. Every node computes the same (FNV-1a, then a mix of the bits). No attacker gains by choosing an
+/// id: the controller draws it.
+pub(crate) fn weight(node: NodeId, other: NodeId) -> u64 {
+    let bytes = node.0.iter().chain(&other.0);
     let mut hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
     });
