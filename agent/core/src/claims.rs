@@ -146,7 +146,7 @@ impl Claims {
             let announced = node.record().prefixes.iter().copied();
             let mut room = limits::GUARDED_PREFIXES;
             for prefix in grant.overlay.prefixes().chain(announced) {
-                let is_own_address = grant.overlay.prefixes().any(|own| own == prefix);
+                let is_own_address = grant.overlay.contains_prefix(&prefix);
                 let is_lan = node.record().lans.contains(&prefix);
                 let covered = limits
                     .refuses(grant, &prefix, is_lan)

@@ -347,7 +347,7 @@ impl RoutingInput<'_> {
         let (mtu, _) = clamped(peer.applied_mtu(), link);
         let mtu = (mtu < link).then_some(mtu);
         let entry = |net: &IpNet| {
-            let overlay = grant.overlay.prefixes().any(|own| own == *net);
+            let overlay = grant.overlay.contains_prefix(net);
             let trusted = trusted_site && !overlay && is_host(net);
             let in_clear = allowed.bypass_when_down
                 && !overlay

@@ -168,6 +168,11 @@ impl OverlayAddresses {
     pub fn prefixes(&self) -> impl Iterator<Item = IpNet> {
         self.iter().map(IpNet::from)
     }
+
+    /// Returns whether a network is one of [`Self::prefixes`].
+    pub fn contains_prefix(&self, net: &IpNet) -> bool {
+        self.prefixes().any(|own| own == *net)
+    }
 }
 
 /// Source of a candidate.
@@ -537,6 +542,16 @@ pub(crate) mod tests {
 
         let wide = Record { prefixes: vec!["10.0.0.0/8".parse().unwrap()], ..record() };
         assert!(matches!(Node::new(grant(), wide), Err(NotGranted::Prefix(_))));
+    }
+
+    #[test]
+    fn only_a_whole_overlay_address_is_an_overlay_prefix() {
+        let overlay = grant().overlay;
+        assert!(overlay.prefixes().all(|net| overlay.contains_prefix(&net)));
+        for other in ["198.19.0.2/32", "198.19.0.1/31", "198.19.0.0/16", "fd00::/64", "fd00::2/128"]
+        {
+            assert!(!overlay.contains_prefix(&other.parse().unwrap()), "{other}");
+        }
     }
 
     #[test]

@@ -158,7 +158,7 @@ impl Claim<'_> {
     }
 
     fn is_overlay_address(&self) -> bool {
-        self.grant.overlay.prefixes().any(|own| own == self.prefix)
+        self.grant.overlay.contains_prefix(&self.prefix)
     }
 }
 
