@@ -10,12 +10,12 @@
 //!         ◄── Registered                 A ◄═══ channel ═════► B
 //! ```
 //!
-//! **An address is proven before anything goes there.** A request of a node with probes of version 2
-//! is delivered only if the node proved its source ([`crate::probe_session`]). That of an earlier
-//! version may be a recording that somebody sends from elsewhere, or name an address that is not the
-//! sender's. So its source gets a ping, and becomes the address of the node, or the end of a channel,
-//! once the node answered from there. Until then nothing is forwarded to it, what was proven before stays in use, and it
-//! gets at most three datagrams for one of its own. Every version of the agent answers pings.
+//! **An address is proven before anything goes there.** A request in a probe of version 2 is delivered
+//! only if the node proved its source ([`crate::probe_session`]). That of an earlier version may be a
+//! recording that somebody sends from elsewhere, or name an address that is not the sender's. So its
+//! source gets a ping. Once the node answered from there, it becomes the address of the node, or the end
+//! of a channel. Until then nothing is forwarded to it, and it gets at most three datagrams for one of its
+//! own; what was proven before stays in use. Every version of the agent answers pings.
 //!
 //! **Everything is bounded for each node**: requests, challenges, channels, and the bits that the
 //! data plane forwards for it. What a node has too much of is refused to that node alone. A channel

@@ -52,7 +52,7 @@ const SERVED: usize = 4;
 const LIES: u64 = 4;
 
 impl EvilRelay {
-    /// Creates a relay that does this.
+    /// Creates a relay with one misdeed, which has served nobody yet.
     pub fn new(misdeed: Misdeed) -> Self {
         Self { misdeed, served: VecDeque::new(), treated: 0, counters: BTreeMap::new() }
     }
