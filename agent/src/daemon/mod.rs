@@ -102,7 +102,7 @@ use report::Reporter;
 use signals::{SignalMeaning, Signals};
 use sleep::SleepClock;
 use standby::Standby;
-use start::Stored;
+use start::{AtJoin, Stored};
 use start_report::StartReport;
 use summary::SummarySchedule;
 use tunnels::{Report, Tunnels};
@@ -211,6 +211,7 @@ struct Daemon {
     config_path: Option<PathBuf>,
     purpose: Purpose,
     state: Arc<StateDir>,
+    at_join: AtJoin,
     started: Instant,
 
     mesh: Mesh,
@@ -451,9 +452,7 @@ impl Daemon {
 
     /// Updates the limits of this machine after its configuration or the list of controllers changed.
     fn update_limits(&mut self) {
-        let (joined, host) = (self.state.connected_networks(), self.state.host_addresses());
-        let controllers = self.controller.controllers();
-        let limits = self.config.local_limits(joined, host.unwrap_or_default(), controllers);
+        let limits = self.at_join.limits(&self.config, self.controller.controllers());
         self.mesh.set_local_limits(Instant::now(), limits);
     }
 
@@ -600,7 +599,7 @@ impl Daemon {
         self.config.trust = fresh.trust;
         self.controller.set_configured(self.config.controller.addresses.clone());
         let now = Instant::now();
-        configure(&mut self.mesh, now, &self.config, self.state.connected_networks());
+        configure(&mut self.mesh, now, &self.config, self.at_join.networks.clone());
         self.update_limits();
         self.mesh.set_static_peers(now, static_peers);
         self.configuration_changed();
