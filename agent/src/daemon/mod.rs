@@ -252,8 +252,9 @@ impl Daemon {
         }
         // A relay alone has no overlay addresses. The task ends with this function.
         let commands = self.controller.commands().filter(|_| self.purpose == Purpose::Node);
-        let _removals =
-            commands.map(|commands| RemovalExchange::start(control.requests(), commands));
+        let connected = self.controller.connection();
+        let _removals = commands
+            .map(|commands| RemovalExchange::start(control.requests(), commands, connected));
         self.start_api_endpoint()?;
         // Pod networks are known before the uplinks are chosen: none of them is one.
         self.kubernetes_changed();

@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use tokio::net::UdpSocket;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 use towline_proto::pb;
@@ -35,11 +35,16 @@ const AGAIN: Duration = Duration::from_secs(5);
 pub(super) struct RemovalExchange(JoinHandle<()>);
 
 impl RemovalExchange {
-    /// Starts the task. It asks the daemon by `requests`, and the discovery client by `commands`.
-    pub(super) fn start(requests: Requests, commands: mpsc::Sender<Command>) -> Self {
+    /// Starts the task. It asks the daemon by `requests`, and the discovery client by `commands`. `connected` is true
+    /// while there is a session with a controller.
+    pub(super) fn start(
+        requests: Requests,
+        commands: mpsc::Sender<Command>,
+        connected: watch::Receiver<bool>,
+    ) -> Self {
         Self(tokio::spawn(async move {
             let questions = Questions::default();
-            Exchange { requests, commands, quiet: 0, questions }.run().await;
+            Exchange { requests, commands, connected, quiet: 0, questions }.run().await;
         }))
     }
 }
@@ -53,6 +58,7 @@ impl Drop for RemovalExchange {
 struct Exchange {
     requests: Requests,
     commands: mpsc::Sender<Command>,
+    connected: watch::Receiver<bool>,
     /// Number of intervals for which there was no controller.
     quiet: u32,
     questions: Questions,
@@ -178,8 +184,7 @@ impl Exchange {
 
     /// Asks the next peer, if there has been no controller for a while. Returns `None` if the agent stops.
     async fn ask(&mut self, socket: &UdpSocket) -> Option<()> {
-        let (status, peers) = self.requests.ask(Request::Metrics).await?;
-        if status.controller.is_none_or(|controller| controller.connected) {
+        if *self.connected.borrow() {
             self.quiet = 0;
             self.questions.clear();
             return Some(());
@@ -193,6 +198,7 @@ impl Exchange {
             None => self.known(i64::MAX).await?.newest.saturating_sub(SLACK),
         };
         self.questions.base = Some(base);
+        let peers = self.requests.ask(Request::Peers).await?;
         let is_v4 = socket.local_addr().is_ok_and(|own| own.is_ipv4());
         let up = peers.peers.iter().filter(|peer| peer.state == "up" && !peer.node_id.is_empty());
         let reachable: Vec<IpAddr> = up
@@ -273,8 +279,9 @@ mod tests {
                 }
             }
         });
-        let questions = Questions::default();
-        Exchange { requests: Requests::of(&queue), commands, quiet: PATIENCE, questions }
+        let requests = Requests::of(&queue);
+        let connected = watch::Sender::new(false).subscribe();
+        Exchange { requests, commands, connected, quiet: PATIENCE, questions: Questions::default() }
     }
 
     #[tokio::test]
@@ -317,6 +324,32 @@ mod tests {
         exchange.learn(PEERS[0], vec![removal(&Ca::new(8), 7, 1_000)]).await.unwrap();
         let question = exchange.questions.next(0, &PEERS).unwrap();
         assert_eq!(question, Question { peer: PEERS[1], since: 0 }, "the removal was made up");
+    }
+
+    #[tokio::test]
+    async fn a_node_with_a_controller_asks_for_no_peers() {
+        let ca = Ca::new(9);
+        let (queue, mut requests) = mpsc::channel(1);
+        let connected = watch::Sender::new(true);
+        let mut exchange = Exchange {
+            requests: Requests::of(&queue),
+            connected: connected.subscribe(),
+            ..exchange(&ca)
+        };
+        let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        exchange.ask(&socket).await.unwrap();
+        assert!(requests.try_recv().is_err() && exchange.quiet == 0);
+        connected.send_replace(false);
+        for _ in 1..PATIENCE {
+            exchange.ask(&socket).await.unwrap();
+            assert!(requests.try_recv().is_err());
+        }
+        let answer = tokio::spawn(async move {
+            let Some(Request::Peers(reply)) = requests.recv().await else { panic!("peers") };
+            reply.send(pb::PeersResponse::default()).unwrap();
+        });
+        exchange.ask(&socket).await.unwrap();
+        answer.await.unwrap();
     }
 
     #[test]
