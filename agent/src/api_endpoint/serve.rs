@@ -89,7 +89,9 @@ impl Shared {
     pub(super) fn set_servers(&self, now: Instant, servers: Vec<ApiServer>) {
         {
             let mut state = self.state.lock();
-            state.balancer.set_servers(now, servers);
+            if !state.balancer.set_servers(now, servers) {
+                return;
+            }
             let addresses = state.balancer.order();
             state.gates.retain(|address, _| addresses.contains(address));
             for address in addresses {
