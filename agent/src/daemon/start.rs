@@ -108,11 +108,7 @@ impl Stored {
         configure(&mut mesh, now, config, self.at_join.networks.clone());
         mesh.set_local_limits(now, self.at_join.limits(config, &self.controllers(config)));
         mesh.set_static_peers(now, self.static_peers.clone());
-        mesh.set_withdrawn(now, cached.withdrawn.iter().copied());
-        mesh.set_withdrawn_lans(now, cached.withdrawn_lans.iter().copied());
-        for (node, networks) in &cached.withdrawn_by_node {
-            mesh.set_withdrawn_owner(now, *node, networks.iter().copied());
-        }
+        cached.restore_withdrawn(&mut mesh, now);
         for change in self.map.iter().flat_map(MapCache::changes) {
             mesh.handle_map_change(now, change);
         }

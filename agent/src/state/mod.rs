@@ -36,6 +36,7 @@ use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use data_encoding::BASE64;
 use ipnet::IpNet;
@@ -43,6 +44,7 @@ use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 use serde::{Deserialize, Serialize};
 use towline_core::local_limits::HostAddresses;
+use towline_core::mesh::Mesh;
 use towline_proto::id::{IdentityKey, NodeId, NodeName};
 use towline_proto::node::{Grant, MeshConfig};
 use towline_proto::token::ControllerAddress;
@@ -206,6 +208,17 @@ pub struct CachedPrefixes {
     /// when empty, because versions before 0.2.0 refuse the field.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub withdrawn_by_node: BTreeMap<NodeId, Vec<IpNet>>,
+}
+
+impl CachedPrefixes {
+    /// Gives a new mesh the withdrawn prefixes, which stay guarded.
+    pub(crate) fn restore_withdrawn(&self, mesh: &mut Mesh, now: Instant) {
+        mesh.set_withdrawn(now, self.withdrawn.iter().copied());
+        mesh.set_withdrawn_lans(now, self.withdrawn_lans.iter().copied());
+        for (node, networks) in &self.withdrawn_by_node {
+            mesh.set_withdrawn_owner(now, *node, networks.iter().copied());
+        }
+    }
 }
 
 /// Content of `host.json`.
