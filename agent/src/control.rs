@@ -29,6 +29,7 @@ use towline_service::local_socket;
 
 use crate::down::{Down, Lasts};
 use crate::events::{self, EventId};
+use crate::timing::micros;
 use crate::uapi;
 
 /// Maximum time to write the pending responses when the daemon ends.
@@ -378,7 +379,7 @@ fn response(node: &str, sequence: u32, answer: PingAnswer) -> Result<pb::PingRes
     match answer {
         PingAnswer::Answer { path_kind, path, rtt } => Ok(pb::PingResponse {
             sequence,
-            rtt_us: Some(u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX)),
+            rtt_us: Some(micros(rtt)),
             path_kind: path_kind.code().into(),
             path: path.to_string(),
             ..Default::default()

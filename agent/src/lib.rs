@@ -37,6 +37,7 @@ mod removals;
 pub mod reserved_port;
 pub mod state;
 pub mod static_peers;
+mod timing;
 pub mod tls;
 pub mod top;
 pub mod trace;

@@ -10,13 +10,14 @@ use parking_lot::Mutex;
 use rustls::ClientConfig;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, Semaphore, watch};
-use tokio::time::{sleep, sleep_until, timeout};
+use tokio::time::{sleep, timeout};
 use towline_service::port_owner::{self, Transport};
 use towline_service::tcp;
 
 use super::EndpointProblem;
 use super::balancer::{ApiServer, Balancer, Failure, Verdict};
 use super::check;
+use crate::timing::at;
 
 /// Largest number of clients at the same time; further ones are closed at once. A node has about ten. With 16 KiB
 /// of buffers each they take 8 MiB.
@@ -291,13 +292,5 @@ fn start_checks(shared: &Arc<Shared>) {
             let result = check::check(address, shared.settings.clone()).await;
             shared.handle_check(address, result);
         });
-    }
-}
-
-/// Waits until `time`, or forever if there is none.
-async fn at(time: Option<Instant>) {
-    match time {
-        Some(time) => sleep_until(time.into()).await,
-        None => std::future::pending().await,
     }
 }

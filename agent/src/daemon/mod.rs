@@ -89,6 +89,7 @@ use crate::events::Event;
 use crate::node_ip::NodeIps;
 use crate::state::StateDir;
 use crate::static_peers;
+use crate::timing::at;
 use announcer::Announcer;
 use controller_link::{ControllerLink, Received};
 use firewall_search::FirewallSearch;
@@ -778,14 +779,6 @@ impl Daemon {
         self.observer.look(Instant::now(), &problems, traffic);
         // Round-trip times change without an event.
         self.api_servers_changed();
-    }
-}
-
-/// Waits until `time`, or forever if there is none.
-async fn at(time: Option<Instant>) {
-    match time {
-        Some(time) => tokio::time::sleep_until(time.into()).await,
-        None => std::future::pending().await,
     }
 }
 

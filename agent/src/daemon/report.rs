@@ -26,6 +26,7 @@ use crate::control::PathKind;
 use crate::down::MachineState;
 use crate::events;
 use crate::state::StateDir;
+use crate::timing::micros;
 use crate::uapi;
 
 /// Time after which something that was seen once is no longer a problem.
@@ -451,10 +452,6 @@ pub(super) fn texts(list: &[impl ToString]) -> Vec<String> {
 /// Returns the codes and texts of problems, conflicts or notes.
 pub(super) fn details<T: Coded + ToString>(list: &[T]) -> Vec<pb::Detail> {
     list.iter().map(pb::Detail::of).collect()
-}
-
-fn micros(duration: Duration) -> u64 {
-    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
 pub(super) fn millis(duration: Duration) -> u64 {
