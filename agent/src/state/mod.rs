@@ -469,10 +469,7 @@ impl StateDir {
         is_first: bool,
         must_sync: bool,
     ) -> Result<(), StateError> {
-        let directory = match &self.directory {
-            Some(directory) => directory,
-            None => &directory::create_for(&self.path, account::AGENT)?,
-        };
+        let directory = self.writable()?;
         if is_first {
             return Ok(directory.replace("map.journal", 0o600, bytes)?);
         }
@@ -668,11 +665,15 @@ impl StateDir {
 
     /// Writes a file atomically.
     fn write(&self, name: &str, bytes: &[u8]) -> Result<(), StateError> {
-        let directory = match &self.directory {
-            Some(directory) => directory,
-            None => &directory::create_for(&self.path, account::AGENT)?,
-        };
-        Ok(directory.replace(name, 0o600, bytes)?)
+        Ok(self.writable()?.replace(name, 0o600, bytes)?)
+    }
+
+    /// Returns the directory for writing. Creates it if it does not exist.
+    fn writable(&self) -> Result<PrivateDirectory, StateError> {
+        match &self.directory {
+            Some(directory) => Ok(directory.clone()),
+            None => Ok(directory::create_for(&self.path, account::AGENT)?),
+        }
     }
 
     fn sync_dir(&self) -> Result<(), StateError> {
