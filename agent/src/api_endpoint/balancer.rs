@@ -15,7 +15,7 @@ use towline_proto::id::NodeName;
 
 /// Largest number of API servers that are used. A cluster has up to 7 control-plane nodes.
 pub(crate) const SERVERS: usize = 16;
-/// Interval between checks of a server that is healthy or does not answer since a while.
+/// Interval between checks of a server that is healthy, or has failed [`FAILURES`] checks or more in a row.
 const PERIOD: Duration = Duration::from_secs(10);
 /// Pause after the first check that failed.
 const RETRY: Duration = Duration::from_secs(1);

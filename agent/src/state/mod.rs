@@ -10,7 +10,7 @@
 //! | `prefixes.json` | prefixes that this node announced, and withdrawn ones that are still guarded | when they change |
 //! | `networks.json` | the networks to which the machine was connected when it joined | at the join |
 //! | `host.json` | gateways, DNS servers and uplink addresses of the machine when it joined | at the join |
-//! | `map.bin` | the signed network map, as last received | at the start, and when the journal is as large |
+//! | `map.bin` | the signed network map, as last received | at the start, and when the journal would exceed the size of the map |
 //! | `map.journal` | changes of the map since then | after changes, debounced |
 //! | `kubernetes.json` | the last valid facts of this machine's Node object | when they change |
 //! | `confirm-by` | the deadline for confirming the join (`confirm.rs`) | at the join; removed by `towline confirm` |
@@ -457,7 +457,7 @@ impl StateDir {
     /// Stores the map.
     pub fn store_map(&self, encoded: &[u8]) -> Result<(), StateError> {
         self.replace("map.bin", encoded)?;
-        // It belongs to the map before, and would be ignored.
+        // The journal belongs to the previous map, and would be ignored.
         self.remove("map.journal")
     }
 
