@@ -176,7 +176,7 @@ fn is_utf8() -> bool {
     locale.contains("utf-8") || locale.contains("utf8")
 }
 
-/// Returns the text of a peer in a column.
+/// Function that returns the text of a peer in a column.
 type Value = fn(&pb::PeerStatus, &History) -> String;
 
 /// A column of the screen.
