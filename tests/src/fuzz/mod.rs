@@ -306,7 +306,7 @@ pub fn mesh(bytes: &[u8]) {
     let mut now = *EPOCH;
     let mut mesh = Host::new(1, 1, host::mesh_config()).core(now);
     let mut removed = BTreeSet::new();
-    let mut pings = Vec::new();
+    let mut pings: Vec<(WireguardKey, Option<Path>, u64)> = Vec::new();
     let mut calls = 0u32;
     let mut sent = 0u32;
     while let Some(what) = input.byte() {

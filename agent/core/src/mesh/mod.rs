@@ -138,7 +138,7 @@ impl Mesh {
     /// Handles what the data plane saw. An unknown peer is ignored: it was removed in the meantime.
     pub fn handle_observation(&mut self, now: Instant, peer: WireguardKey, what: Observation) {
         self.fx.advance(now);
-        if let Observation::Handshake { from } | Observation::Roamed { from } = what {
+        if let Observation::Handshake { from } = what {
             self.answered(&from);
         }
         if let Some(id) = self.node_with(&peer) {
@@ -161,7 +161,15 @@ impl Mesh {
         self.fx.advance(now);
         let node = self.node_with(&peer);
         let from = source.map(|source| source.path);
-        if let Some(from) = from.filter(|_| node.is_some()) {
+        // A peer or a relay whose own probes arrive may still get nothing of ours.
+        let is_answer = matches!(
+            message,
+            Probe::Pong { .. }
+                | Probe::Registered { .. }
+                | Probe::Opened { .. }
+                | Probe::Refused { .. }
+        );
+        if let Some(from) = from.filter(|_| is_answer && node.is_some()) {
             self.answered(&from);
         }
         // A relay serves nodes that reach it directly.
