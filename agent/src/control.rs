@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime};
 
 use futures_util::Stream;
 use ipnet::IpNet;
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixListener;
 use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
@@ -25,9 +25,11 @@ use towline_core::reason::PeerReason;
 use towline_proto::code::Coded as _;
 use towline_proto::pb::local_server::{Local, LocalServer};
 use towline_proto::{codes, limits, pb};
+use towline_service::local_socket;
 
 use crate::down::{Down, Lasts};
 use crate::events::{self, EventId};
+use crate::timing::micros;
 use crate::uapi;
 
 /// Maximum time to write the pending responses when the daemon ends.
@@ -314,7 +316,7 @@ async fn serve(
     stopped: impl Future<Output = ()>,
 ) {
     let incoming = UnixListenerStream::new(listener).filter(|connection| match connection {
-        Ok(stream) => allowed(stream),
+        Ok(stream) => local_socket::is_allowed(stream),
         Err(_) => true,
     });
     let service =
@@ -326,22 +328,6 @@ async fn serve(
         .await;
     if let Err(error) = served {
         tracing::error!(%error, "local API server failed: restart the agent");
-    }
-}
-
-/// Returns whether the peer of a connection may use the API: root and the agent's user may.
-pub(crate) fn allowed(stream: &UnixStream) -> bool {
-    let own = nix::unistd::geteuid().as_raw();
-    match stream.peer_cred() {
-        Ok(peer) if peer.uid() == 0 || peer.uid() == own => true,
-        Ok(peer) => {
-            tracing::warn!(uid = peer.uid(), "local connection refused");
-            false
-        }
-        Err(error) => {
-            tracing::warn!(%error, "local connection without credentials refused");
-            false
-        }
     }
 }
 
@@ -393,7 +379,7 @@ fn response(node: &str, sequence: u32, answer: PingAnswer) -> Result<pb::PingRes
     match answer {
         PingAnswer::Answer { path_kind, path, rtt } => Ok(pb::PingResponse {
             sequence,
-            rtt_us: Some(u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX)),
+            rtt_us: Some(micros(rtt)),
             path_kind: path_kind.code().into(),
             path: path.to_string(),
             ..Default::default()
@@ -584,6 +570,8 @@ mod tests {
     use tonic::transport::{Channel, Endpoint};
     use towline_proto::pb::local_client::LocalClient;
     use towline_service::grpc;
+
+    use tokio::net::UnixStream;
 
     use super::*;
 

@@ -17,8 +17,7 @@ const RESOLV_CONF: [&str; 2] = ["/etc/resolv.conf", "/run/systemd/resolve/resolv
 const DNS_SERVERS: usize = 16;
 
 /// Returns the addresses that this machine needs. Those in a range that the mesh guards already are left
-/// out: to open a range that is closed is no business of this list. Nothing that cannot be read prevents
-/// a join.
+/// out: this list must not open a guarded range. Nothing that cannot be read prevents a join.
 pub(crate) fn read(mesh: &MeshConfig) -> HostAddresses {
     let (gateways, uplinks) = of_links(mesh).unwrap_or_else(|error| {
         tracing::warn!(%error, "gateways and uplinks not read");

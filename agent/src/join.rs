@@ -28,6 +28,9 @@ use crate::state::{InvalidMembership, Keys, Membership, StateDir, StateError};
 use crate::tls;
 use towline_host::{CandidatePolicy, HostNetwork};
 
+/// Environment variable with a join token.
+pub(crate) const TOKEN_VARIABLE: &str = "TOWLINE_TOKEN";
+
 /// Error of a join or a renewal.
 #[derive(Debug, thiserror::Error)]
 pub enum JoinError {

@@ -38,6 +38,7 @@ pub mod reserved_port;
 pub mod state;
 pub mod static_peers;
 pub mod telemetry;
+mod timing;
 pub mod tls;
 pub mod top;
 pub mod trace;

@@ -155,8 +155,9 @@ impl MapCache {
 
     /// Returns the tombstones of the newest removals, which a session in another epoch sends to the controller.
     pub fn tombstones(&self) -> Vec<pb::Signed> {
-        let mut all = self.removals(i64::MIN).tombstones;
-        all.split_off(all.len().saturating_sub(limits::TOMBSTONES))
+        let all = self.timed_tombstones();
+        let newest = all.get(all.len().saturating_sub(limits::TOMBSTONES)..).unwrap_or_default();
+        newest.iter().map(|(_, tombstone)| (*tombstone).clone()).collect()
     }
 
     /// Returns whether a node was removed.
@@ -166,12 +167,19 @@ impl MapCache {
 
     /// Returns the removals at `since` (seconds since 1970) or later, the oldest first.
     pub fn removals(&self, since: i64) -> Removals {
-        let timed = |tombstone: &pb::Signed| Some((removed_at(tombstone)?, tombstone.clone()));
-        let mut all: Vec<(i64, pb::Signed)> = self.tombstones.values().filter_map(timed).collect();
-        all.sort_by_key(|(at, _)| *at);
+        let all = self.timed_tombstones();
         let newest = all.last().map_or(0, |(at, _)| *at);
-        all.retain(|(at, _)| *at >= since);
-        Removals { newest, tombstones: all.into_iter().map(|(_, tombstone)| tombstone).collect() }
+        let wanted = all.into_iter().filter(|(at, _)| *at >= since);
+        Removals { newest, tombstones: wanted.map(|(_, tombstone)| tombstone.clone()).collect() }
+    }
+
+    /// Returns all tombstones with the time of the removal, the oldest first.
+    fn timed_tombstones(&self) -> Vec<(i64, &pb::Signed)> {
+        let tombstones = self.tombstones.values();
+        let timed = tombstones.filter_map(|tombstone| Some((removed_at(tombstone)?, tombstone)));
+        let mut all: Vec<_> = timed.collect();
+        all.sort_by_key(|(at, _)| *at);
+        all
     }
 
     /// Applies changes from the controller. Each statement is verified separately.
@@ -363,7 +371,7 @@ impl MapCache {
 #[cfg(test)]
 mod tests {
     use towline_fixtures::ca::{Ca, identity, public, sign_record};
-    use towline_fixtures::node::{mesh_config, node};
+    use towline_fixtures::node::{mesh_config, node, tombstone};
     use towline_proto::node::Grant;
     use towline_proto::signed::Domain;
 
@@ -478,6 +486,23 @@ mod tests {
             to: NodeId([4; 16]),
         };
         assert_eq!(applied.alerts, [moved]);
+    }
+
+    #[test]
+    fn removals_are_returned_from_a_time_on_the_oldest_first() {
+        let ca = Ca::new(9);
+        let removal = |number: u8, removed_at: i64| {
+            let tombstone = Tombstone { removed_at, ..tombstone(number) };
+            ca.sign(Domain::Tombstone, &pb::Tombstone::from(&tombstone))
+        };
+        let mut map = MapCache::new(ca.public(), NodeId([1; 16]));
+        let (late, early, middle) = (removal(2, 30), removal(3, 10), removal(4, 20));
+        let all = [&late, &early, &middle].map(|signed| Bury(signed.clone()));
+        map.apply(changes(1, all.to_vec()));
+        let tombstones = vec![middle.clone(), late.clone()];
+        assert_eq!(map.removals(20), Removals { newest: 30, tombstones });
+        assert_eq!(map.removals(31), Removals { newest: 30, tombstones: Vec::new() });
+        assert_eq!(map.tombstones(), [early, middle, late]);
     }
 
     #[test]

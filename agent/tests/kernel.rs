@@ -29,8 +29,6 @@ use towline_dataplane::{
 };
 use towline_netlink::codec::Message;
 use towline_netlink::{AddressOptions, Connection, Protocol, Rtnetlink, VethPeer};
-use towline_proto::frame::ProbeVersion;
-use towline_proto::mtu::Mtu;
 use x25519_dalek::StaticSecret;
 
 /// Longest wait for a condition. It only bounds a failing test.
@@ -231,16 +229,8 @@ fn pair_with(offloads: Offloads, outer: [&str; 2], workers: usize) -> [Node; 2] 
     for (me, you) in [(0, 1), (1, 0)] {
         let entry = PeerEntry {
             endpoint: Some(SocketAddr::new(address(outer[you]).addr(), 51830).into()),
-            mtu: Mtu::DEFAULT,
-            fragment: false,
-            is_single: false,
             prefixes: nodes[you].inner.map(IpNet::from).to_vec(),
-            shared_sources: Vec::new(),
-            keepalive: None,
-            preshared_key: None,
-            boot_epoch: 0,
-            is_static: false,
-            probe_version: ProbeVersion::OWN,
+            ..PeerEntry::default()
         };
         let peers = BTreeMap::from([(nodes[you].plane.public_key(), entry)]);
         let own = OwnNetworks::new(nodes[me].inner, [], []);

@@ -167,8 +167,8 @@ pub struct EtcdTable {
     pub user: Option<String>,
     /// File with the password of the user.
     pub password_file: Option<PathBuf>,
-    /// Connect to other machines without TLS. Who is on the way can then read the store, and put an earlier one
-    /// in its place.
+    /// Connect to other machines without TLS. Anyone on the network path can then read the store and replace it by an
+    /// earlier one.
     pub plaintext: bool,
     /// Several controllers serve the mesh at a time. It must be the same in all of them. Without it, one serves, and
     /// the others wait until it ends.

@@ -1,12 +1,13 @@
 //! The local socket, by which the operator of the controller's machine administers the mesh.
 //!
 //! It is in the state directory, which only the controller's user and root can enter. Each connection is
-//! checked by the credentials that the kernel has of its peer, so no certificate is needed.
+//! checked by the credentials that the kernel has of its peer
+//! ([`local_socket`](towline_service::local_socket)), so no certificate is needed.
 
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixListener;
 
 use crate::state_dir::StateDir;
 
@@ -24,24 +25,4 @@ pub fn listen(dir: &StateDir) -> io::Result<UnixListener> {
     let listener = UnixListener::bind(&path)?;
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
     Ok(listener)
-}
-
-/// Returns whether the peer of a connection may administer the mesh: root and the controller's user may.
-pub fn is_allowed(stream: &UnixStream) -> bool {
-    match stream.peer_cred() {
-        Ok(peer) if is_allowed_user(peer.uid()) => true,
-        Ok(peer) => {
-            tracing::warn!(uid = peer.uid(), "local connection refused");
-            false
-        }
-        Err(error) => {
-            tracing::warn!(%error, "local connection without credentials refused");
-            false
-        }
-    }
-}
-
-/// Returns whether a user may administer the mesh by the socket.
-pub fn is_allowed_user(uid: u32) -> bool {
-    uid == 0 || uid == nix::unistd::geteuid().as_raw()
 }

@@ -133,8 +133,11 @@ impl Map {
         {
             let mut inner = self.inner.write();
             inner.epoch = epoch;
-            inner.revision = inner.revision.max(revision);
-            inner.published_at = Some(clock::now().mono);
+            // Commits of what is not part of the map do not make its newest revision younger.
+            if revision > inner.revision {
+                inner.revision = revision;
+                inner.published_at = Some(clock::now().mono);
+            }
             for change in changes {
                 inner.apply(change);
             }
@@ -154,6 +157,12 @@ impl Map {
     /// Returns the epoch of the mesh.
     pub fn epoch(&self) -> u64 {
         self.inner.read().epoch
+    }
+
+    /// Returns the epoch of the mesh and the newest revision, both of the same moment.
+    pub fn position(&self) -> (u64, u64) {
+        let inner = self.inner.read();
+        (inner.epoch, inner.revision)
     }
 
     /// Returns the newest revision.
@@ -325,6 +334,21 @@ mod tests {
         assert_eq!((ids(&changes), changes.revision, all), (vec![1], 4, true));
         let (changes, all) = map.changes_after(4);
         assert_eq!((ids(&changes), changes.revision, all), (vec![], 4, true));
+    }
+
+    #[test]
+    fn a_commit_without_a_new_revision_leaves_the_time_of_the_newest_one() {
+        let map = Map::new();
+        assert_eq!(map.published_at(), None);
+        map.apply(1, 1, vec![upsert(1, 1, 8)]);
+        let published = map.published_at();
+        assert!(published.is_some());
+        // A later time must differ, also where the clock is coarse.
+        while published == Some(clock::now().mono) {}
+        map.apply(1, 1, Vec::new());
+        assert_eq!(map.published_at(), published);
+        map.apply(1, 2, vec![upsert(2, 1, 8)]);
+        assert!(map.published_at() > published);
     }
 
     #[test]

@@ -117,11 +117,41 @@ pub fn read(
         .map_err(|error| LoadError::Load { path: store.name(), error })
 }
 
-/// Starts the writer's thread. The receiver resolves when the thread has ended.
+/// Opens a store again after a failed commit, and loads the ledger from it.
+pub fn reload(
+    store: &mut dyn Store,
+    authority: Arc<Authority>,
+    migrate: bool,
+    now: Now,
+) -> Result<Ledger, LoadError> {
+    store.reopen()?;
+    read(store, authority, migrate, now)
+}
+
+/// Logs that the first commit of a migration succeeded, which authenticated all records.
+pub(crate) fn log_migrated() {
+    tracing::warn!("store migrated: start without --migrate-store from now on");
+}
+
+/// Replaces all records of a store by those that an earlier version wrote, which are not authenticated.
+#[cfg(test)]
+pub(crate) fn remove_authentication(store: &mut dyn Store, authority: &Authority) {
+    let secret = authority.store_secret();
+    let unauthenticated = |(key, value): Record| {
+        let body = secret.open(&key, &value).unwrap().body.to_vec();
+        (key, Some(body))
+    };
+    let writes: Vec<_> = store.load().unwrap().into_iter().map(unauthenticated).collect();
+    store.commit(store.sequence(), &writes).unwrap();
+}
+
+/// Starts the writer's thread. `migrate` is true if the controller was started to migrate the store. The receiver
+/// resolves when the thread has ended.
 pub fn start(
     mut store: Box<dyn Store>,
     ledger: Ledger,
     authority: Arc<Authority>,
+    migrate: bool,
     published: Published,
 ) -> std::io::Result<(Writer, oneshot::Receiver<()>)> {
     let (queue, requests) = mpsc::channel(QUEUE);
@@ -135,7 +165,8 @@ pub fn start(
         }
     }
     published.replace(&ledger);
-    let thread = Thread { store, ledger, authority, published, broken: false };
+    let migrate = migrate && ledger.needs_rewrite();
+    let thread = Thread { store, ledger, authority, published, migrate, broken: false };
     std::thread::Builder::new().name("store".into()).spawn(move || {
         thread.run(requests);
         let _ = ended.send(());
@@ -223,6 +254,9 @@ struct Thread {
     ledger: Ledger,
     authority: Arc<Authority>,
     published: Published,
+    /// True if the store may have records that are not authenticated, until the first commit succeeds, which writes
+    /// all records.
+    migrate: bool,
     /// True after a failed transaction: ledger and store may differ.
     broken: bool,
 }
@@ -356,7 +390,12 @@ impl Thread {
             let committed = self.store.commit(expected, &changes.writes);
             self.published.counters.commit(clock::now().since(begun.mono), committed.is_ok());
             match committed {
-                Ok(sequence) => self.published.counters.set_sequence(sequence),
+                Ok(sequence) => {
+                    self.published.counters.set_sequence(sequence);
+                    if std::mem::take(&mut self.migrate) {
+                        log_migrated();
+                    }
+                }
                 Err(error) => {
                     tracing::error!(%error, "cannot store changes");
                     self.broken = true;
@@ -389,10 +428,8 @@ impl Thread {
         if !self.broken {
             return Ok(());
         }
-        let reread = self.store.reopen().map_err(LoadError::from);
-        let ledger = reread
-            .and_then(|()| read(&mut *self.store, self.authority.clone(), false, clock::now()));
-        match ledger {
+        let (store, authority) = (&mut *self.store, self.authority.clone());
+        match reload(store, authority, self.migrate, clock::now()) {
             Ok(ledger) => {
                 self.published.replace(&ledger);
                 self.published.sessions.lock().learn(ledger.last_seen());
@@ -469,28 +506,54 @@ mod tests {
         }
     }
 
+    fn new_ledger(authority: &Arc<Authority>) -> Ledger {
+        let config = MeshConfig { mesh_id: authority.mesh_id(), ..mesh_config() };
+        Ledger::create(authority.clone(), config)
+    }
+
+    fn published() -> Published {
+        Published {
+            map: Arc::new(Map::new()),
+            view: Arc::default(),
+            sessions: Arc::new(Mutex::new(Sessions::new(Duration::from_secs(1)))),
+            counters: Arc::default(),
+            events: Arc::new(Events::new(1)),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_migration_survives_a_failed_transaction() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = StateDir::new(root.path());
+        let authority = Arc::new(Authority::load_or_create(&dir, true, 0).unwrap());
+        let writes = new_ledger(&authority).take_changes(BTreeMap::new).writes;
+        let mut store = FileStore::create(&dir.store(), &writes).unwrap();
+        remove_authentication(&mut store, &authority);
+        let ledger = read(&mut store, authority.clone(), true, clock::now()).unwrap();
+        store.fail_next_commits(1);
+        let (writer, ended) =
+            start(Box::new(store), ledger, authority.clone(), true, published()).unwrap();
+        assert!(writer.run(create_token(1)).await.is_err());
+        assert!(writer.run(create_token(2)).await.unwrap());
+        writer.stop().await;
+        ended.await.unwrap();
+        let mut store = FileStore::open(&dir.store()).unwrap();
+        let ledger = read(&mut store, authority, false, clock::now()).unwrap();
+        assert!(!ledger.needs_rewrite(), "all records are authenticated");
+    }
+
     #[tokio::test]
     async fn a_failed_transaction_is_told_undone_and_got_over() {
         let root = tempfile::tempdir().unwrap();
         let dir = StateDir::new(root.path());
         let authority = Arc::new(Authority::load_or_create(&dir, true, 0).unwrap());
-        let mut ledger = Ledger::create(
-            authority.clone(),
-            MeshConfig { mesh_id: authority.mesh_id(), ..mesh_config() },
-        );
-        let sessions = Sessions::new(Duration::from_secs(1));
+        let mut ledger = new_ledger(&authority);
         let writes = ledger.take_changes(BTreeMap::new).writes;
         let store = FileStore::create(&dir.store(), &writes).unwrap();
-        store.fail_next_commit();
-        let published = Published {
-            map: Arc::new(Map::new()),
-            view: Arc::default(),
-            sessions: Arc::new(Mutex::new(sessions)),
-            counters: Arc::default(),
-            events: Arc::new(Events::new(1)),
-        };
+        store.fail_next_commits(1);
+        let published = published();
         let (view, counters) = (published.view.clone(), published.counters.clone());
-        let (writer, ended) = start(Box::new(store), ledger, authority, published).unwrap();
+        let (writer, ended) = start(Box::new(store), ledger, authority, false, published).unwrap();
 
         let error = writer.run(create_token(1)).await.unwrap_err();
         assert!(error.to_string().contains("free space"), "{error}");

@@ -3,6 +3,7 @@
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context as _, bail};
+use clap::ValueEnum as _;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use towline_service::output::Format;
@@ -95,11 +96,9 @@ impl Kubectl {
         let namespace = format!("--namespace={}", self.namespace);
         let format = match output {
             Format::Table => None,
-            Format::Wide => Some("wide"),
-            Format::Json => Some("json"),
-            Format::Yaml => Some("yaml"),
+            Format::Wide | Format::Json | Format::Yaml => output.to_possible_value(),
         };
-        let format = format.map(|format| format!("--output={format}"));
+        let format = format.map(|format| format!("--output={}", format.get_name()));
         let mut words = command.iter();
         let status = self
             .command(&["exec", &namespace, "--container=agent", pod, "--", "/usr/bin/towline"])

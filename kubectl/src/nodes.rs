@@ -76,7 +76,7 @@ pub(super) fn table(nodes: &[Node], wide: bool) -> String {
         };
         let mut row = vec![
             node.node.clone(),
-            or_dash(&node.site),
+            output::or_dash(Some(&node.site)),
             status(connected),
             status(reachable),
             node.peers_up.to_string(),
@@ -84,7 +84,7 @@ pub(super) fn table(nodes: &[Node], wide: bool) -> String {
             node.peers_down.to_string(),
         ];
         if wide {
-            row.push(or_dash(&node.last_seen));
+            row.push(output::or_dash(Some(&node.last_seen)));
             row.push(output::or_dash(reachable.map(|condition| &condition.message)));
         }
         row
@@ -95,13 +95,14 @@ pub(super) fn table(nodes: &[Node], wide: bool) -> String {
 /// Returns the table of a node's paths.
 pub(super) fn paths_table(paths: &[Path]) -> String {
     let rows = paths.iter().map(|path| {
-        vec![path.to.clone(), path.state.clone(), or_dash(&path.relay), or_dash(&path.reason)]
+        vec![
+            path.to.clone(),
+            path.state.clone(),
+            output::or_dash(Some(&path.relay)),
+            output::or_dash(Some(&path.reason)),
+        ]
     });
     output::table(&["TO", "STATE", "RELAY", "REASON"], rows)
-}
-
-fn or_dash(text: &str) -> String {
-    output::or_dash((!text.is_empty()).then_some(text))
 }
 
 /// Parses the name of a Kubernetes node, so that it is neither a flag nor a part of a selector.

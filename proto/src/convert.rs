@@ -498,19 +498,24 @@ impl TryFrom<pb::PeerSummary> for PeerSummary {
     }
 }
 
+impl From<&Tunnel> for pb::TunnelState {
+    fn from(tunnel: &Tunnel) -> Self {
+        match tunnel {
+            Tunnel::Idle => Self::Idle,
+            Tunnel::Connecting => Self::Connecting,
+            Tunnel::Down => Self::Down,
+            Tunnel::Direct => Self::Direct,
+            Tunnel::Relayed(_) => Self::Relayed,
+        }
+    }
+}
+
 impl From<&PeerSummary> for pb::PeerSummary {
     fn from(peer: &PeerSummary) -> Self {
-        let (state, relay) = match &peer.tunnel {
-            Tunnel::Idle => (pb::TunnelState::Idle, None),
-            Tunnel::Connecting => (pb::TunnelState::Connecting, None),
-            Tunnel::Down => (pb::TunnelState::Down, None),
-            Tunnel::Direct => (pb::TunnelState::Direct, None),
-            Tunnel::Relayed(relay) => (pb::TunnelState::Relayed, relay.as_ref()),
-        };
         Self {
             node_id: peer.node.0.to_vec(),
-            state: state.into(),
-            relay: relay.map(ToString::to_string).unwrap_or_default(),
+            state: pb::TunnelState::from(&peer.tunnel).into(),
+            relay: peer.tunnel.relay().map(ToString::to_string).unwrap_or_default(),
             rtt_us: peer.rtt_us.unwrap_or(0),
             loss_permille: peer.loss_permille.map(u32::from),
             mtu: peer.mtu.map_or(0, u32::from),

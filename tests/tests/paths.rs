@@ -382,6 +382,21 @@ fn a_nat_whose_mappings_are_stuck_gets_datagrams_from_another_port() {
     }
 }
 
+/// A firewall that drops what leaves from the configured port. What the peer sends still arrives, which is no
+/// answer.
+#[test]
+fn a_port_from_which_nothing_leaves_is_replaced_though_the_peer_is_heard() {
+    let (place, family) = (Place::PortRestricted, Family::V4);
+    let mut pair = Pair::new(960, FAR, (place, family), (Place::Open, family));
+    pair.first_packet().unwrap();
+    pair.traffic(Duration::from_secs(5));
+    pair.sim.dropped = Some((pair.a, towline_tests::sim::host::PORT));
+    let gap = pair.traffic(Duration::from_secs(150));
+    let mesh = &pair.sim.hosts[pair.a].agent.as_ref().unwrap().mesh;
+    assert!(mesh.second_port().is_some(), "{gap:?}");
+    assert!(gap < Duration::from_secs(100), "{gap:?}");
+}
+
 #[test]
 fn a_clock_that_jumps_while_the_agents_run_interrupts_nothing() {
     for (seed, jump) in [3_600, -3_600].into_iter().enumerate() {

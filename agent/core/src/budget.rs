@@ -1,7 +1,7 @@
 //! Bounds on what others can make us send.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use towline_types::id::NodeId;
@@ -54,7 +54,7 @@ impl Count {
 #[derive(Debug, Default)]
 pub(crate) struct Unanswered {
     by_address: BTreeMap<IpAddr, Count>,
-    by_peer: BTreeMap<(NodeId, IpAddr), Count>,
+    by_peer: BTreeMap<NodeId, BTreeMap<IpAddr, Count>>,
 }
 
 impl Unanswered {
@@ -66,29 +66,28 @@ impl Unanswered {
     /// Forgets an address from which an answer of the peer came: it is no victim.
     pub(crate) fn answered(&mut self, peer: NodeId, from: IpAddr) {
         self.by_address.remove(&from);
-        self.by_peer.remove(&(peer, from));
+        if let Some(own) = self.by_peer.get_mut(&peer) {
+            own.remove(&from);
+            if own.is_empty() {
+                self.by_peer.remove(&peer);
+            }
+        }
     }
 
     /// Forgets a peer, which was removed.
     pub(crate) fn forget(&mut self, peer: NodeId) {
-        self.by_peer.retain(|(of, _), _| *of != peer);
+        self.by_peer.remove(&peer);
     }
 
     fn take_of_peer(&mut self, now: Instant, peer: NodeId, to: IpAddr) -> bool {
-        if !self.by_peer.contains_key(&(peer, to)) {
-            let first = (peer, IpAddr::V4(Ipv4Addr::UNSPECIFIED));
-            let own = self.by_peer.range(first..).take_while(|((of, _), _)| *of == peer);
-            let (over, counted): (Vec<_>, Vec<_>) = own.partition(|(_, count)| count.is_over(now));
-            let is_full = counted.len() >= ADDRESSES_OF_PEER;
-            let over: Vec<_> = over.into_iter().map(|(key, _)| *key).collect();
-            for key in over {
-                self.by_peer.remove(&key);
-            }
-            if is_full {
+        let own = self.by_peer.entry(peer).or_default();
+        if !own.contains_key(&to) {
+            own.retain(|_, count| !count.is_over(now));
+            if own.len() >= ADDRESSES_OF_PEER {
                 return false;
             }
         }
-        let count = self.by_peer.entry((peer, to)).or_insert_with(|| Count::new(now));
+        let count = own.entry(to).or_insert_with(|| Count::new(now));
         count.take(now, UNANSWERED_OF_PEER)
     }
 
@@ -111,6 +110,7 @@ impl Unanswered {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::Ipv4Addr;
 
     const NOBODY: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 9));
 
@@ -140,6 +140,10 @@ mod tests {
         assert_eq!(tried.count(), ADDRESSES_OF_PEER);
         assert!(unanswered.take(now, NodeId([2; 16]), NOBODY));
         assert!(unanswered.take(now + WINDOW, NodeId([1; 16]), NOBODY));
-        assert!(unanswered.by_peer.len() <= 2 * ADDRESSES_OF_PEER);
+        let counted: usize = unanswered.by_peer.values().map(BTreeMap::len).sum();
+        assert!(counted <= 2 * ADDRESSES_OF_PEER, "{counted}");
+        unanswered.answered(NodeId([2; 16]), NOBODY);
+        unanswered.forget(NodeId([1; 16]));
+        assert!(unanswered.by_peer.is_empty(), "{unanswered:?}");
     }
 }

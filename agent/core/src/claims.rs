@@ -110,18 +110,19 @@ impl Claims {
             self.keys.remove(key);
         }
         for prefix in &claim.prefixes {
-            let mut holders = self.held.remove(prefix).unwrap_or_default();
+            let Some(holders) = self.held.get_mut(prefix) else { continue };
             holders.retain(|holder| holder.id() != Some(node.id()));
-            if !holders.is_empty() {
-                self.held.insert(*prefix, holders);
+            if holders.is_empty() {
+                self.held.remove(prefix);
             }
         }
     }
 
     fn hold(&mut self, prefix: IpNet, owner: Owner) {
-        let mut holders = self.held.remove(&prefix).unwrap_or_default();
-        holders.push(owner);
-        self.held.insert(prefix, holders);
+        match self.held.get_mut(&prefix) {
+            Some(holders) => holders.push(owner),
+            None => self.held.insert(prefix, vec![owner]),
+        }
     }
 
     /// Gives a node those of its claims that no other node holds and this host does not refuse.
@@ -146,7 +147,7 @@ impl Claims {
             let announced = node.record().prefixes.iter().copied();
             let mut room = limits::GUARDED_PREFIXES;
             for prefix in grant.overlay.prefixes().chain(announced) {
-                let is_own_address = grant.overlay.prefixes().any(|own| own == prefix);
+                let is_own_address = grant.overlay.contains_prefix(&prefix);
                 let is_lan = node.record().lans.contains(&prefix);
                 let covered = limits
                     .refuses(grant, &prefix, is_lan)

@@ -29,7 +29,7 @@ use towline_types::id::{NodeId, NodeName, WireguardKey};
 use towline_types::node::{CandidateKind, Node, RelayRole};
 
 use crate::effects::Effects;
-use crate::local_node::LocalNode;
+use crate::local_node::{LocalNode, is_host_local};
 use crate::path::{ChannelId, Path};
 use crate::prefixes::is_private;
 use crate::timers::Timer;
@@ -376,9 +376,11 @@ impl HomeRelays {
     }
 }
 
-/// Returns the addresses at which a node can be reached without its having sent something first.
+/// Returns the addresses at which a node can be reached without its having sent something first. Those of
+/// this host and of its links are left out: see [`LocalNode::can_send_to_node`].
 pub(crate) fn addresses(node: &Node) -> Vec<SocketAddr> {
-    let public = node.record().candidates.iter().filter(|c| match c.kind() {
+    let elsewhere = node.record().candidates.iter().filter(|c| !is_host_local(c.address().ip()));
+    let public = elsewhere.filter(|c| match c.kind() {
         CandidateKind::Configured => true,
         CandidateKind::Local => !is_private(c.address().ip()),
         CandidateKind::Reflexive | CandidateKind::Relayed => false,
@@ -396,10 +398,11 @@ fn ways(via: Option<Path>, relay: &Relay, local: &LocalNode) -> Vec<Path> {
     }
 }
 
-/// Returns the weight of a relay for a node. Every node computes the same (FNV-1a, then a mix of
-/// the bits).
-fn weight(node: NodeId, relay: NodeId) -> u64 {
-    let bytes = node.0.iter().chain(&relay.0);
+/// Returns the weight of another node, such as a relay, for a node (rendezvous hashing); the lowest one is
+/// chosen. Every node computes the same (FNV-1a, then a mix of the bits). No attacker gains by choosing an
+/// id: the controller draws it.
+pub(crate) fn weight(node: NodeId, other: NodeId) -> u64 {
+    let bytes = node.0.iter().chain(&other.0);
     let mut hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
     });

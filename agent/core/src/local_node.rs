@@ -317,7 +317,7 @@ impl LocalNode {
 
 /// Returns whether an address means another host, or none, on each host or link: loopback or
 /// link-local. Services that trust their link listen there, such as a cloud's metadata service.
-fn is_host_local(ip: IpAddr) -> bool {
+pub(crate) fn is_host_local(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(v4) => v4.is_loopback() || v4.is_link_local(),
         IpAddr::V6(v6) => v6.is_loopback() || v6.is_unicast_link_local(),

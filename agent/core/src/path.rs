@@ -81,6 +81,16 @@ impl Path {
     }
 }
 
+/// Source of a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Source {
+    /// Path that the message came over.
+    pub path: Path,
+    /// True if the sender proved lately that it receives what is sent on that path, see
+    /// [`ProbeSession`](crate::probe_session::ProbeSession). Always false for a message of version 1.
+    pub is_validated: bool,
+}
+
 impl From<SocketAddr> for Path {
     fn from(remote: SocketAddr) -> Self {
         Self::direct(remote)

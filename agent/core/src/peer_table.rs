@@ -58,6 +58,25 @@ pub struct PeerEntry {
     pub probe_version: ProbeVersion,
 }
 
+impl Default for PeerEntry {
+    /// Returns the entry of a peer of this version that nothing is known of: it has no path and no networks.
+    fn default() -> Self {
+        Self {
+            endpoint: None,
+            prefixes: Vec::new(),
+            shared_sources: Vec::new(),
+            keepalive: None,
+            preshared_key: None,
+            mtu: Mtu::DEFAULT,
+            fragment: false,
+            is_single: false,
+            boot_epoch: 0,
+            is_static: false,
+            probe_version: ProbeVersion::OWN,
+        }
+    }
+}
+
 /// An event of one peer that the data plane observed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Observation {

@@ -46,6 +46,11 @@ impl<V> PrefixMap<V> {
         self.by_net.get(net)
     }
 
+    /// Returns the value of exactly this network, to change it.
+    pub(crate) fn get_mut(&mut self, net: &IpNet) -> Option<&mut V> {
+        self.by_net.get_mut(net)
+    }
+
     /// Every network that overlaps `net`: those around it (and itself), then those inside it.
     pub(crate) fn overlapping(&self, net: IpNet) -> impl Iterator<Item = (&IpNet, &V)> {
         let v6 = is_v6(&net);

@@ -151,6 +151,9 @@ pub enum Decision {
     Deliver {
         /// Message to send back on the path that it came over.
         answer: Option<Probe>,
+        /// True if the peer proved lately that it receives what is sent on that path. False for
+        /// version 1, in which nothing is proven.
+        is_validated: bool,
     },
     /// The message is dropped and counted.
     Drop {
@@ -274,19 +277,25 @@ impl ProbeSession {
         if arrival.is_in_use { in_use } else { elsewhere }
     }
 
+    /// Returns the decision to deliver a message, with an answer if it has one.
+    fn delivery(&self, arrival: &Arrival, answer: Option<Probe>) -> Decision {
+        let is_validated = arrival.stamp.is_some() && self.is_validated(arrival.now, &arrival.from);
+        Decision::Deliver { answer, is_validated }
+    }
+
     fn deliver(&mut self, arrival: &Arrival, message: &Probe) -> Decision {
         let limits = self.limits(arrival);
         if !limits.messages.take(&MESSAGES, arrival.now, 1) {
             return Decision::Drop { answer: None, reason: ProbeRefusal::Limited };
         }
         let Probe::Ping { transaction } = *message else {
-            return Decision::Deliver { answer: None };
+            return self.delivery(arrival, None);
         };
         if !limits.pongs.take(&PONGS, arrival.now, 1) {
             return Decision::Drop { answer: None, reason: ProbeRefusal::Limited };
         }
         let observed = arrival.from.remote;
-        Decision::Deliver { answer: Some(Probe::Pong { transaction, observed }) }
+        self.delivery(arrival, Some(Probe::Pong { transaction, observed }))
     }
 
     fn challenge<S: BuildHasher>(
@@ -296,8 +305,11 @@ impl ProbeSession {
         reason: ProbeRefusal,
     ) -> Decision {
         let is_admitted = self.limits(arrival).answers.take(&ANSWERS, arrival.now, 1);
-        let token = secret.token(secret.period(arrival.now), self, &arrival.from);
-        Decision::Drop { answer: is_admitted.then_some(Probe::Challenge { token }), reason }
+        let answer = is_admitted.then(|| {
+            let token = secret.token(secret.period(arrival.now), self, &arrival.from);
+            Probe::Challenge { token }
+        });
+        Decision::Drop { answer, reason }
     }
 
     fn prove(&mut self, arrival: &Arrival, token: u64) -> Decision {
@@ -307,7 +319,7 @@ impl ProbeSession {
         }
         let answer = Some(Probe::Proof { token });
         if limits.repeats.take(&REPEATS, arrival.now, 1) {
-            Decision::Deliver { answer }
+            self.delivery(arrival, answer)
         } else {
             Decision::Drop { answer, reason: ProbeRefusal::Limited }
         }
@@ -419,7 +431,7 @@ mod tests {
         introduce(&mut b, &mut a, now, at(1));
         let stamp = a.stamp();
         let pong = Probe::Pong { transaction: 7, observed: at(1).remote };
-        let answered = Decision::Deliver { answer: Some(pong) };
+        let answered = Decision::Deliver { answer: Some(pong), is_validated: true };
         assert_eq!(b.receive(now, at(1), stamp, &PING), answered);
         challenge(b.receive(now, at(1), stamp, &PING));
     }
@@ -463,7 +475,8 @@ mod tests {
         let to_a = challenge(a.receive(now, at(2), b.stamp(), &PING));
         // A challenge is answered though its sender has proven nothing.
         let decision = a.receive(now, at(2), b.stamp(), &Probe::Challenge { token: to_b });
-        assert_eq!(decision, Decision::Deliver { answer: Some(Probe::Proof { token: to_b }) });
+        let answer = Some(Probe::Proof { token: to_b });
+        assert_eq!(decision, Decision::Deliver { answer, is_validated: false });
         let proof = a.stamp();
         assert!(is_delivered(&b.receive(now, at(1), proof, &Probe::Proof { token: to_b })));
         let proof = b.stamp();
@@ -484,6 +497,23 @@ mod tests {
         assert!(!b.session.is_validated(now, &at(66)));
         let later = now + VALIDATED_FOR;
         challenge(b.receive(later, at(1), a.stamp(), &register));
+    }
+
+    #[test]
+    fn a_delivered_message_says_whether_its_own_path_was_proven() {
+        let now = start();
+        let (mut a, mut b) = (End::new(2, 5, now), End::new(1, 9, now));
+        introduce(&mut b, &mut a, now, at(1));
+        let answer = Probe::Refused { transaction: 3 };
+        let delivered = |is_validated| Decision::Deliver { answer: None, is_validated };
+        assert_eq!(b.receive(now, at(1), a.stamp(), &answer), delivered(true));
+        assert_eq!(b.receive(now, at(66), a.stamp(), &answer), delivered(false));
+        let later = now + VALIDATED_FOR;
+        assert_eq!(b.receive(later, at(1), a.stamp(), &answer), delivered(false));
+        // Anybody may have recorded a message of version 1, and may send it from a proven path.
+        let arrival = Arrival { now, from: at(1), is_in_use: false, stamp: None };
+        let register = Probe::Register { transaction: 3 };
+        assert_eq!(b.session.receive(&arrival, &b.secret, &register), delivered(false));
     }
 
     #[test]

@@ -10,12 +10,12 @@
 //!         ◄── Registered                 A ◄═══ channel ═════► B
 //! ```
 //!
-//! **An address is proven before anything goes there.** A request of a node with probes of version 2
-//! is delivered only if the node proved its source ([`crate::probe_session`]). That of an earlier
-//! version may be a recording that somebody sends from elsewhere, or name an address that is not the
-//! sender's. So its source gets a ping, and becomes the address of the node, or the end of a channel,
-//! once the node answered from there. Until then nothing is forwarded to it, what was proven before stays in use, and it
-//! gets at most three datagrams for one of its own. Every version of the agent answers pings.
+//! **An address is proven before anything goes there.** A request in a probe of version 2 is delivered
+//! only if the node proved its source ([`crate::probe_session`]). That of an earlier version may be a
+//! recording that somebody sends from elsewhere, or name an address that is not the sender's. So its
+//! source gets a ping. Once the node answered from there, it becomes the address of the node, or the end
+//! of a channel. Until then nothing is forwarded to it, and it gets at most three datagrams for one of its
+//! own; what was proven before stays in use. Every version of the agent answers pings.
 //!
 //! **Everything is bounded for each node**: requests, challenges, channels, and the bits that the
 //! data plane forwards for it. What a node has too much of is refused to that node alone. A channel
@@ -35,7 +35,7 @@ use crate::config::RelayLimits;
 use crate::effects::Effects;
 use crate::forwarding::{ForwardingEnd, ForwardingTable};
 use crate::output::Output;
-use crate::path::{CHANNEL_LIFETIME, ChannelId, Path};
+use crate::path::{CHANNEL_LIFETIME, ChannelId, Path, Source};
 use crate::status::RelayStatus;
 use crate::timers::Timer;
 
@@ -107,15 +107,6 @@ struct Channel {
     wanted: [Option<Path>; 2],
     /// Time at which the channel was last announced to each end.
     announced: [Option<Instant>; 2],
-}
-
-/// Source of a request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Source {
-    /// Path that the request came over.
-    pub(crate) path: Path,
-    /// True if the node proved that it receives there.
-    pub(crate) is_proven: bool,
 }
 
 /// Reason why a request is refused.
@@ -256,7 +247,7 @@ impl RelayServer {
     ) -> Result<(), Refusal> {
         let from = source.path;
         let registration = self.admit(fx, node)?;
-        if source.is_proven && registration.path != Some(from) {
+        if source.is_validated && registration.path != Some(from) {
             self.accept(fx.now, node, from, true);
             registered(fx, node, from, transaction);
         } else if registration.path == Some(from) {
@@ -278,10 +269,10 @@ impl RelayServer {
     ) -> Result<(ChannelId, Option<Path>), Refusal> {
         let from = source.path;
         let registration = self.admit(fx, node)?;
-        if source.is_proven {
+        if source.is_validated {
             registration.path.get_or_insert(from);
         }
-        let is_proven = source.is_proven || registration.path == Some(from);
+        let is_proven = source.is_validated || registration.path == Some(from);
         let has_room = |registration: &Registration, limits: &RelayLimits| {
             registration.channels.len() < limits.channels_per_node
         };

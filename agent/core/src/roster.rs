@@ -333,10 +333,11 @@ impl Roster {
     /// Resolves the claims of some nodes. Returns false where they concern other nodes too, so that
     /// all have to be resolved.
     fn resolve_nodes(&mut self, fx: &mut Effects, nodes: &BTreeSet<NodeId>) -> bool {
+        let ranges: Vec<IpNet> = self.guarded_ranges().collect();
         for id in nodes {
             let held = self.claims.of(*id).cloned();
             let held = held.unwrap_or_default();
-            self.withdraw(fx, *id, &held);
+            self.withdraw(fx, &ranges, *id, &held);
             let alone = match (self.nodes.get(id), &self.membership) {
                 (Some(node), Some(membership)) => {
                     self.claims.change(membership, &self.limits, node)
@@ -352,7 +353,7 @@ impl Roster {
             for net in now.chain(held.prefixes.iter().filter(|net| self.claims.holds(**net))) {
                 self.withdrawn.remove(net);
             }
-            self.bound_withdrawn(fx, *id);
+            self.bound_withdrawn(fx, &ranges, *id);
         }
         true
     }
@@ -365,9 +366,10 @@ impl Roster {
             }
             None => Claims::default(),
         };
+        let ranges: Vec<IpNet> = self.guarded_ranges().collect();
         let before = std::mem::replace(&mut self.claims, claims);
         for (node, claim) in before.iter() {
-            self.withdraw(fx, node.id(), claim);
+            self.withdraw(fx, &ranges, node.id(), claim);
             if self.claims.of(node.id()) != Some(claim) {
                 fx.mark(Change::Routes(node.id()));
             }
@@ -387,15 +389,14 @@ impl Roster {
         for held in static_peers.prefixes() {
             self.withdrawn.remove(held);
         }
-        self.prune_withdrawn(fx);
-        for (owner, _) in self.withdrawn.by_owner().collect::<Vec<_>>() {
-            self.bound_withdrawn(fx, owner);
+        self.prune_withdrawn(fx, &ranges);
+        for owner in self.withdrawn.owners().collect::<Vec<_>>() {
+            self.bound_withdrawn(fx, &ranges, owner);
         }
     }
 
-    /// Keeps what a node held guarded. Ranges of the mesh are guarded anyway.
-    fn withdraw(&mut self, fx: &mut Effects, node: NodeId, held: &Claim) {
-        let ranges: Vec<IpNet> = self.guarded_ranges().collect();
+    /// Keeps what a node held guarded. The ranges of the mesh are guarded anyway.
+    fn withdraw(&mut self, fx: &mut Effects, ranges: &[IpNet], node: NodeId, held: &Claim) {
         for net in &held.prefixes {
             if !ranges.iter().any(|range| range.contains(net)) {
                 self.withdrawn.add(*net, Some(node), held.lans.contains(net));
@@ -408,8 +409,7 @@ impl Roster {
 
     /// Bounds what is guarded for a node: what it holds outside the ranges of the mesh, and what it held
     /// there last.
-    fn bound_withdrawn(&mut self, fx: &mut Effects, node: NodeId) {
-        let ranges: Vec<IpNet> = self.guarded_ranges().collect();
+    fn bound_withdrawn(&mut self, fx: &mut Effects, ranges: &[IpNet], node: NodeId) {
         let is_outside = |net: &&IpNet| !ranges.iter().any(|range| range.contains(*net));
         let held = self.claims.of(node).into_iter().flat_map(|claim| &claim.prefixes);
         let room = limits::GUARDED_PREFIXES.saturating_sub(held.filter(is_outside).count());
@@ -429,12 +429,11 @@ impl Roster {
         }
     }
 
-    /// Releases withdrawn networks that this host would refuse now, and those in ranges that the mesh guards
-    /// anyway. One address may be a node's own, whose grant named it.
-    fn prune_withdrawn(&mut self, fx: &mut Effects) {
+    /// Releases withdrawn networks that this host would refuse now, and those in the ranges that the mesh
+    /// guards anyway. One address may be a node's own, whose grant named it.
+    fn prune_withdrawn(&mut self, fx: &mut Effects, ranges: &[IpNet]) {
         let Some(membership) = &self.membership else { return };
         let (limits, grant) = (&self.limits, &membership.grant);
-        let ranges: Vec<IpNet> = self.guarded_ranges().collect();
         let is_pruned = self.withdrawn.prune(|net, is_lan| {
             let is_refused = !is_host(net) && limits.refuses(grant, net, is_lan).is_some();
             is_refused || ranges.iter().any(|range| range.contains(net))

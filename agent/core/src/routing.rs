@@ -20,6 +20,7 @@ use towline_types::ownership::overlap;
 use crate::changes::{Change, Scope};
 use crate::config::Config;
 use crate::effects::Effects;
+use crate::home_relays::weight;
 use crate::local_networks::{self, ConnectedNetworks, LocalNetwork, LocalNetworks, Origin};
 use crate::own_networks::OwnNetworks;
 use crate::peer::{Peer, clamped};
@@ -346,7 +347,7 @@ impl RoutingInput<'_> {
         let (mtu, _) = clamped(peer.applied_mtu(), link);
         let mtu = (mtu < link).then_some(mtu);
         let entry = |net: &IpNet| {
-            let overlay = grant.overlay.prefixes().any(|own| own == *net);
+            let overlay = grant.overlay.contains_prefix(net);
             let trusted = trusted_site && !overlay && is_host(net);
             let in_clear = allowed.bypass_when_down
                 && !overlay
@@ -384,7 +385,7 @@ impl RoutingInput<'_> {
         }
         let is_down =
             |id: NodeId| self.peers.get(id).is_none_or(|peer| peer.state() == PeerState::Down);
-        let own = self.roster.membership().map(|ours| ours.grant.node_id);
+        let own = self.roster.membership().map_or(NodeId([0; 16]), |ours| ours.grant.node_id);
         let rank = |id: &NodeId| (is_down(*id), weight(own, *id), *id);
         claims.holders(net).min_by_key(rank) == Some(grant.node_id)
     }
@@ -479,15 +480,6 @@ impl RoutingInput<'_> {
     fn ever_held(&self, net: IpNet) -> bool {
         self.roster.withdrawn().contains(&net) || self.roster.claims().holds(net)
     }
-}
-
-/// Returns a number that depends on both ids, for rendezvous hashing.
-fn weight(own: Option<NodeId>, holder: NodeId) -> u64 {
-    let own = own.map_or([0; 16], |own| own.0);
-    // FNV-1a. No attacker gains by choosing an id: the controller draws it.
-    own.iter().chain(&holder.0).fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
-        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-    })
 }
 
 /// Guards one more network; `None` where it meets a hole.

@@ -31,7 +31,7 @@ impl Silence {
         }
     }
 
-    /// Records an authentic datagram of a peer or a relay. Returns whether the silence had begun.
+    /// Records that a peer or a relay answered. Returns whether the silence had begun.
     pub(crate) fn answered(&mut self, path: &Path) -> bool {
         if !is_behind_nat(path.remote) {
             return false;

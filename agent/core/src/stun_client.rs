@@ -361,10 +361,13 @@ impl StunClient {
         found
     }
 
-    /// Returns whether several reflectors were asked a few times and none ever answered.
-    pub(crate) fn is_silent(&self) -> bool {
-        self.queries.len() >= REFLECTORS
-            && self.queries.values().all(|asked| asked.mapped.is_none() && asked.tries > 3)
+    /// Returns whether reflectors were asked a few times and none ever answered: several, or with `is_alone`
+    /// (no peer was ever reached either) one of a controller, which runs.
+    pub(crate) fn is_silent(&self, is_alone: bool) -> bool {
+        let is_offered = |(_, remote): &Query| self.offered.contains(remote);
+        let is_enough =
+            self.queries.len() >= REFLECTORS || is_alone && self.queries.keys().any(is_offered);
+        is_enough && self.queries.values().all(|asked| asked.mapped.is_none() && asked.tries > 3)
     }
 
     /// Returns the reflectors of the controllers that were asked a few times and never answered.

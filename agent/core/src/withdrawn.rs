@@ -149,6 +149,11 @@ impl Withdrawn {
         self.owners.get(net).copied()
     }
 
+    /// Returns the nodes that held a withdrawn network last.
+    pub(crate) fn owners(&self) -> impl Iterator<Item = NodeId> {
+        self.by_owner.keys().copied()
+    }
+
     /// Returns the networks of each owner, the oldest first.
     pub(crate) fn by_owner(&self) -> impl Iterator<Item = (NodeId, Vec<IpNet>)> {
         self.by_owner.iter().map(|(owner, nets)| (*owner, nets.iter().copied().collect()))

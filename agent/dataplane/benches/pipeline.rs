@@ -32,8 +32,6 @@ use towline_dataplane::vnet::VnetHeader;
 use towline_dataplane::{
     Aead, Config, DataPlane, Engine, EngineChoice, Event, Probes, Ready, TunIo, UdpIo,
 };
-use towline_types::frame::ProbeVersion;
-use towline_types::mtu::Mtu;
 use x25519_dalek::StaticSecret;
 
 mod fixtures;
@@ -183,16 +181,8 @@ impl End {
     fn add_peer(&self, peer: &Self, own: [u8; 4], theirs: [u8; 4]) {
         let entry = PeerEntry {
             endpoint: Some(peer.address.into()),
-            mtu: Mtu::DEFAULT,
-            fragment: false,
-            is_single: false,
             prefixes: vec![ipnet::IpNet::from(IpAddr::from(theirs))],
-            shared_sources: Vec::new(),
-            keepalive: None,
-            preshared_key: None,
-            boot_epoch: 0,
-            is_static: false,
-            probe_version: ProbeVersion::OWN,
+            ..PeerEntry::default()
         };
         let peers = BTreeMap::from([(peer.plane.public_key(), entry)]);
         let own = OwnNetworks::new([IpAddr::from(own)], [], []);

@@ -27,9 +27,7 @@ use std::time::{Duration, Instant};
 
 use towline_core::path::Path;
 use towline_core::peer_table::{PeerEntry, PeerTable};
-use towline_types::frame::ProbeVersion;
 use towline_types::id::WireguardKey;
-use towline_types::mtu::Mtu;
 use x25519_dalek::StaticSecret;
 
 use super::table::Table;
@@ -152,19 +150,7 @@ fn a_tunnel_that_was_given_up_comes_back_when_told_to() {
 
 #[test]
 fn indices_tell_nothing() {
-    let entry = PeerEntry {
-        endpoint: None,
-        prefixes: Vec::new(),
-        shared_sources: Vec::new(),
-        keepalive: None,
-        preshared_key: None,
-        mtu: Mtu::DEFAULT,
-        fragment: false,
-        is_single: false,
-        boot_epoch: 0,
-        is_static: false,
-        probe_version: ProbeVersion::OWN,
-    };
+    let entry = PeerEntry::default();
     let peers = (1..=64).map(|number| (WireguardKey([number; 32]), entry.clone())).collect();
     let table = Table::default().next(&PeerTable { peers, ..PeerTable::default() }, &secrets(1));
     let mut sent = BTreeSet::new();

@@ -40,6 +40,8 @@ pub enum Event {
         peer: WireguardKey,
         /// Path that the datagram came by.
         from: Path,
+        /// True if the peer proved lately that it receives what is sent on that path.
+        is_validated: bool,
         /// The message.
         message: Probe,
     },

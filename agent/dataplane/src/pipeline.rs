@@ -467,20 +467,25 @@ impl Pipeline {
     /// Passes the packets that were decrypted to the coalescer, if their addresses are allowed.
     fn pass(&mut self, table: &Table, writes: &mut WriteBatch) {
         let mut opened = std::mem::take(&mut self.opened);
-        let mut last: Option<(IpAddr, Option<Slot>)> = None;
+        let mut last: Option<(IpAddr, bool)> = None;
+        let mut last_slot = None;
         for OpenedPacket { slot, traffic_class, at } in opened.drain(..) {
+            // The verdict on a source holds for one peer only.
+            if last_slot.replace(slot) != Some(slot) {
+                last = None;
+            }
             let range = at.start..at.start + at.len;
             let packet = writes.bytes().get(range.clone());
             let Some(inner) = packet.and_then(IpHeader::parse) else {
                 self.drops.count(DropReason::OpenedMalformed);
                 continue;
             };
-            let owner = match last {
-                Some((source, owner)) if source == inner.source => owner,
-                _ => table.route(inner.source),
+            let source = inner.source;
+            let may_send = || {
+                let owner = table.route(source);
+                owner == Some(slot) || table.is_shared_source(slot, owner, source)
             };
-            last = Some((inner.source, owner));
-            if owner != Some(slot) && !table.is_shared_source(slot, inner.source) {
+            if !cached(&mut last, source, may_send) {
                 self.drops.count(DropReason::WrongSource);
                 continue;
             }
@@ -572,21 +577,22 @@ impl Pipeline {
         out: &mut SendBatch,
     ) {
         let endpoint = |peer: &WireguardKey| table.by_key(peer)?.endpoint();
-        let received = self.probes.receive(now, from, datagram, &mut self.probe_buffer, endpoint);
-        let probes::Received { peer, mut message, answer } = match received {
+        let admit = || self.challenges.admit(from.remote.ip(), now);
+        let buffer = &mut self.probe_buffer;
+        let received = self.probes.receive(now, from, datagram, buffer, endpoint, admit);
+        let probes::Received { peer, mut message, is_validated, answer } = match received {
             Ok(received) => received,
             Err(reason) => return self.drops.count(reason),
         };
-        if let Some(answer) = answer {
-            if answer.is_to_anybody && !self.challenges.admit(from.remote.ip(), now) {
-                // Without the proof the mesh has nothing to send again.
-                message = message.and(Err(DropReason::ProbeLimited));
-            } else if !out.push(from, &answer.datagram) {
-                message = message.and(Err(DropReason::SendBufferFull));
-            }
+        if let Some(answer) = answer
+            && !out.push(from, &answer)
+        {
+            message = message.and(Err(DropReason::SendBufferFull));
         }
         match message {
-            Ok(message) => self.events.datagram(|| Event::Probe { peer, from, message }),
+            Ok(message) => {
+                self.events.datagram(|| Event::Probe { peer, from, is_validated, message });
+            }
             Err(reason) => self.drops.count(reason),
         }
     }

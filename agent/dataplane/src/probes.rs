@@ -108,17 +108,10 @@ pub(super) struct Received {
     pub(super) peer: WireguardKey,
     /// Message to deliver, or the reason why it is dropped.
     pub(super) message: Result<Probe, DropReason>,
-    /// Datagram to send back by the path of the probe.
-    pub(super) answer: Option<Answer>,
-}
-
-/// Datagram that a worker sends back.
-#[derive(Debug)]
-pub(super) struct Answer {
-    /// The sealed message.
-    pub(super) datagram: Vec<u8>,
-    /// True if a replay may elicit it: then the number for each source address is limited too.
-    pub(super) is_to_anybody: bool,
+    /// True if the sender proved lately that it receives what is sent on the path of the probe.
+    pub(super) is_validated: bool,
+    /// Sealed message to send back by the path of the probe.
+    pub(super) answer: Option<Vec<u8>>,
 }
 
 impl Probes {
@@ -137,13 +130,23 @@ impl Probes {
         }))
     }
 
-    /// Replaces the set of peers. Those that stay keep their sessions. Static peers have no probes.
+    /// Replaces the set of peers. Those that stay keep their sessions. Static peers have no probes. A table
+    /// with the same peers and versions, which is most of them, changes nothing.
     pub fn apply(&self, table: &PeerTable) {
         let shared = &self.0;
         let _building = shared.building.lock();
         let before = shared.pairs.load();
+        let wanted = || table.peers.iter().filter(|(_, entry)| !entry.is_static);
+        let is_same = wanted().count() == before.by_peer.len()
+            && wanted().all(|(peer, entry)| {
+                let known = before.by_peer.get(peer);
+                known.is_some_and(|member| member.version == entry.probe_version)
+            });
+        if is_same {
+            return;
+        }
         let mut next = Pairs::default();
-        for (peer, entry) in table.peers.iter().filter(|(_, entry)| !entry.is_static) {
+        for (peer, entry) in wanted() {
             let pair = match before.by_peer.get(peer) {
                 Some(member) => member.pair.clone(),
                 // A key of low order has no pair: no probe is sent to it or accepted from it.
@@ -184,7 +187,8 @@ impl Probes {
     }
 
     /// Opens a datagram that came by `from`, and decides what to do with it. `endpoint` returns the
-    /// path that carries a peer's traffic.
+    /// path that carries a peer's traffic. `admit` returns whether the source address may have another
+    /// answer that a replay may elicit; it is asked before that answer is sealed.
     pub(super) fn receive(
         &self,
         now: Instant,
@@ -192,22 +196,26 @@ impl Probes {
         datagram: &[u8],
         buffer: &mut Vec<u8>,
         endpoint: impl FnOnce(&WireguardKey) -> Option<Path>,
+        admit: impl FnOnce() -> bool,
     ) -> Result<Received, DropReason> {
         let pairs = self.0.pairs.load();
         let Opened { pair, version, stamp, message } = pairs.open(datagram, buffer)?;
         let is_in_use = endpoint(&pair.peer).is_some_and(|endpoint| endpoint.is(&from));
         let arrival = Arrival { now, from, is_in_use, stamp };
         let decision = pair.session.lock().receive(&arrival, &self.0.tokens, &message);
-        let (answer, message) = match decision {
-            Decision::Deliver { answer } => (answer, Ok(message)),
-            Decision::Drop { answer, reason } => (answer, Err(reason.into())),
+        let (answer, mut message, is_validated) = match decision {
+            Decision::Deliver { answer, is_validated } => (answer, Ok(message), is_validated),
+            Decision::Drop { answer, reason } => (answer, Err(reason.into()), false),
         };
-        let answer = answer.and_then(|answer| {
-            let is_to_anybody = matches!(answer, Probe::Challenge { .. } | Probe::Proof { .. });
-            let datagram = pair.seal(version, self.0.epoch, &answer, 0)?;
-            Some(Answer { datagram, is_to_anybody })
-        });
-        Ok(Received { peer: pair.peer, message, answer })
+        let is_to_anybody = matches!(answer, Some(Probe::Challenge { .. } | Probe::Proof { .. }));
+        let answer = if is_to_anybody && !admit() {
+            // Without the proof the mesh has nothing to send again.
+            message = message.and(Err(DropReason::ProbeLimited));
+            None
+        } else {
+            answer.and_then(|answer| pair.seal(version, self.0.epoch, &answer, 0))
+        };
+        Ok(Received { peer: pair.peer, message, is_validated, answer })
     }
 }
 
@@ -364,24 +372,11 @@ mod tests {
     use std::time::Duration;
     use towline_core::peer_table::PeerEntry;
     use towline_types::frame::STAMPED_PROBE_BYTES;
-    use towline_types::mtu::Mtu;
 
     const PING: Probe = Probe::Ping { transaction: 7 };
 
     fn entry(probe_version: ProbeVersion) -> PeerEntry {
-        PeerEntry {
-            endpoint: None,
-            prefixes: Vec::new(),
-            shared_sources: Vec::new(),
-            keepalive: None,
-            preshared_key: None,
-            mtu: Mtu::DEFAULT,
-            fragment: false,
-            is_single: false,
-            boot_epoch: 0,
-            is_static: false,
-            probe_version,
-        }
+        PeerEntry { probe_version, ..PeerEntry::default() }
     }
 
     fn node(byte: u8, epoch: u64) -> Probes {
@@ -411,7 +406,7 @@ mod tests {
     }
 
     fn receive(probes: &Probes, from: Path, datagram: &[u8]) -> Result<Received, DropReason> {
-        probes.receive(Instant::now(), from, datagram, &mut Vec::new(), |_| None)
+        probes.receive(Instant::now(), from, datagram, &mut Vec::new(), |_| None, || true)
     }
 
     fn delivered(probes: &Probes, from: Path, datagram: &[u8]) -> Result<Probe, DropReason> {
@@ -425,7 +420,7 @@ mod tests {
             let (receiver, from) = if to_b { (b, at(1)) } else { (a, at(2)) };
             let received = receive(receiver, from, &bytes).unwrap();
             messages.extend(received.message);
-            let answer = received.answer.map(|answer| answer.datagram);
+            let answer = received.answer;
             assert!(answer.as_ref().is_none_or(|answer| answer.len() <= bytes.len()));
             // The core answers no challenge and no pong.
             datagram = answer;
@@ -445,12 +440,38 @@ mod tests {
         assert!(matches!(messages[..], [Probe::Challenge { .. }, Probe::Proof { .. }]));
         let pinged = receive(b, at(1), &ping(1_420)).unwrap();
         assert_eq!(pinged.message, Ok(PING));
-        let pong = pinged.answer.unwrap().datagram;
+        let pong = pinged.answer.unwrap();
         // The pong is challenged in turn, since `b` has proven nothing to `a` yet.
         assert_eq!(delivered(a, at(2), &pong), Err(DropReason::ProbeStale));
         // The sender must not open its own probe, which an attacker might reflect.
         assert_eq!(delivered(a, at(2), &ping(0)), Err(DropReason::ProbeUnknown));
         assert_eq!(delivered(&node(3, 1), at(1), &ping(0)), Err(DropReason::ProbeUnknown));
+    }
+
+    #[test]
+    fn an_answer_that_a_replay_may_elicit_is_sealed_only_if_it_is_admitted() {
+        let [a, b] = &pair();
+        let sent = |own: &Probes, peer: &Probes| {
+            own.0.pairs.load().by_peer[&key(peer)].pair.sent.load(Ordering::Relaxed)
+        };
+        let refused = |own: &Probes, from, datagram: &[u8]| {
+            let (now, mut buffer) = (Instant::now(), Vec::new());
+            let received = own.receive(now, from, datagram, &mut buffer, |_| None, || false);
+            let Received { message, answer, .. } = received.unwrap();
+            (message, answer)
+        };
+        let ping = a.seal(&key(b), &PING, 0).unwrap();
+        let before = sent(b, a);
+        assert_eq!(refused(b, at(1), &ping), (Err(DropReason::ProbeStale), None));
+        assert_eq!(sent(b, a), before);
+        let challenge = receive(b, at(1), &ping).unwrap().answer.unwrap();
+        let before = sent(a, b);
+        assert_eq!(refused(a, at(2), &challenge), (Err(DropReason::ProbeLimited), None));
+        assert_eq!(sent(a, b), before);
+        // A pong is not limited by its address: only a fresh ping elicits it.
+        converse([a, b], a.seal(&key(b), &PING, 0).unwrap());
+        let (message, pong) = refused(b, at(1), &a.seal(&key(b), &PING, 0).unwrap());
+        assert_eq!((message, pong.is_some()), (Ok(PING), true));
     }
 
     #[test]
@@ -475,7 +496,7 @@ mod tests {
         assert_eq!(delivered(b, at(1), &old), Err(DropReason::ProbeUnknown));
         know(b, a, ProbeVersion::V1);
         assert_eq!(delivered(b, at(1), &old), Ok(PING));
-        let answered = receive(b, at(1), &old).unwrap().answer.unwrap().datagram;
+        let answered = receive(b, at(1), &old).unwrap().answer.unwrap();
         assert_eq!(answered.len(), PROBE_BYTES);
         assert!(matches!(delivered(a, at(2), &answered), Ok(Probe::Pong { .. })));
         // Its next record may name version 2, and what it seals then is taken before that record comes.
@@ -497,6 +518,38 @@ mod tests {
         b.apply(&PeerTable::default());
         assert_eq!(delivered(b, at(1), &recorded), Err(DropReason::ProbeUnknown));
         assert!(b.seal(&key(a), &PING, 0).is_none());
+    }
+
+    #[test]
+    fn a_table_with_the_same_peers_and_versions_leaves_the_pairs_as_they_are() {
+        let [a, b] = &pair();
+        let pairs = || a.0.pairs.load_full();
+        let before = pairs();
+        let apply = |entries: Vec<(WireguardKey, PeerEntry)>| {
+            a.apply(&PeerTable { peers: entries.into_iter().collect(), ..PeerTable::default() });
+        };
+        let moved = PeerEntry { endpoint: Some(at(7)), ..entry(ProbeVersion::V2) };
+        let office = PeerEntry { is_static: true, ..entry(ProbeVersion::V2) };
+        apply(vec![(key(b), moved.clone()), (WireguardKey([9; 32]), office.clone())]);
+        assert!(Arc::ptr_eq(&before, &pairs()));
+        // Another peer, another version, or none of them, are another set.
+        for entries in [
+            vec![(key(&node(3, 1)), moved.clone())],
+            vec![(key(b), entry(ProbeVersion::V1))],
+            vec![(key(b), office)],
+        ] {
+            let before = pairs();
+            let expected: Vec<_> = entries
+                .iter()
+                .filter(|(_, entry)| !entry.is_static)
+                .map(|(key, entry)| (*key, entry.probe_version))
+                .collect();
+            apply(entries);
+            assert!(!Arc::ptr_eq(&before, &pairs()));
+            let members = pairs();
+            let members = members.by_peer.iter().map(|(key, member)| (*key, member.version));
+            assert_eq!(members.collect::<Vec<_>>(), expected);
+        }
     }
 
     #[test]

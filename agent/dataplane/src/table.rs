@@ -90,16 +90,16 @@ impl Table {
         self.routes.longest(address)
     }
 
-    /// Returns whether a peer may send from this address although another peer has it: both share the network
-    /// that is the longest prefix of the address.
-    pub(super) fn is_shared_source(&self, slot: Slot, source: IpAddr) -> bool {
+    /// Returns whether a peer may send from this address although another peer, `owner`, has it: both share
+    /// the network that is the longest prefix of the address.
+    pub(super) fn is_shared_source(&self, slot: Slot, owner: Option<Slot>, source: IpAddr) -> bool {
         let Some(peer) = self.peer(slot).filter(|peer| !peer.entry.shared_sources.is_empty())
         else {
             return false;
         };
         let inside = peer.entry.shared_sources.iter().filter(|net| net.contains(&source));
         let Some(shared) = inside.max_by_key(|net| net.prefix_len()) else { return false };
-        let owner = self.route(source).and_then(|slot| self.peer(slot));
+        let owner = owner.and_then(|slot| self.peer(slot));
         let owned = owner.into_iter().flat_map(|peer| &peer.entry.prefixes);
         // A longer prefix inside of the shared one is another node's alone.
         !owned.filter(|net| net.contains(&source)).any(|net| net.prefix_len() > shared.prefix_len())

@@ -15,7 +15,7 @@ use towline_proto::id::NodeName;
 
 /// Largest number of API servers that are used. A cluster has up to 7 control-plane nodes.
 pub(crate) const SERVERS: usize = 16;
-/// Interval between checks of a server that is healthy or does not answer since a while.
+/// Interval between checks of a server that is healthy, or has failed [`FAILURES`] checks or more in a row.
 const PERIOD: Duration = Duration::from_secs(10);
 /// Pause after the first check that failed.
 const RETRY: Duration = Duration::from_secs(1);
@@ -103,7 +103,7 @@ impl Health {
 /// What follows from the result of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    /// Nothing follows from it.
+    /// The check changes nothing.
     Same,
     /// The server answers again.
     Recovered,
@@ -147,12 +147,16 @@ type Rank = (u8, Duration, SocketAddr);
 
 impl Balancer {
     /// Replaces the servers. The health of those that stay is kept. One whose tunnel went down or came up is
-    /// checked at once. Of more than [`SERVERS`], the nearest are used.
-    pub(crate) fn set_servers(&mut self, now: Instant, mut servers: Vec<ApiServer>) {
+    /// checked at once. Of more than [`SERVERS`], the nearest are used. Returns
+    /// whether anything changed.
+    pub(crate) fn set_servers(&mut self, now: Instant, mut servers: Vec<ApiServer>) -> bool {
         servers.sort_by_key(|server| {
             (!server.is_up, server.rtt.unwrap_or(Duration::MAX), server.address)
         });
         servers.truncate(SERVERS);
+        if self.entries.iter().map(|entry| &entry.server).eq(&servers) {
+            return false;
+        }
         let mut before = std::mem::take(&mut self.entries);
         for server in servers {
             let known = before.iter().position(|entry| entry.server.address == server.address);
@@ -163,6 +167,7 @@ impl Balancer {
             };
             self.entries.push(entry);
         }
+        true
     }
 
     /// Handles the result of a check, which is the time that the connection took.
@@ -373,6 +378,16 @@ mod tests {
         balancer.set_servers(now, vec![server(1, 30), down, server(3, 20)]);
         assert_eq!(balancer.order(), [address(3), address(1), address(2)]);
         assert_eq!(balancer.begin_checks(now), [address(2)]);
+    }
+
+    #[test]
+    fn servers_that_are_set_again_change_nothing() {
+        let now = Instant::now();
+        let mut balancer = three(now);
+        assert!(!balancer.set_servers(now, vec![server(3, 20), server(2, 10), server(1, 30)]));
+        assert!(balancer.set_servers(now, vec![server(3, 20), server(2, 10), server(1, 31)]));
+        assert!(balancer.set_servers(now, vec![server(3, 20), server(2, 10)]));
+        assert_eq!(balancer.order(), [address(2), address(3)]);
     }
 
     #[test]

@@ -28,7 +28,7 @@ mod tests;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::task::JoinHandle;
 use towline_proto::code::Coded as _;
@@ -37,6 +37,7 @@ use towline_proto::id::NodeName;
 use towline_proto::pb;
 use towline_service::port_owner::PortOwner;
 
+use crate::timing::micros;
 pub(crate) use balancer::{ApiServer, Failure, Health};
 use serve::Shared;
 
@@ -171,8 +172,4 @@ impl Drop for ApiEndpoint {
         self.task.abort();
         self.shared.close_all();
     }
-}
-
-fn micros(duration: Duration) -> u64 {
-    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }

@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use rustls::ClientConfig;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, watch};
-use tokio::time::{sleep, sleep_until, timeout};
+use tokio::time::{sleep, timeout};
 use towline_netlink::SocketOwners;
 use towline_service::port_owner::{self, Transport};
 use towline_service::tcp;
@@ -19,6 +19,7 @@ use super::EndpointProblem;
 use super::balancer::{ApiServer, Balancer, Failure, Verdict};
 use super::check;
 use super::places::{Places, User};
+use crate::timing::at;
 
 /// Longest time to connect to one server before the next one is tried.
 const CONNECT: Duration = Duration::from_secs(2);
@@ -94,7 +95,9 @@ impl Shared {
     pub(super) fn set_servers(&self, now: Instant, servers: Vec<ApiServer>) {
         {
             let mut state = self.state.lock();
-            state.balancer.set_servers(now, servers);
+            if !state.balancer.set_servers(now, servers) {
+                return;
+            }
             let addresses = state.balancer.order();
             state.gates.retain(|address, _| addresses.contains(address));
             for address in addresses {
@@ -313,13 +316,5 @@ fn start_checks(shared: &Arc<Shared>) {
             let result = check::check(address, shared.settings.clone()).await;
             shared.handle_check(address, result);
         });
-    }
-}
-
-/// Waits until `time`, or forever if there is none.
-async fn at(time: Option<Instant>) {
-    match time {
-        Some(time) => sleep_until(time.into()).await,
-        None => std::future::pending().await,
     }
 }

@@ -138,19 +138,9 @@ fn cut(text: &str, limit: usize, keep: Keep) -> &str {
     if text.len() <= limit {
         return text;
     }
-    let mut places = match keep {
-        Keep::Begin => limit.saturating_sub(3)..=limit,
-        Keep::End => text.len() - limit..=text.len() - limit.saturating_sub(3),
+    let kept = match keep {
+        Keep::Begin => text.get(..text.floor_char_boundary(limit)),
+        Keep::End => text.get(text.ceil_char_boundary(text.len() - limit)..),
     };
-    // A character has at most four bytes.
-    match keep {
-        Keep::Begin => {
-            let end = places.rfind(|place| text.is_char_boundary(*place)).unwrap_or(0);
-            text.get(..end).unwrap_or_default()
-        }
-        Keep::End => {
-            let begin = places.find(|place| text.is_char_boundary(*place)).unwrap_or(text.len());
-            text.get(begin..).unwrap_or_default()
-        }
-    }
+    kept.unwrap_or_default()
 }

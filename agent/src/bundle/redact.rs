@@ -4,11 +4,13 @@ use std::fmt;
 use std::path::Path;
 
 use data_encoding::{BASE64, BASE64_NOPAD, BASE64URL_NOPAD, HEXLOWER, HEXUPPER};
+use towline_proto::token;
 use towline_service::pem;
 use zeroize::Zeroizing;
 
 use crate::config::Config;
 use crate::install;
+use crate::join::TOKEN_VARIABLE;
 
 /// Text that takes the place of a secret.
 const REMOVED: &str = "[secret removed]";
@@ -20,12 +22,10 @@ const FILE_BYTES: u64 = 64 << 10;
 const KEY_BYTES: usize = 32;
 /// DER header of an octet string with a key.
 const OCTET_STRING: [u8; 2] = [0x04, 0x20];
-/// Environment variable with a join token.
-const TOKEN_VARIABLE: &str = "TOWLINE_TOKEN";
 /// Words after which a secret stands: a token, the keys of WireGuard's configuration and interface, and
 /// the credentials of HTTP.
 const PREFIXES: [&str; 8] = [
-    "towline1.",
+    token::PREFIX,
     "private_key=",
     "preshared_key=",
     "PrivateKey = ",

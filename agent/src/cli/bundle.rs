@@ -16,7 +16,7 @@ use super::doctor;
 use super::local::{status_error, with_agent};
 use crate::bundle::{Part, Secrets, archive, host};
 use crate::config::Config;
-use crate::doctor::examine;
+use crate::doctor::{Agent, Answers, examine};
 
 /// Number of peers with a file of their own. Those that are not up come first.
 const PEERS: usize = 64;
@@ -35,12 +35,7 @@ pub(super) fn run(config: &Config, args: BundleArgs) -> anyhow::Result<()> {
         let time = Timestamp::now().strftime("%Y%m%dT%H%M%SZ").to_string();
         format!("towline-bundle-{time}.tar.gz").into()
     });
-    let mut parts = of_agent(config).unwrap_or_else(|error| {
-        let reason = output::error_line(error.as_ref());
-        vec![Part::new("status.json", Err(reason))]
-    });
-    let agent = doctor::agent(config);
-    parts.push(Part::json("doctor.json", &examine(&doctor::facts(config, agent))));
+    let mut parts = of_agent(config);
     parts.extend(host::parts(config));
     let bytes = archive(parts, &Secrets::of_machine(config), SystemTime::now())
         .context("cannot create the archive")?;
@@ -50,28 +45,28 @@ pub(super) fn run(config: &Config, args: BundleArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Asks the agent for everything that it reports.
-fn of_agent(config: &Config) -> anyhow::Result<Vec<Part>> {
-    with_agent(&config.socket, async |mut agent| {
+/// Asks the agent for everything that it reports, and checks the node with the same answers.
+fn of_agent(config: &Config) -> Vec<Part> {
+    let agent = doctor::agent(config);
+    let mut parts = match &agent {
+        Agent::Answered(answers) => of_answers(config, answers),
+        Agent::Silent { reason, .. } => vec![Part::new("status.json", Err(reason.clone()))],
+    };
+    let checks = examine(&doctor::facts(config, agent));
+    parts.push(Part::json("doctor.json", &doctor::Report::of(&checks)));
+    parts
+}
+
+/// Returns the answers of the agent, and asks it for the details of peers and for the events.
+fn of_answers(config: &Config, answers: &Answers) -> Vec<Part> {
+    let Answers { status, peers } = answers;
+    let mut parts = vec![Part::json("status.json", status), Part::json("peers.json", peers)];
+    let of_state = |is_up| peers.iter().filter(move |peer| (peer.state == "up") == is_up);
+    let chosen = of_state(false).chain(of_state(true)).take(PEERS);
+    let names: Vec<String> = chosen.map(|peer| peer.name.clone()).collect();
+    let details = with_agent(&config.socket, async |mut agent| {
         let mut parts = Vec::new();
         let failed = |status: tonic::Status| status_error(&status).to_string();
-        let status = agent.status(pb::StatusRequest {}).await;
-        parts.push(match status {
-            Ok(status) => Part::json("status.json", &status.into_inner()),
-            Err(status) => Part::new("status.json", Err(failed(status))),
-        });
-        let mut names = Vec::new();
-        match agent.peers(pb::PeersRequest {}).await {
-            Ok(peers) => {
-                let peers = peers.into_inner().peers;
-                parts.push(Part::json("peers.json", &peers));
-                let of_state =
-                    |is_up| peers.iter().filter(move |peer| (peer.state == "up") == is_up);
-                let chosen = of_state(false).chain(of_state(true)).take(PEERS);
-                names.extend(chosen.map(|peer| peer.name.clone()));
-            }
-            Err(status) => parts.push(Part::new("peers.json", Err(failed(status)))),
-        }
         for name in names {
             // The name of a static peer may be its key, in base64.
             let file = format!("peers/{}.json", name.replace('/', "_"));
@@ -93,7 +88,12 @@ fn of_agent(config: &Config) -> anyhow::Result<Vec<Part>> {
             Err(status) => Part::new("events.json", Err(failed(status))),
         });
         Ok(parts)
-    })
+    });
+    parts.extend(details.unwrap_or_else(|error| {
+        let reason = output::error_line(error.as_ref());
+        vec![Part::new("events.json", Err(reason))]
+    }));
+    parts
 }
 
 /// Creates the archive. An existing file, or a link of another user in its place, is never written.
@@ -118,6 +118,22 @@ mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
     use super::*;
+
+    #[test]
+    fn the_checks_are_the_report_of_doctor_also_without_an_agent() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("agent.sock");
+        let config = Config { socket, state_dir: directory.path().to_owned(), ..Config::default() };
+        let parts = of_agent(&config);
+        let names: Vec<&str> = parts.iter().map(|part| part.name.as_str()).collect();
+        assert_eq!(names, ["status.json", "doctor.json"]);
+        assert!(parts[0].text.is_err());
+        let report: serde_json::Value =
+            serde_json::from_str(parts[1].text.as_ref().unwrap()).unwrap();
+        for key in ["schema_version", "healthy", "checks"] {
+            assert!(report.get(key).is_some(), "{key}: {report}");
+        }
+    }
 
     #[test]
     fn the_archive_is_private_and_replaces_nothing() {

@@ -14,20 +14,26 @@ use crate::config::Config;
 use crate::doctor::{self, Agent, Cause, Check, CheckState, Facts, host_facts};
 use crate::down::DownMarker;
 
+/// Result of the checks, as `towline doctor -o json` prints it.
 #[derive(Serialize)]
-struct Report<'a> {
+pub(super) struct Report<'a> {
     schema_version: u32,
     /// True if no check failed and none warns.
     healthy: bool,
     checks: &'a [Check],
 }
 
+impl<'a> Report<'a> {
+    pub(super) fn of(checks: &'a [Check]) -> Self {
+        let healthy = checks.iter().all(|check| check.state <= CheckState::Ok);
+        Self { schema_version: SCHEMA_VERSION, healthy, checks }
+    }
+}
+
 /// Prints the checks. Succeeds unless a check failed.
 pub(super) fn run(config: &Config, format: Format) -> anyhow::Result<()> {
     let checks = doctor::examine(&facts(config, agent(config)));
-    let healthy = checks.iter().all(|check| check.state <= CheckState::Ok);
-    let report = Report { schema_version: SCHEMA_VERSION, healthy, checks: &checks };
-    output::write(format, &report, |wide| text(&checks, wide, Palette::of_stdout()))?;
+    output::write(format, &Report::of(&checks), |wide| text(&checks, wide, Palette::of_stdout()))?;
     let failed: Vec<&str> = checks
         .iter()
         .filter(|check| check.state == CheckState::Failed)

@@ -15,7 +15,7 @@ use super::local::runtime;
 use crate::api_endpoint::DEFAULT_API_PORT;
 use crate::config::Config;
 use crate::confirm;
-use crate::join::{Joined, Operator, join_as};
+use crate::join::{Joined, Operator, TOKEN_VARIABLE, join_as};
 use crate::state::{Membership, StateDir};
 #[cfg(feature = "otel")]
 use crate::telemetry;
@@ -190,11 +190,11 @@ impl Source {
                 .with_context(|| format!("cannot read the token from {}", path.display()));
         }
         // clap is not used for this variable, because its help would show the value.
-        if let Ok(text) = std::env::var("TOWLINE_TOKEN") {
+        if let Ok(text) = std::env::var(TOKEN_VARIABLE) {
             return Ok(Zeroizing::new(text));
         }
         if std::io::IsTerminal::is_terminal(&std::io::stdin()) {
-            bail!("no token: use --token-file FILE, TOWLINE_TOKEN or standard input");
+            bail!("no token: use --token-file FILE, {TOKEN_VARIABLE} or standard input");
         }
         let mut text = Zeroizing::new(String::new());
         // A token has a few hundred bytes; the bound limits the memory that a wrong file takes.

@@ -45,8 +45,6 @@ fn text(peers: &[pb::PeerStatus], wide: bool, palette: Palette) -> String {
         header.extend(["SINCE", "PUBLIC KEY", "CANDIDATES", "CONFLICTS"]);
     }
     let rows = peers.iter().map(|peer| {
-        let to = if peer.relay.is_empty() { &peer.path } else { &peer.relay };
-        let path = (!peer.path.is_empty()).then(|| format!("{} {to}", peer.path_kind));
         let handshake = peer.handshake_age_ms.map(Duration::from_millis);
         let mut row = vec![
             peer.name.clone(),
@@ -58,9 +56,9 @@ fn text(peers: &[pb::PeerStatus], wide: bool, palette: Palette) -> String {
                 output::or_dash(peer.overlay_addresses.last())
             },
             peer.state.clone(),
-            output::or_dash(path),
-            output::or_dash(peer.rtt_us.map(output::rtt)),
-            output::or_dash(peer.loss_percent.map(|percent| format!("{percent:.0} %"))),
+            path_cell(peer),
+            rtt_cell(peer),
+            loss_cell(peer),
             output::or_dash(peer.mtu.map(|mtu| mtu.to_string())),
             output::or_dash(handshake.map(output::span)),
             output::bytes(peer.rx_bytes),
@@ -85,6 +83,22 @@ fn text(peers: &[pb::PeerStatus], wide: bool, palette: Palette) -> String {
         return table;
     }
     table + "\n" + &remarks.concat()
+}
+
+/// Returns the kind of a peer's path, and where it leads.
+pub(super) fn path_cell(peer: &pb::PeerStatus) -> String {
+    let to = if peer.relay.is_empty() { &peer.path } else { &peer.relay };
+    output::or_dash((!peer.path.is_empty()).then(|| format!("{} {to}", peer.path_kind)))
+}
+
+/// Returns the round-trip time of a peer's path.
+pub(super) fn rtt_cell(peer: &pb::PeerStatus) -> String {
+    output::or_dash(peer.rtt_us.map(output::rtt))
+}
+
+/// Returns the share of pings on a peer's path that were lost.
+pub(super) fn loss_cell(peer: &pb::PeerStatus) -> String {
+    output::or_dash(peer.loss_percent.map(|percent| format!("{percent:.0} %")))
 }
 
 /// Returns explanations that the table has no column for, one line each.

@@ -13,7 +13,7 @@ use towline_proto::pb;
 use towline_service::color::Palette;
 use towline_service::output;
 
-use super::local;
+use super::{local, peers};
 use crate::config::Config;
 use crate::doctor::Answers;
 use crate::top::{History, SAMPLES};
@@ -176,28 +176,48 @@ fn is_utf8() -> bool {
     locale.contains("utf-8") || locale.contains("utf8")
 }
 
+/// Function that returns the text of a peer in a column.
+type Value = fn(&pb::PeerStatus, &History) -> String;
+
 /// A column of the screen.
 struct Column {
     heading: &'static str,
     width: usize,
     /// True for numbers, which are aligned at the right.
     is_number: bool,
+    /// True for words that have a color.
+    is_colored: bool,
+    value: Value,
 }
 
-const fn column(heading: &'static str, width: usize, is_number: bool) -> Column {
-    Column { heading, width, is_number }
+impl Column {
+    const fn text(heading: &'static str, width: usize, value: Value) -> Self {
+        Self { heading, width, is_number: false, is_colored: false, value }
+    }
+
+    const fn number(heading: &'static str, width: usize, value: Value) -> Self {
+        Self { is_number: true, ..Self::text(heading, width, value) }
+    }
+
+    const fn word(heading: &'static str, width: usize, value: Value) -> Self {
+        Self { is_colored: true, ..Self::text(heading, width, value) }
+    }
 }
 
 /// Columns in the order in which they are shown. A narrow terminal leaves out the last ones, and the
 /// sparkline takes what is left.
 const COLUMNS: [Column; 7] = [
-    column("PEER", 16, false),
-    column("STATE", 10, false),
-    column("RX/S", 11, true),
-    column("TX/S", 11, true),
-    column("RTT", 10, true),
-    column("LOSS", 5, true),
-    column("PATH", 26, false),
+    Column::text("PEER", 16, |peer, _| peer.name.clone()),
+    Column::word("STATE", 10, |peer, _| peer.state.clone()),
+    Column::number("RX/S", 11, |peer, history| {
+        output::or_dash(history.rates(&peer.name).map(|rates| output::rate(rates.received)))
+    }),
+    Column::number("TX/S", 11, |peer, history| {
+        output::or_dash(history.rates(&peer.name).map(|rates| output::rate(rates.sent)))
+    }),
+    Column::number("RTT", 10, |peer, _| peers::rtt_cell(peer)),
+    Column::number("LOSS", 5, |peer, _| peers::loss_cell(peer)),
+    Column::word("PATH", 26, |peer, _| peers::path_cell(peer)),
 ];
 /// Blanks between two columns.
 const GAP: usize = 2;
@@ -237,9 +257,8 @@ fn lines(
     for peer in history.sorted(peers).into_iter().take(size.height.saturating_sub(lines.len())) {
         let mut line = String::new();
         for column in shown {
-            let text = cell(column, &value(column.heading, peer, history));
-            let is_colored = matches!(column.heading, "STATE" | "PATH");
-            line += &if is_colored { palette.word(&text) } else { text };
+            let text = cell(column, &(column.value)(peer, history));
+            line += &if column.is_colored { palette.word(&text) } else { text };
         }
         line += &history.sparkline(&peer.name, sparkline, is_utf8);
         lines.push(line.trim_end().to_owned());
@@ -270,23 +289,6 @@ fn cell(column: &Column, text: &str) -> String {
     let (text, width) = (cut(text, column.width), column.width);
     let gap = " ".repeat(GAP);
     if column.is_number { format!("{text:>width$}{gap}") } else { format!("{text:width$}{gap}") }
-}
-
-fn value(heading: &str, peer: &pb::PeerStatus, history: &History) -> String {
-    let rates = history.rates(&peer.name);
-    match heading {
-        "PEER" => peer.name.clone(),
-        "STATE" => peer.state.clone(),
-        "RX/S" => output::or_dash(rates.map(|rates| output::rate(rates.received))),
-        "TX/S" => output::or_dash(rates.map(|rates| output::rate(rates.sent))),
-        "RTT" => output::or_dash(peer.rtt_us.map(output::rtt)),
-        "LOSS" => output::or_dash(peer.loss_percent.map(|percent| format!("{percent:.0} %"))),
-        _ => {
-            let to = if peer.relay.is_empty() { &peer.path } else { &peer.relay };
-            let path = (!peer.path.is_empty()).then(|| format!("{} {to}", peer.path_kind));
-            output::or_dash(path)
-        }
-    }
 }
 
 /// Returns the first `width` characters.

@@ -7,6 +7,7 @@
 #[cfg(test)]
 mod tests;
 
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
@@ -243,6 +244,13 @@ pub enum ClearSetting {
     TrustedSites,
     /// Prefixes that are reached in clear while their tunnel is down.
     BypassWhenDown,
+}
+
+impl fmt::Display for ClearSetting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The word of the configuration.
+        self.serialize(f)
+    }
 }
 
 impl Default for TrustConfig {

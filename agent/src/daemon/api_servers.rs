@@ -27,7 +27,7 @@ impl Daemon {
     /// run are there at the start.
     pub(super) fn api_servers_changed(&self) {
         let Some(endpoint) = &self.api_endpoint else { return };
-        let mut servers: Vec<ApiServer> = self.mesh.peers().filter_map(of_peer).collect();
+        let mut servers: Vec<ApiServer> = self.mesh.api_servers().filter_map(of_peer).collect();
         servers.extend(self.own_api_server());
         endpoint.set_servers(servers);
     }

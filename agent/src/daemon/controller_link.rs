@@ -38,6 +38,8 @@ pub(super) struct ControllerLink {
     resolved: Vec<(ControllerAddress, Vec<SocketAddr>)>,
     events: mpsc::Receiver<Event>,
     session: Session,
+    /// True while there is a session with a controller.
+    connected: watch::Sender<bool>,
     /// Result of the last publication of the record: remarks about prefixes that other nodes hold,
     /// or why the controller refused the record.
     published: Result<Vec<String>, String>,
@@ -50,7 +52,6 @@ pub(super) struct ControllerLink {
 /// Last known state of the session with a controller.
 #[derive(Debug)]
 struct Session {
-    is_connected: bool,
     address: String,
     revision: u64,
     /// When the controller last sent something.
@@ -82,7 +83,6 @@ impl ControllerLink {
         certificate_expires_at: i64,
     ) -> Self {
         let session = Session {
-            is_connected: false,
             address: String::new(),
             revision,
             last_heard: None,
@@ -96,6 +96,7 @@ impl ControllerLink {
             resolved: Vec::new(),
             events,
             session,
+            connected: watch::Sender::new(false),
             published,
             certificate_expires_at,
             alerts: Vec::new(),
@@ -119,14 +120,14 @@ impl ControllerLink {
             Event::Connected { address, reflectors } => {
                 mesh.set_reflectors(now, reflectors);
                 mesh.set_controller_connected(now, true);
-                self.session.is_connected = true;
+                self.connected.send_replace(true);
                 self.session.address = address.to_string();
                 self.session.reason = None;
                 self.session.last_heard = Some(now);
             }
             Event::Disconnected { reason } => {
                 mesh.set_controller_connected(now, false);
-                self.session.is_connected = false;
+                self.connected.send_replace(false);
                 self.session.reason = Some(reason);
             }
             Event::Heard { revision } => {
@@ -238,14 +239,19 @@ impl ControllerLink {
 
     /// Returns whether there is a session with a controller.
     pub(super) fn is_connected(&self) -> bool {
-        self.session.is_connected
+        *self.connected.borrow()
+    }
+
+    /// Returns a receiver that tells whether there is a session with a controller.
+    pub(super) fn connection(&self) -> watch::Receiver<bool> {
+        self.connected.subscribe()
     }
 
     /// Returns the controller part of the status. `None` without a mesh.
     pub(super) fn status(&self) -> Option<pb::ControllerStatus> {
         let session = &self.session;
         self.commands.as_ref().map(|_| pb::ControllerStatus {
-            connected: session.is_connected,
+            connected: self.is_connected(),
             address: session.address.clone(),
             revision: session.revision,
             last_heard_ms: session.last_heard.map(|at| report::millis(at.elapsed())),
@@ -299,5 +305,21 @@ mod tests {
         link.handle(now, &mut mesh, Event::Controllers(vec![other.clone()]));
         assert_eq!(link.resolved().next(), None, "it is no controller any more");
         assert_eq!(link.controllers(), [other]);
+    }
+
+    #[test]
+    fn others_are_told_whether_there_is_a_session() {
+        let now = Instant::now();
+        let mut mesh = Mesh::new(agent::config(Some(agent::membership(1))), [0; 32], now);
+        let (_sender, events) = mpsc::channel(1);
+        let (configured, _seen) = watch::channel(Vec::new());
+        let mut link = ControllerLink::new(None, configured, Vec::new(), events, 0, 0);
+        let connection = link.connection();
+        assert!(!*connection.borrow());
+        let address = "192.0.2.1:7443".parse().unwrap();
+        link.handle(now, &mut mesh, Event::Connected { address, reflectors: Vec::new() });
+        assert!(*connection.borrow() && link.is_connected());
+        link.handle(now, &mut mesh, Event::Disconnected { reason: NotConnected::NoAnswer });
+        assert!(!*connection.borrow() && !link.is_connected());
     }
 }

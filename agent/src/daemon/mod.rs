@@ -71,7 +71,7 @@ use ipnet::IpNet;
 use rand::Rng as _;
 use tokio::sync::oneshot;
 use towline_core::mesh::{Mesh, Output, PeerState, PeerStatus, Transmit};
-use towline_core::path::Path as NetworkPath;
+use towline_core::path::{Path as NetworkPath, Source};
 use towline_core::peer_history::PathChange;
 use towline_core::peer_table::{Observation, PeerTable};
 use towline_core::prefixes::is_private;
@@ -94,6 +94,7 @@ use crate::node_ip::NodeIps;
 use crate::state::StateDir;
 #[cfg(feature = "otel")]
 use crate::telemetry::{StartTrace, Step};
+use crate::timing::at;
 use announcer::Announcer;
 use controller_link::{ControllerLink, Received};
 use firewall_search::FirewallSearch;
@@ -107,7 +108,7 @@ use report::Reporter;
 use signals::{SignalMeaning, Signals};
 use sleep::SleepClock;
 use standby::Standby;
-use start::Stored;
+use start::{AtJoin, Stored};
 use start_report::StartReport;
 use summary::SummarySchedule;
 use tunnels::{Report, Tunnels};
@@ -216,6 +217,7 @@ struct Daemon {
     config_path: Option<PathBuf>,
     purpose: Purpose,
     state: Arc<StateDir>,
+    at_join: AtJoin,
     started: Instant,
 
     mesh: Mesh,
@@ -258,8 +260,9 @@ impl Daemon {
         }
         // A relay alone has no overlay addresses. The task ends with this function.
         let commands = self.controller.commands().filter(|_| self.purpose == Purpose::Node);
-        let _removals =
-            commands.map(|commands| RemovalExchange::start(control.requests(), commands));
+        let connected = self.controller.connection();
+        let _removals = commands
+            .map(|commands| RemovalExchange::start(control.requests(), commands, connected));
         self.start_api_endpoint()?;
         // Pod networks are known before the uplinks are chosen: none of them is one.
         self.kubernetes_changed();
@@ -348,8 +351,8 @@ impl Daemon {
                 self.trace_observation(&peer, &what);
                 self.mesh.handle_observation(now, peer, what);
             }
-            Report::Event(dataplane::Event::Probe { peer, from, message }) => {
-                self.message_received(peer, from, message);
+            Report::Event(dataplane::Event::Probe { peer, from, is_validated, message }) => {
+                self.message_received(peer, Source { path: from, is_validated }, message);
             }
             Report::Event(dataplane::Event::Stun { from, datagram }) => {
                 if let Some(stun::Message::Success { transaction, mapped }) =
@@ -384,8 +387,8 @@ impl Daemon {
     }
 
     /// Handles a message that the data plane opened.
-    fn message_received(&mut self, peer: WireguardKey, from: NetworkPath, message: Probe) {
-        self.mesh.handle_message(Instant::now(), peer, Some(from), message);
+    fn message_received(&mut self, peer: WireguardKey, source: Source, message: Probe) {
+        self.mesh.handle_message(Instant::now(), peer, Some(source), message);
     }
 
     /// Handles a message that a controller carried. Only a call does not depend on its path.
@@ -466,9 +469,7 @@ impl Daemon {
 
     /// Updates the limits of this machine after its configuration or the list of controllers changed.
     fn update_limits(&mut self) {
-        let (joined, host) = (self.state.connected_networks(), self.state.host_addresses());
-        let controllers = self.controller.controllers();
-        let limits = self.config.local_limits(joined, host.unwrap_or_default(), controllers);
+        let limits = self.at_join.limits(&self.config, self.controller.controllers());
         self.mesh.set_local_limits(Instant::now(), limits);
     }
 
@@ -765,14 +766,6 @@ impl Daemon {
         self.observer.look(Instant::now(), &problems, traffic);
         // Round-trip times change without an event.
         self.api_servers_changed();
-    }
-}
-
-/// Waits until `time`, or forever if there is none.
-async fn at(time: Option<Instant>) {
-    match time {
-        Some(time) => tokio::time::sleep_until(time.into()).await,
-        None => std::future::pending().await,
     }
 }
 

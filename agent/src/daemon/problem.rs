@@ -15,6 +15,7 @@ use towline_proto::id::{NodeId, NodeName};
 
 use super::wireguard_socket::NotServed;
 use crate::api_endpoint::EndpointProblem;
+use crate::config::ClearSetting;
 use crate::confirm::Confirmation;
 use crate::conntrack::Conntrack;
 use crate::kubernetes::NodeProblem;
@@ -321,8 +322,8 @@ pub(super) enum Note {
          traffic may leave in clear"
     )]
     InClearNotAllowed {
-        /// Name of the setting.
-        setting: &'static str,
+        /// The setting.
+        setting: ClearSetting,
     },
     /// A relay is used that no operator granted its role. It joined with an earlier version.
     #[error(
@@ -426,6 +427,17 @@ fn whole_seconds(duration: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_setting_that_is_not_applied_is_named_as_in_the_configuration() {
+        for (setting, word) in [
+            (ClearSetting::TrustedSites, "trusted_sites"),
+            (ClearSetting::BypassWhenDown, "bypass_when_down"),
+        ] {
+            let note = Note::InClearNotAllowed { setting }.to_string();
+            assert!(note.starts_with(&format!("the mesh's {word} is not applied")), "{note}");
+        }
+    }
 
     #[test]
     fn a_full_conntrack_table_is_said_with_what_helps() {

@@ -44,7 +44,7 @@ impl Daemon {
         self.config.trust = fresh.trust;
         self.controller.set_configured(self.config.controller.addresses.clone());
         let now = Instant::now();
-        configure(&mut self.mesh, now, &self.config, self.state.connected_networks());
+        configure(&mut self.mesh, now, &self.config, self.at_join.networks.clone());
         self.update_limits();
         self.mesh.set_static_peers(now, static_peers);
         self.configuration_changed();

@@ -26,6 +26,7 @@ use crate::control::PathKind;
 use crate::down::MachineState;
 use crate::events;
 use crate::state::StateDir;
+use crate::timing::micros;
 use crate::uapi;
 
 /// Time after which something that was seen once is no longer a problem.
@@ -162,12 +163,12 @@ impl Reporter<'_> {
         let Some(mesh) = self.0.mesh.config() else { return Vec::new() };
         let allowed = &self.0.config.trust.allow_in_clear;
         let settings = [
-            (ClearSetting::TrustedSites, "trusted_sites", mesh.trusted_sites.is_empty()),
-            (ClearSetting::BypassWhenDown, "bypass_when_down", mesh.bypass_when_down.is_empty()),
+            (ClearSetting::TrustedSites, mesh.trusted_sites.is_empty()),
+            (ClearSetting::BypassWhenDown, mesh.bypass_when_down.is_empty()),
         ];
         let refused =
-            settings.into_iter().filter(|(kind, _, unset)| !unset && !allowed.contains(kind));
-        refused.map(|(_, setting, _)| Note::InClearNotAllowed { setting }).collect()
+            settings.into_iter().filter(|(setting, unset)| !unset && !allowed.contains(setting));
+        refused.map(|(setting, _)| Note::InClearNotAllowed { setting }).collect()
     }
 
     /// Returns a problem if a packet with a foreign source was dropped lately.
@@ -204,18 +205,17 @@ impl Reporter<'_> {
     /// Returns the answer to `towline guard list`.
     pub(super) fn guards(&self) -> pb::GuardsResponse {
         let network = |guarded: GuardedNetwork| {
-            let (reason, node) = match guarded.reason {
-                GuardReason::Overlay => ("overlay", String::new()),
-                GuardReason::Protected => ("protected", String::new()),
-                GuardReason::Announced(name) => ("announced", name.to_string()),
-                GuardReason::StaticPeer => ("static-peer", String::new()),
-                GuardReason::Withdrawn { name: Some(name), .. } => ("withdrawn", name.to_string()),
-                GuardReason::Withdrawn { name: None, owner } => {
-                    ("withdrawn", owner.map(|id| id.to_string()).unwrap_or_default())
+            let reason = guard_word(&guarded.reason).to_owned();
+            let node = match guarded.reason {
+                GuardReason::Overlay | GuardReason::Protected | GuardReason::StaticPeer => {
+                    String::new()
                 }
+                GuardReason::Announced(name) | GuardReason::Withdrawn { name: Some(name), .. } => {
+                    name.to_string()
+                }
+                GuardReason::Withdrawn { name: None, owner } => text(owner.as_ref()),
             };
-            let (network, reason) = (guarded.network.to_string(), reason.to_owned());
-            pb::GuardedNetwork { network, reason, node }
+            pb::GuardedNetwork { network: guarded.network.to_string(), reason, node }
         };
         let networks = self.0.mesh.guarded_networks().into_iter().map(network).collect();
         pb::GuardsResponse { networks }
@@ -386,6 +386,17 @@ fn reflector_status(status: ReflectorStatus) -> pb::ReflectorStatus {
     }
 }
 
+/// Returns the word for the reason of a guard, as the schema lists them.
+fn guard_word(reason: &GuardReason) -> &'static str {
+    match reason {
+        GuardReason::Overlay => "overlay",
+        GuardReason::Protected => "protected",
+        GuardReason::Announced(_) => "announced",
+        GuardReason::StaticPeer => "static-peer",
+        GuardReason::Withdrawn { .. } => "withdrawn",
+    }
+}
+
 /// Returns the word for a NAT's mapping, as the schema lists them.
 fn mapping_word(mapping: Mapping) -> &'static str {
     match mapping {
@@ -461,10 +472,6 @@ pub(super) fn texts(list: &[impl ToString]) -> Vec<String> {
 /// Returns the codes and texts of problems, conflicts or notes.
 pub(super) fn details<T: Coded + ToString>(list: &[T]) -> Vec<pb::Detail> {
     list.iter().map(pb::Detail::of).collect()
-}
-
-fn micros(duration: Duration) -> u64 {
-    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
 pub(super) fn millis(duration: Duration) -> u64 {

@@ -16,13 +16,14 @@ use towline_service::notify::Notifier;
 use super::problem::Problem;
 use super::signals::{SignalMeaning, Signals};
 use super::start::Stored;
-use super::{CONFIRMATION_PERIOD, Daemon, Purpose, at, host_controller, leave, report};
+use super::{CONFIRMATION_PERIOD, Daemon, Purpose, host_controller, leave, report};
 use crate::config::Config;
 use crate::confirm::{self, Confirmation, Moment};
 use crate::control::{ControlServer, DownAnswer, NoPong, PingAnswer, Request};
 use crate::down::{Down, DownMarker, MachineState};
 use crate::events::EventLog;
 use crate::state::StateDir;
+use crate::timing::at;
 
 /// Delay after a failure until the host is opened again.
 const RETRY: Duration = Duration::from_secs(1);

@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use rand::Rng as _;
 use tokio::sync::{mpsc, watch};
-use towline_core::local_limits::HostAddresses;
+use towline_core::local_limits::{HostAddresses, LocalLimits};
 use towline_core::mesh::{self, Mesh};
 use towline_core::plan::UnderlayPlan;
 use towline_core::static_peers::StaticPeer;
 use towline_proto::code::Coded as _;
+use towline_proto::node::MeshConfig;
 use towline_proto::token::ControllerAddress;
 
 use super::announcer::Announcer;
@@ -42,10 +43,45 @@ pub(super) struct Stored {
     keys: Keys,
     counters: Counters,
     map: Option<MapCache>,
-    /// Networks to which the machine was connected when it joined.
-    connected: Vec<IpNet>,
-    /// Addresses that the machine needed when it joined.
-    host: HostAddresses,
+    at_join: AtJoin,
+}
+
+/// Surroundings of this machine when it joined, as of the agent's start. They are not read again: a file that could
+/// not be written has no content.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct AtJoin {
+    /// Networks to which the machine was connected.
+    pub(super) networks: Vec<IpNet>,
+    /// Addresses that the machine needed.
+    addresses: HostAddresses,
+}
+
+impl AtJoin {
+    /// Reads the stored surroundings. If an earlier version joined, the addresses are the `present` ones from now on.
+    /// Without a mesh there are none.
+    fn read(
+        state: &StateDir,
+        mesh: Option<&MeshConfig>,
+        present: impl FnOnce(&MeshConfig) -> HostAddresses,
+    ) -> Self {
+        let networks = state.connected_networks();
+        let Some(mesh) = mesh else {
+            return Self { networks, addresses: HostAddresses::default() };
+        };
+        let addresses = state.host_addresses().unwrap_or_else(|| {
+            let found = present(mesh);
+            if let Err(error) = state.store_host_addresses(found.clone()) {
+                tracing::warn!(%error, "addresses of this machine not stored");
+            }
+            found
+        });
+        Self { networks, addresses }
+    }
+
+    /// Returns the limits of this machine, for this list of controllers.
+    pub(super) fn limits(&self, config: &Config, controllers: &[ControllerAddress]) -> LocalLimits {
+        config.local_limits(self.networks.clone(), self.addresses.clone(), controllers)
+    }
 }
 
 impl Stored {
@@ -63,9 +99,9 @@ impl Stored {
         if let (Some(membership), Some(map)) = (&mut membership, &map) {
             membership.update(map);
         }
-        let connected = state.connected_networks();
-        let host = host_addresses(state, membership.as_ref());
-        Ok(Self { static_peers, membership, keys, counters, map, connected, host })
+        let mesh = membership.as_ref().map(|membership| &membership.mesh);
+        let at_join = AtJoin::read(state, mesh, host_addresses::read);
+        Ok(Self { static_peers, membership, keys, counters, map, at_join })
     }
 
     /// Returns the mesh that the state describes.
@@ -73,16 +109,10 @@ impl Stored {
         let core_config = core_config(config, self.membership.as_ref(), self.counters.boot_epoch);
         let mut mesh = Mesh::new(core_config, rand::rng().random(), now);
         mesh.set_underlay(now, underlay(config, &self.controllers(config)));
-        configure(&mut mesh, now, config, self.connected.clone());
-        let (connected, host) = (self.connected.clone(), self.host.clone());
-        let limits = config.local_limits(connected, host, &self.controllers(config));
-        mesh.set_local_limits(now, limits);
+        configure(&mut mesh, now, config, self.at_join.networks.clone());
+        mesh.set_local_limits(now, self.at_join.limits(config, &self.controllers(config)));
         mesh.set_static_peers(now, self.static_peers.clone());
-        mesh.set_withdrawn(now, cached.withdrawn.iter().copied());
-        mesh.set_withdrawn_lans(now, cached.withdrawn_lans.iter().copied());
-        for (node, networks) in &cached.withdrawn_by_node {
-            mesh.set_withdrawn_owner(now, *node, networks.iter().copied());
-        }
+        cached.restore_withdrawn(&mut mesh, now);
         for change in self.map.iter().flat_map(MapCache::changes) {
             mesh.handle_map_change(now, change);
         }
@@ -137,20 +167,6 @@ impl Stored {
     }
 }
 
-/// Returns the addresses that this machine needed when it joined. If an earlier version joined, these are
-/// its present ones from now on.
-fn host_addresses(state: &StateDir, membership: Option<&Membership>) -> HostAddresses {
-    let Some(membership) = membership else { return HostAddresses::default() };
-    if let Some(stored) = state.host_addresses() {
-        return stored;
-    }
-    let found = host_addresses::read(&membership.mesh);
-    if let Err(error) = state.store_host_addresses(found.clone()) {
-        tracing::warn!(%error, "addresses of this machine not stored");
-    }
-    found
-}
-
 impl Daemon {
     /// Opens the UDP port and the TUN device, and starts the parts.
     pub(super) fn start(
@@ -194,6 +210,7 @@ impl Daemon {
             let started = std::time::SystemTime::now();
             telemetry::start_trace(&config.telemetry, mesh.grant(), is_first, started)
         };
+        let at_join = stored.at_join.clone();
         let controller = stored.discovery(&config, &state, announced)?;
         let kubernetes = KubernetesNode::new(kubernetes::start(kubernetes::Setup {
             config: config.kubernetes.clone(),
@@ -208,6 +225,7 @@ impl Daemon {
             config_path,
             purpose,
             state,
+            at_join,
             started: now,
             mesh,
             tunnels,
@@ -287,4 +305,37 @@ pub(crate) fn configure(mesh: &mut Mesh, now: Instant, config: &Config, joined: 
 fn unix_millis() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     u64::try_from(now.unwrap_or_default().as_millis()).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use towline_fixtures::node::mesh_config;
+
+    use super::*;
+
+    #[test]
+    fn addresses_that_cannot_be_stored_still_limit_what_the_mesh_may_cover() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = StateDir::open(directory.path()).unwrap();
+        // A file that can neither be read nor replaced.
+        std::fs::create_dir(directory.path().join("host.json")).unwrap();
+        let gateways = ["192.0.2.1".parse().unwrap()].into();
+        let present = HostAddresses { gateways, ..HostAddresses::default() };
+        let at_join = AtJoin::read(&state, Some(&mesh_config()), |_| present.clone());
+        assert_eq!(state.host_addresses(), None, "nothing is on the disk");
+        assert_eq!(at_join.limits(&Config::default(), &[]).host, present);
+    }
+
+    #[test]
+    fn addresses_of_the_join_are_kept_and_the_present_ones_not_read() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = StateDir::open(directory.path()).unwrap();
+        let first = |_: &MeshConfig| HostAddresses {
+            uplinks: ["192.0.2.7".parse().unwrap()].into(),
+            ..HostAddresses::default()
+        };
+        let at_join = AtJoin::read(&state, Some(&mesh_config()), first);
+        let again = AtJoin::read(&state, Some(&mesh_config()), |_| unreachable!("stored"));
+        assert_eq!(again, at_join);
+    }
 }

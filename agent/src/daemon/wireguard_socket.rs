@@ -23,9 +23,10 @@ use towline_helper::client;
 use towline_helper::protocol::{Request as HelperRequest, TunnelLink};
 use towline_helper::wireguard_socket::{self, DIRECTORY};
 use towline_proto::codes;
+use towline_service::local_socket;
 use zeroize::Zeroizing;
 
-use crate::control::{self, Request, Requests};
+use crate::control::{Request, Requests};
 use crate::uapi::{Operation, Progress, Refusal, RequestParser};
 
 /// Longest duration of a connection.
@@ -151,7 +152,7 @@ async fn run(link: String, shared: Arc<Mutex<Shared>>, requests: Requests) {
                 continue;
             }
         };
-        if !control::allowed(&stream) {
+        if !local_socket::is_allowed(&stream) {
             continue;
         }
         let Ok(place) = places.clone().try_acquire_owned() else { continue };

@@ -431,7 +431,7 @@ impl Discovery {
                     session.has_address()?;
                     let announcement = announcements.borrow_and_update().clone();
                     match session.publishable_at() {
-                        // Whatever is announced then is published.
+                        // The announcement of that time is published.
                         Some(at) => session.retry_publish = Some(at),
                         None => self.publish(session, announcement).await?,
                     }

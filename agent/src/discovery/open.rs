@@ -20,7 +20,7 @@ use super::{Discovery, Event, renewal_due};
 use crate::not_connected::NotConnected;
 use crate::{dial, join, tls};
 
-/// Maximum time for the controller's first message.
+/// Maximum time for the controller's first message of a watch, and for its answer to `readmit`.
 const READY: Duration = Duration::from_secs(10);
 
 /// Requests and responses of a watch, and its first response.

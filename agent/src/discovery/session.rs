@@ -119,7 +119,7 @@ mod tests {
     use tonic::codec::Codec as _;
     use tonic::transport::Endpoint;
     use towline_fixtures::ca::Ca;
-    use towline_fixtures::node::grant;
+    use towline_fixtures::node::{grant, node_id};
     use towline_proto::node::Grant;
 
     use super::*;
@@ -250,6 +250,22 @@ mod tests {
             sent += 1;
         }
         assert!((3..=4).contains(&sent), "one in 15 s: {sent}");
+    }
+
+    #[tokio::test]
+    async fn a_removal_is_added_to_the_journal_of_a_map_that_is_stored() {
+        let discovery = &mut Scene::new().discovery;
+        let ca = Ca::new(1);
+        let stored =
+            |discovery: &Discovery| std::fs::read(discovery.state.path().join("map.bin")).unwrap();
+        assert!(discovery.learn_removal(ca.tombstone(3)).await.is_ok());
+        let whole = stored(discovery);
+        for number in [4, 5] {
+            assert!(discovery.learn_removal(ca.tombstone(number)).await.is_ok());
+            assert_eq!(stored(discovery), whole, "the whole map is not written again");
+            let map = discovery.state.map(&discovery.membership).unwrap();
+            assert!(map.is_removed(node_id(number)) && map.is_removed(node_id(3)));
+        }
     }
 
     #[tokio::test(start_paused = true)]

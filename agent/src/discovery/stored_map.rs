@@ -46,6 +46,10 @@ impl Discovery {
             return Ok(());
         }
         let Ok(tombstone) = pb::Signed::decode(status.details()) else { return Ok(()) };
+        if let Err(error) = signed::tombstone(Some(&tombstone), &self.membership.ca_key) {
+            tracing::warn!(%error, "invalid tombstone of the controller ignored");
+            return Ok(());
+        }
         self.keep_removal(tombstone).await
     }
 
@@ -65,26 +69,25 @@ impl Discovery {
         self.keep_removal(tombstone).await
     }
 
-    /// Applies a tombstone, and stores the map.
+    /// Applies a tombstone, and stores it immediately, so that it survives a restart.
     async fn keep_removal(&mut self, tombstone: pb::Signed) -> Result<(), Ended> {
         let tombstone = pb::change::Kind::Tombstone(tombstone);
         self.take_changes(pb::Changes::of([tombstone], 0)).await?;
-        let (state, encoded) = (self.state.clone(), self.map.take_whole());
-        self.journal = Journal::of(self.map.position(), encoded.len());
-        // The map is written immediately, so that the tombstone survives a restart.
-        if let Err(error) = state.store_map(&encoded) {
-            self.journal = Journal::default();
-            tracing::warn!(%error, "map not stored");
-        }
+        self.store_changes().await;
         Ok(())
     }
 
-    /// Stores the map on a blocking thread. A failure is logged; the map in memory stays.
+    /// Stores the map if a session changed it.
     pub(super) async fn save_map(&mut self, session: &mut Session) {
         session.map_saved = Instant::now();
-        if !std::mem::take(&mut session.map_dirty) {
-            return;
+        if std::mem::take(&mut session.map_dirty) {
+            self.store_changes().await;
         }
+    }
+
+    /// Stores what changed in the map since it was stored last, on a blocking thread: in its journal, or with the
+    /// whole map. Tombstones are on the disk afterwards. A failure is logged; the map in memory stays.
+    async fn store_changes(&mut self) {
         let state = self.state.clone();
         if let Some((entry, has_tombstone)) = self.map.take_entry()
             && let Some(is_first) = self.journal.grow(entry.len())

@@ -109,8 +109,8 @@ const OF_TRAFFIC: [&str; 22] = [
     "offload-damages-packets",
 ];
 
-/// Explains the state of the peer with this name or overlay address. `paths` are those of the peer, as far
-/// as they are known. `checks` are those of [`super::examine`], of the same answers.
+/// Explains the state of the peer with this name or overlay address. `paths` are the known ones of the
+/// peer. `checks` are those of [`super::examine`], of the same answers.
 pub fn explain(
     name: &str,
     answers: &Answers,

@@ -213,14 +213,10 @@ fn plan(
     daemon::configure(&mut mesh, now, config, state.connected_networks());
     mesh.set_connected_networks(now, surroundings.connected.clone());
     mesh.set_transit(now, surroundings.transit.clone());
+    cached.restore_withdrawn(&mut mesh, now);
     mesh.set_prefixes(now, cached.announced);
     mesh.set_pod_networks(now, cached.pods);
     mesh.set_node_ips(now, cached.node_ips);
-    mesh.set_withdrawn(now, cached.withdrawn);
-    mesh.set_withdrawn_lans(now, cached.withdrawn_lans);
-    for (node, networks) in cached.withdrawn_by_node {
-        mesh.set_withdrawn_owner(now, node, networks);
-    }
     if let Some(membership) = membership {
         let controllers = join::controllers(&config.controller.addresses, membership);
         mesh.set_underlay(now, config.underlay(&controllers));

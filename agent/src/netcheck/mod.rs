@@ -16,6 +16,8 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::timing::micros;
+
 /// What was found out about one address family.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Observed {
@@ -186,7 +188,6 @@ fn family(observed: &Observed) -> FamilyFindings {
 }
 
 fn reflector(asked: &Asked) -> ReflectorFindings {
-    let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
     ReflectorFindings {
         address: asked.reflector,
         mapped_address: asked.answer.map(|(mapped, _)| mapped),

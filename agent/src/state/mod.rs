@@ -10,7 +10,7 @@
 //! | `prefixes.json` | prefixes that this node announced, and withdrawn ones that are still guarded | when they change |
 //! | `networks.json` | the networks to which the machine was connected when it joined | at the join |
 //! | `host.json` | gateways, DNS servers and uplink addresses of the machine when it joined | at the join |
-//! | `map.bin` | the signed network map, as last received | at the start, and when the journal is as large |
+//! | `map.bin` | the signed network map, as last received | at the start, and when the journal would exceed the size of the map |
 //! | `map.journal` | changes of the map since then | after changes, debounced |
 //! | `kubernetes.json` | the last valid facts of this machine's Node object | when they change |
 //! | `confirm-by` | the deadline for confirming the join (`confirm.rs`) | at the join; removed by `towline confirm` |
@@ -36,6 +36,7 @@ use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use data_encoding::BASE64;
 use ipnet::IpNet;
@@ -43,6 +44,7 @@ use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 use serde::{Deserialize, Serialize};
 use towline_core::local_limits::HostAddresses;
+use towline_core::mesh::Mesh;
 use towline_proto::id::{IdentityKey, NodeId, NodeName};
 use towline_proto::node::{Grant, MeshConfig};
 use towline_proto::token::ControllerAddress;
@@ -206,6 +208,17 @@ pub struct CachedPrefixes {
     /// when empty, because versions before 0.2.0 refuse the field.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub withdrawn_by_node: BTreeMap<NodeId, Vec<IpNet>>,
+}
+
+impl CachedPrefixes {
+    /// Gives a new mesh the withdrawn prefixes, which stay guarded.
+    pub(crate) fn restore_withdrawn(&self, mesh: &mut Mesh, now: Instant) {
+        mesh.set_withdrawn(now, self.withdrawn.iter().copied());
+        mesh.set_withdrawn_lans(now, self.withdrawn_lans.iter().copied());
+        for (node, networks) in &self.withdrawn_by_node {
+            mesh.set_withdrawn_owner(now, *node, networks.iter().copied());
+        }
+    }
 }
 
 /// Content of `host.json`.
@@ -444,7 +457,7 @@ impl StateDir {
     /// Stores the map.
     pub fn store_map(&self, encoded: &[u8]) -> Result<(), StateError> {
         self.replace("map.bin", encoded)?;
-        // It belongs to the map before, and would be ignored.
+        // The journal belongs to the previous map, and would be ignored.
         self.remove("map.journal")
     }
 
@@ -456,10 +469,7 @@ impl StateDir {
         is_first: bool,
         must_sync: bool,
     ) -> Result<(), StateError> {
-        let directory = match &self.directory {
-            Some(directory) => directory,
-            None => &directory::create_for(&self.path, account::AGENT)?,
-        };
+        let directory = self.writable()?;
         if is_first {
             return Ok(directory.replace("map.journal", 0o600, bytes)?);
         }
@@ -655,11 +665,15 @@ impl StateDir {
 
     /// Writes a file atomically.
     fn write(&self, name: &str, bytes: &[u8]) -> Result<(), StateError> {
-        let directory = match &self.directory {
-            Some(directory) => directory,
-            None => &directory::create_for(&self.path, account::AGENT)?,
-        };
-        Ok(directory.replace(name, 0o600, bytes)?)
+        Ok(self.writable()?.replace(name, 0o600, bytes)?)
+    }
+
+    /// Returns the directory for writing. Creates it if it does not exist.
+    fn writable(&self) -> Result<PrivateDirectory, StateError> {
+        match &self.directory {
+            Some(directory) => Ok(directory.clone()),
+            None => Ok(directory::create_for(&self.path, account::AGENT)?),
+        }
     }
 
     fn sync_dir(&self) -> Result<(), StateError> {

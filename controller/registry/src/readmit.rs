@@ -72,15 +72,13 @@ impl Registry {
         let is_empty = self.members.len() == 0;
         let same_overlays =
             (config.overlay_v6, config.overlay_v4) == (ours.overlay_v6, ours.overlay_v4);
-        // One that was signed after the backup has a higher generation, also if its epoch is an earlier one: a
-        // restored store begins a later one.
-        let is_newer = config.generation > ours.generation || config.epoch > ours.epoch;
+        let is_ahead = config.is_ahead_of(ours);
         let config = MeshConfig {
             generation: config.generation.max(ours.generation),
             epoch: config.epoch.max(ours.epoch),
             ..config
         };
-        if config == *ours || !(is_empty || is_newer && same_overlays) {
+        if config == *ours || !(is_empty || is_ahead && same_overlays) {
             return false;
         }
         let generation = config.generation;

@@ -157,14 +157,18 @@ impl Ledger {
         last_seen.retain(|node, time| *time > 0 && nodes.contains_key(node));
         let (mesh, signed_mesh) = mesh.ok_or(ReadError::Missing("mesh"))?;
         let (counters, stored_sum) = counters.ok_or(ReadError::Missing("meta"))?;
+        let (current_items, current_sum) = items(&authority, secret.current(), records);
         // A store that is migrated has no sum that could be trusted.
         if let Some(sum_key) = sum_key.filter(|_| !migrate) {
-            let (_, sum) = items(&authority, sum_key, records);
+            let sum = if sum_key == secret.current() {
+                current_sum
+            } else {
+                items(&authority, sum_key, records).1
+            };
             if sum != stored_sum {
                 return Err(ReadError::Mixed);
             }
         }
-        let (items, sum) = items(&authority, secret.current(), records);
         let contents = Contents { counters, mesh, members, removed_nodes, tokens, admins };
         let registry = Registry::load(contents)?;
         Ok(Self {
@@ -173,8 +177,8 @@ impl Ledger {
             nodes,
             tombstones,
             last_seen,
-            items,
-            sum,
+            items: current_items,
+            sum: current_sum,
             must_rewrite,
             authority,
         })
@@ -193,6 +197,12 @@ impl Ledger {
     /// Returns the counters of the registry.
     pub fn counters(&self) -> Counters {
         self.registry.counters()
+    }
+
+    /// Returns whether stored records are not authenticated with the current key. The next changes include all
+    /// records then.
+    pub fn needs_rewrite(&self) -> bool {
+        self.must_rewrite
     }
 
     /// Stores a record that a node signed. The caller has verified the signature.

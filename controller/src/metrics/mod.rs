@@ -83,8 +83,9 @@ impl Source {
         text.one(&UPTIME, now.since(self.started.mono).as_secs_f64());
         self.nodes(&mut text, now);
         text.one(&WATCHES, self.map.watchers());
-        text.one(&REVISION, self.map.revision());
-        text.one(&EPOCH, self.map.epoch());
+        let (epoch, revision) = self.map.position();
+        text.one(&REVISION, revision);
+        text.one(&EPOCH, epoch);
         let tokens = self.view.tokens(None, usize::MAX);
         let mut by_state = text.family(&TOKENS);
         for (state, label) in TokenState::ALL {
@@ -103,7 +104,7 @@ impl Source {
         for (limit, count) in self.counters.limited() {
             limited.sample(&[limit], count);
         }
-        text.one(&WATCH_LAG, self.counters.lag(self.map.revision()));
+        text.one(&WATCH_LAG, self.counters.lag(revision));
         text.one(&LOADING, self.admission.loading());
         let fan_outs = self.counters.fan_outs();
         text.one(&FAN_OUTS, fan_outs.sent);

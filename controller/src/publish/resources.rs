@@ -56,9 +56,9 @@ pub type Key = (Kind, String);
 /// Content of an object that the publisher owns.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Status {
-    /// Of a `TowlineNode`.
+    /// Status of a `TowlineNode`.
     Node(NodeStatus),
-    /// Of a `TowlinePath`.
+    /// Status of a `TowlinePath`.
     Path(PathStatus),
 }
 

@@ -29,6 +29,7 @@ use towline_proto::limits;
 use towline_proto::pb::admin_server::AdminServer;
 use towline_proto::pb::discovery_server::DiscoveryServer;
 use towline_proto::source_limiter::SourceLimiter;
+use towline_service::local_socket;
 use towline_service::port_owner::{self, PortOwner, Transport};
 use x25519_dalek::{PublicKey, StaticSecret};
 
@@ -39,11 +40,10 @@ use crate::counters::Counters;
 use crate::entropy::{NoEntropy, random};
 use crate::events::{Events, MeshEvent};
 use crate::ledger::Ledger;
-use crate::listen::{self, Handshakes, Places, PresentedPeer, Standing};
+use crate::listen::{self, Handshakes, Places, PresentedPeer};
 use crate::local;
 use crate::map::Map;
 use crate::metrics;
-use crate::peer::PeerName;
 use crate::reflector::Reflector;
 use crate::replicas::Exchange;
 use crate::service::{
@@ -186,7 +186,8 @@ pub async fn serve(config: Config, shutdown: impl Future<Output = ()>) -> Result
 impl ServeError {
     /// Returns whether another controller uses the store. It may end, and this one take its place.
     pub fn is_in_use(&self) -> bool {
-        matches!(self, Self::Open(OpenError::Etcd(EtcdError::InUse { .. })))
+        let (Self::Open(error) | Self::Read(LoadError::Open(error))) = self else { return false };
+        matches!(error, OpenError::Etcd(EtcdError::InUse { .. }))
     }
 
     /// Returns the error of binding `address`, with the owner of the port if it is visible.
@@ -224,7 +225,7 @@ impl Controller {
             now,
         };
         let (store, ledger) = open_ledger(opening, place, fresh)?;
-        let (mut store, ledger) = admit_local_admin(&dir, fresh, store, ledger, &authority, now)?;
+        let (mut store, ledger) = admit_local_admin(opening, fresh, store, ledger)?;
         let lost = store.lost();
         let replicas = store.replicas();
         let (sender, outbound) = mpsc::channel(OUTBOUND);
@@ -248,8 +249,9 @@ impl Controller {
             counters: counters.clone(),
             events: events.clone(),
         };
-        let (writer, writer_ended) = writer::start(store, ledger, authority.clone(), published)
-            .map_err(ServeError::Thread)?;
+        let (writer, writer_ended) =
+            writer::start(store, ledger, authority.clone(), migrate, published)
+                .map_err(ServeError::Thread)?;
         let proof_key = StaticSecret::from(random::<32>()?);
         let (stop, stopping) = watch::channel(None);
         // Without the STUN server, nodes learn their public addresses only from other nodes.
@@ -353,12 +355,19 @@ impl Controller {
         let (accepted, connections) = mpsc::channel(64);
         // While watches end, no connection is accepted, but the server must not take that for its end.
         let _connections_open = accepted.clone();
+        let authorizer = Authorizer::new(
+            shared.map.clone(),
+            shared.view.clone(),
+            shared.authority.mesh_id(),
+            self.is_remote_admin,
+        );
+        let by_certificate = authorizer.clone();
         let accepting = tokio::spawn(listen::accept(
             listener,
             acceptor,
             accepted,
             places,
-            standing(shared.map.clone(), shared.view.clone(), self.is_remote_admin),
+            move |presented: &PresentedPeer| by_certificate.standing(presented, clock::now().unix),
             self.handshakes.handle(),
         ));
         let renewing = tokio::spawn(renew(
@@ -386,12 +395,6 @@ impl Controller {
         let mut stopping = shared.stopping.clone();
         let map = shared.map.clone();
         let health = HealthServer::new(HealthService::new(shared.stopping.clone()));
-        let authorizer = Authorizer::new(
-            shared.map.clone(),
-            shared.view.clone(),
-            shared.authority.mesh_id(),
-            self.is_remote_admin,
-        );
         let shared = Arc::new(shared);
         let Peers { replicas, outbound, cut_off } = self.peers;
         let exchange = replicas.map(|replicas| Exchange::new(replicas, shared.clone(), cut_off));
@@ -481,26 +484,6 @@ fn drain_time(watches: usize) -> Duration {
     DRAIN.1.min(DRAIN.0 * u32::try_from(watches).unwrap_or(u32::MAX))
 }
 
-/// Returns the function that tells the kind of a client by its certificate and the map.
-fn standing(
-    map: Arc<Map>,
-    view: Arc<View>,
-    is_remote_admin: bool,
-) -> impl Fn(&PresentedPeer) -> Standing + Clone {
-    move |presented| {
-        let (peer, is_expired) = (&presented.peer, presented.is_expired(clock::now().unix));
-        match peer.name {
-            PeerName::Node(node) if map.member(node, &peer.key).is_err() => Standing::Stranger,
-            PeerName::Node(node) if is_expired => Standing::Expired(node),
-            PeerName::Node(node) => Standing::Node(node),
-            PeerName::Admin(_) if !is_remote_admin || is_expired || !view.is_admin(&peer.key) => {
-                Standing::Stranger
-            }
-            PeerName::Admin(_) => Standing::Admin,
-        }
-    }
-}
-
 /// Returns the error that ends the use of the store, once there is one.
 async fn end_of_use(lost: Option<oneshot::Receiver<OpenError>>) -> OpenError {
     if let Some(lost) = lost
@@ -530,7 +513,7 @@ async fn serve_local(
 ) {
     let Some(socket) = socket else { return };
     let connections = UnixListenerStream::new(socket).filter(|connection| match connection {
-        Ok(stream) => local::is_allowed(stream),
+        Ok(stream) => local_socket::is_allowed(stream),
         Err(_) => true,
     });
     let served = Server::builder()

@@ -129,15 +129,12 @@ fn begin(
     }
     let expected = store.sequence();
     match store.commit(expected, &ledger.take_changes(BTreeMap::new).writes) {
-        Ok(_) if migrate => {
-            tracing::warn!("store migrated: start without --migrate-store from now on");
-        }
+        Ok(_) if migrate => writer::log_migrated(),
         Ok(_) => {}
         // The new epoch of a restored store must be on the disk before a client sees it.
         Err(error @ (CommitError::Failed { .. } | CommitError::Etcd(_))) if !started.restored => {
             tracing::error!(%error, "start not counted, changed settings not applied");
-            store.reopen()?;
-            let ledger = writer::read(&mut *store, authority.clone(), migrate, now)?;
+            let ledger = writer::reload(&mut *store, authority.clone(), migrate, now)?;
             return Ok((store, ledger));
         }
         Err(error) => return Err(error.into()),
@@ -173,13 +170,14 @@ fn newest_start(
 /// If the disk accepts no writes, a controller that was set up before serves its mesh all the same: the local
 /// socket needs no credential.
 pub(crate) fn admit_local_admin(
-    dir: &StateDir,
+    opening: Opening<'_>,
     fresh: bool,
     mut store: Box<dyn Store>,
     mut ledger: Ledger,
-    authority: &Arc<Authority>,
-    now: Now,
 ) -> Result<(Box<dyn Store>, Ledger), ServeError> {
+    let Opening { dir, authority, now, .. } = opening;
+    // Once all records are authenticated, none that is not may be taken.
+    let migrate = opening.migrate && ledger.needs_rewrite();
     let is_revoked = |key| is_revoked(&mut ledger, key);
     let key = match authority::renew_admin(dir, authority, now.unix, is_revoked) {
         Ok(key) => key,
@@ -196,11 +194,15 @@ pub(crate) fn admit_local_admin(
     }
     let expected = store.sequence();
     match store.commit(expected, &writes) {
-        Ok(_) => Ok((store, ledger)),
+        Ok(_) => {
+            if migrate {
+                writer::log_migrated();
+            }
+            Ok((store, ledger))
+        }
         Err(error @ (CommitError::Failed { .. } | CommitError::Etcd(_))) => {
             tracing::error!(%error, "the administrator's key is not listed: use the local socket");
-            store.reopen()?;
-            let ledger = writer::read(&mut *store, authority.clone(), false, now)?;
+            let ledger = writer::reload(&mut *store, authority.clone(), migrate, now)?;
             Ok((store, ledger))
         }
         Err(error) => Err(error.into()),
@@ -285,7 +287,7 @@ mod tests {
         let before = dir.starts().unwrap().unwrap();
 
         let store = FileStore::open(&dir.store()).unwrap();
-        store.fail_next_commit();
+        store.fail_next_commits(1);
         let (mut store, mut ledger) = begin(opening, Box::new(store)).unwrap();
         assert_eq!(*ledger.registry().mesh(), mesh);
         assert_eq!(dir.starts().unwrap(), Some(before));
@@ -298,10 +300,41 @@ mod tests {
         let ahead = Starts { count: before.count + 5, ..before };
         dir.set_starts(ahead).unwrap();
         let store = FileStore::open(&dir.store()).unwrap();
-        store.fail_next_commit();
+        store.fail_next_commits(1);
         assert!(begin(opening, Box::new(store)).is_err());
         let (_store, _ledger) = open_ledger(opening, file(), false).unwrap();
         assert_eq!(dir.starts().unwrap().unwrap().count, ahead.count + 1);
+    }
+
+    #[test]
+    fn a_store_is_migrated_once_the_disk_takes_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let dir = StateDir::new(directory.path().join("state"));
+        let _lock = dir.lock().unwrap();
+        let now = clock::now();
+        let authority = Arc::new(Authority::load_or_create(&dir, true, now.unix).unwrap());
+        let settings = MeshSettings::default();
+        let opening = Opening {
+            dir: &dir,
+            authority: &authority,
+            settings: &settings,
+            advertise: &[],
+            migrate: false,
+            now,
+        };
+        let (mut store, _) = open_ledger(opening, Place::File(dir.store()), true).unwrap();
+        writer::remove_authentication(&mut *store, &authority);
+        drop(store);
+
+        let opening = Opening { migrate: true, ..opening };
+        let store = FileStore::open(&dir.store()).unwrap();
+        store.fail_next_commits(2);
+        let (store, ledger) = begin(opening, Box::new(store)).unwrap();
+        let (store, ledger) = admit_local_admin(opening, false, store, ledger).unwrap();
+        assert!(ledger.needs_rewrite(), "nothing could be written yet");
+        let (mut store, ledger) = admit_local_admin(opening, false, store, ledger).unwrap();
+        assert!(!ledger.needs_rewrite());
+        writer::read(&mut *store, authority.clone(), false, now).unwrap();
     }
 
     #[test]

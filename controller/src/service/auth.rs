@@ -17,9 +17,10 @@ use tonic::{Request, Status};
 use tower::{Layer, Service};
 use towline_proto::id::{IdentityKey, MeshId, NodeId, NodeName};
 
+use towline_service::local_socket;
+
 use crate::clock;
-use crate::listen::{ConnectionInfo, PresentedPeer};
-use crate::local;
+use crate::listen::{ConnectionInfo, PresentedPeer, Standing};
 use crate::map::{AccessError, Map};
 use crate::peer::PeerName;
 use crate::view::View;
@@ -100,7 +101,7 @@ impl Object {
             Self::OwnNode => "the calling node",
             Self::Map => "the map of all nodes; signals to them",
             Self::Lost => {
-                "the calling node, removals and the mesh's configuration, as far as the store lost them"
+                "what the store lost of: the calling node, removals and the mesh's configuration"
             }
             Self::AnyNode => "any node",
             Self::Reports => "what the nodes report of their tunnels; events",
@@ -289,6 +290,18 @@ impl Authorizer {
         Self { map, view, mesh_id, is_remote_admin }
     }
 
+    /// Returns the kind of the client that presented a certificate, at `now` in seconds since 1970.
+    pub fn standing(&self, presented: &PresentedPeer, now: i64) -> Standing {
+        let peer = &presented.peer;
+        match peer.name {
+            PeerName::Node(node) if self.map.member(node, &peer.key).is_err() => Standing::Stranger,
+            PeerName::Node(node) if presented.is_expired(now) => Standing::Expired(node),
+            PeerName::Node(node) => Standing::Node(node),
+            PeerName::Admin(_) if self.check_admin(presented, now).is_err() => Standing::Stranger,
+            PeerName::Admin(_) => Standing::Admin,
+        }
+    }
+
     /// Checks a request at `now`, in seconds since 1970.
     fn admit(
         &self,
@@ -310,7 +323,7 @@ impl Authorizer {
                 Ok((Caller { address: Some(connection.address), identity }, rpc))
             }
             Origin::Local(uid) => {
-                let uid = uid.filter(|uid| local::is_allowed_user(*uid));
+                let uid = uid.filter(|uid| local_socket::is_allowed_user(*uid));
                 let uid = uid.ok_or_else(|| {
                     Status::permission_denied("only root and the controller's user may do this")
                 })?;
@@ -374,6 +387,12 @@ impl Authorizer {
         let PeerName::Admin(name) = &presented.peer.name else {
             return Err(Status::permission_denied("only an administrator may call this RPC"));
         };
+        self.check_admin(presented, now)?;
+        Ok(CallerIdentity::Admin(name.clone()))
+    }
+
+    /// Checks the certificate of an administrator.
+    fn check_admin(&self, presented: &PresentedPeer, now: i64) -> Result<(), Status> {
         self.check_mesh(presented.peer.mesh_id)?;
         if !self.is_remote_admin {
             return Err(Status::permission_denied(
@@ -390,7 +409,7 @@ impl Authorizer {
                 "the administrator's key was revoked: use the one in the controller's state directory",
             ));
         }
-        Ok(CallerIdentity::Admin(name.clone()))
+        Ok(())
     }
 
     fn check_mesh(&self, mesh_id: MeshId) -> Result<(), Status> {
@@ -572,6 +591,24 @@ mod tests {
             let admitted = authorizer.admit(rpc.path, Some(Origin::Network(&caller)), NOW);
             let may = matches!(rpc.role, Role::Anyone | Role::Admin);
             assert_eq!(admitted.is_ok(), may, "{}", rpc.path);
+        }
+    }
+
+    #[test]
+    fn a_connection_has_the_place_of_an_administrator_if_its_certificate_is_accepted() {
+        let rpc = RPCS.iter().find(|rpc| rpc.role == Role::Admin).unwrap();
+        for (authorizer, caller, standing) in [
+            (authorizer(true), admin(MESH, 1, NOW), Standing::Admin),
+            (authorizer(false), admin(MESH, 1, NOW), Standing::Stranger),
+            (authorizer(true), admin(MESH, 2, NOW), Standing::Stranger),
+            (authorizer(true), admin(MESH, 3, NOW), Standing::Stranger),
+            (authorizer(true), admin(MESH, 1, NOW - 1), Standing::Stranger),
+            (authorizer(true), admin(MeshId([9; 16]), 1, NOW), Standing::Stranger),
+        ] {
+            let presented = caller.peer.as_deref().unwrap();
+            assert_eq!(authorizer.standing(presented, NOW), standing, "{presented:?}");
+            let admitted = authorizer.admit(rpc.path, Some(Origin::Network(&caller)), NOW);
+            assert_eq!(admitted.is_ok(), standing == Standing::Admin, "{presented:?}");
         }
     }
 

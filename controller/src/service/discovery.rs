@@ -289,7 +289,7 @@ impl Discovery for DiscoveryService {
         watch::prove(&self.shared, start.head.as_ref()).await?;
         let cursor = Watcher::cursor(&self.shared.map, (start.epoch, start.revision));
         let mut loading = None;
-        if cursor == 0 {
+        if cursor.revision == 0 {
             // A node that waited in vain keeps its budget.
             let place = self.shared.admission.place().await;
             loading = Some(place.inspect_err(|_| self.shared.counters.limit(Limit::Loading))?);

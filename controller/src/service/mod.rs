@@ -127,7 +127,7 @@ impl Shared {
 
     /// Returns the signed head of the map.
     fn head(&self) -> pb::Signed {
-        let (epoch, revision) = (self.map.epoch(), self.map.revision());
+        let (epoch, revision) = self.map.position();
         let head = Head { mesh_id: self.authority.mesh_id(), epoch, revision };
         let mut last = self.head.lock();
         if let Some((signed_head, signed)) = &*last

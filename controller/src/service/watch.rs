@@ -55,6 +55,8 @@ pub(super) struct Watcher {
     shared: Arc<Shared>,
     node: CallingNode,
     session: SessionId,
+    /// Epoch of the map in which the watch was opened. The watch ends when the map has another one.
+    epoch: u64,
     /// Revision up to which everything was sent.
     cursor: u64,
     /// True once everything that existed at the start of the watch was sent.
@@ -64,6 +66,15 @@ pub(super) struct Watcher {
     /// Place among the nodes that load the whole map, until this one has loaded it.
     loading: Option<Place>,
     responses: mpsc::Sender<Result<pb::WatchResponse, Status>>,
+}
+
+/// Position in the map up to which a client has everything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Cursor {
+    /// Epoch of the map in which [`Self::revision`] is valid.
+    pub(super) epoch: u64,
+    /// Revision; 0 if the client has nothing of this epoch.
+    pub(super) revision: u64,
 }
 
 /// Kind of the message to send next.
@@ -76,26 +87,37 @@ enum Due {
 }
 
 impl Watcher {
-    /// Creates a watch that sends the changes after the revision `cursor`. `loading` is its place if it loads the
-    /// whole map.
+    /// Creates a watch that sends the changes after `cursor`. `loading` is its place if it loads the whole map.
     pub(super) fn new(
         shared: Arc<Shared>,
         node: CallingNode,
         session: SessionId,
-        cursor: u64,
+        cursor: Cursor,
         loading: Option<Place>,
         responses: mpsc::Sender<Result<pb::WatchResponse, Status>>,
     ) -> Self {
-        let sent = shared.counters.cursor(cursor);
-        Self { shared, node, session, cursor, synced: false, sent, loading, responses }
+        let Cursor { epoch, revision } = cursor;
+        let sent = shared.counters.cursor(revision);
+        Self {
+            shared,
+            node,
+            session,
+            epoch,
+            cursor: revision,
+            synced: false,
+            sent,
+            loading,
+            responses,
+        }
     }
 
-    /// Returns the revision after which a client that has the map at this epoch and revision gets changes.
-    /// If the epoch differs or the revision is ahead of the map (a first watch, or a controller restored
-    /// from a backup), it is 0: the client gets the whole map.
-    pub(super) fn cursor(map: &Map, (epoch, revision): (u64, u64)) -> u64 {
-        let is_known = epoch == map.epoch() && revision <= map.revision();
-        if is_known { revision } else { 0 }
+    /// Returns the position in the map's present epoch after which a client that has the map at this epoch and
+    /// revision gets changes. If the epoch differs or the revision is ahead of the map (a first watch, or a
+    /// controller restored from a backup), the revision is 0: the client gets the whole map.
+    pub(super) fn cursor(map: &Map, (epoch, revision): (u64, u64)) -> Cursor {
+        let (current, newest) = map.position();
+        let is_known = epoch == current && revision <= newest;
+        Cursor { epoch: current, revision: if is_known { revision } else { 0 } }
     }
 
     /// Runs until either side ends the watch.
@@ -210,15 +232,12 @@ impl Watcher {
                         permit.send(Ok(pb::WatchResponse { kind }));
                         continue;
                     }
-                    if is_paused {
-                        continue;
-                    }
                     // A heartbeat says nothing of changes, so it must not hide that there are some.
                     if due != Due::Heartbeat {
                         latest.mark_unchanged();
-                        // The node's own removal may be among what is marked as seen.
-                        if let Some(removed) = self.removed() {
-                            return Some(removed);
+                        // The node's own removal or a new epoch may be among what is marked as seen.
+                        if let Some(status) = self.end_status() {
+                            return Some(status);
                         }
                     }
                     if due == Due::Changes && self.synced {
@@ -237,8 +256,8 @@ impl Watcher {
                 changed = latest.changed(), if self.synced && pause.is_none() => {
                     // The sender lives as long as `shared`.
                     let _ = changed;
-                    if let Some(removed) = self.removed() {
-                        return Some(removed);
+                    if let Some(status) = self.end_status() {
+                        return Some(status);
                     }
                     if due != Due::Ready {
                         due = Due::Changes;
@@ -251,8 +270,8 @@ impl Watcher {
                 }
                 _ = ticks.tick() => {
                     // Also while the client reads nothing, and so gets no changes.
-                    if let Some(removed) = self.removed() {
-                        return Some(removed);
+                    if let Some(status) = self.end_status() {
+                        return Some(status);
                     }
                     // An agent opens the watch again with the certificate that it renewed in time.
                     if self.node.is_expired(clock::now().unix) {
@@ -266,10 +285,12 @@ impl Watcher {
         }
     }
 
-    /// Returns the status to end the watch with, if the node was removed.
-    fn removed(&self) -> Option<Status> {
+    /// Returns the status to end the watch with, if the node was removed or a new epoch of the map began.
+    /// Revisions of one epoch mean nothing in another one, so the client has to load the whole map again.
+    fn end_status(&self) -> Option<Status> {
         let map = &self.shared.map;
-        map.absence(self.node.id).map(|error| absent(&error, map))
+        let removed = map.absence(self.node.id).map(|error| absent(&error, map));
+        removed.or_else(|| (map.epoch() != self.epoch).then(new_epoch))
     }
 
     /// Returns the pause after a message of changes.
@@ -313,7 +334,7 @@ impl Watcher {
         let heartbeat = self.shared.sessions.lock().heartbeat();
         pb::WatchReady {
             session_id: self.session.to_vec(),
-            epoch: map.epoch(),
+            epoch: self.epoch,
             heartbeat_ms: u32::try_from(heartbeat.as_millis()).unwrap_or(u32::MAX),
             mesh: Some(map.mesh()),
             // Absent only if the node was just removed; the session ends soon then.
@@ -369,6 +390,11 @@ fn replaced() -> Status {
     Status::aborted("the session was replaced by a newer one")
 }
 
+/// Returns the status of a watch that was opened in an earlier epoch of the map.
+fn new_epoch() -> Status {
+    Status::aborted("a new epoch of the map began: open the watch again")
+}
+
 /// Begins a new epoch if a client has a later head of the map than this controller, which was then restored from a
 /// copy of its machine. Only the CA can sign a head, so a node cannot make one up.
 pub(super) async fn prove(shared: &Shared, head: Option<&pb::Signed>) -> Result<(), Status> {
@@ -383,7 +409,7 @@ pub(super) async fn prove(shared: &Shared, head: Option<&pb::Signed>) -> Result<
             return Ok(());
         }
     };
-    let is_later = || head.position() > (shared.map.epoch(), shared.map.revision());
+    let is_later = || head.position() > shared.map.position();
     if !is_later() {
         return Ok(());
     }
@@ -424,12 +450,12 @@ pub(super) async fn resync(
             tokio::task::yield_now().await;
         }
     }
+    let ours = shared.map.mesh();
     let mesh = match mesh {
-        Some(mesh) if mesh != shared.map.mesh() => {
+        Some(mesh) if mesh != ours => {
             let theirs = signed::mesh(Some(&mesh), key).map_err(untrusted)?;
-            let ours = signed::mesh(Some(&shared.map.mesh()), key).map_err(untrusted)?;
-            let is_newer = theirs.generation > ours.generation || theirs.epoch > ours.epoch;
-            is_newer.then_some(theirs)
+            let ours = signed::mesh(Some(&ours), key).map_err(untrusted)?;
+            theirs.is_ahead_of(&ours).then_some(theirs)
         }
         _ => None,
     };
@@ -507,6 +533,7 @@ mod tests {
         /// Messages of the client. Dropping it ends the client's stream.
         client: mpsc::Sender<Result<Frame<Bytes>, Infallible>>,
         responses: mpsc::Receiver<Result<pb::WatchResponse, Status>>,
+        map: Arc<Map>,
         stop: watch::Sender<Option<Duration>>,
         isolate: watch::Sender<Option<Duration>>,
         opened: Instant,
@@ -565,9 +592,11 @@ mod tests {
             let requests = Streaming::new_request(codec.decoder(), body, None, None);
             let (sender, responses) = mpsc::channel(1);
             let node = CallingNode { id: NODE, name, identity, expires_at };
-            let watcher = Watcher::new(Arc::new(shared), node, SESSION, 0, None, sender);
+            let map = shared.map.clone();
+            let cursor = Watcher::cursor(&map, (0, 0));
+            let watcher = Watcher::new(Arc::new(shared), node, SESSION, cursor, None, sender);
             tokio::spawn(watcher.run(requests));
-            Self { client, responses, stop, isolate, opened: Instant::now() }
+            Self { client, responses, map, stop, isolate, opened: Instant::now() }
         }
 
         /// Sends a heartbeat as a client does: the message with the head of gRPC.
@@ -652,6 +681,41 @@ mod tests {
         let (_, code, seconds) = scene.end().await;
         assert!(code.is_none_or(|code| code == Code::Unavailable), "{code:?}");
         assert!(seconds <= 5, "{seconds}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_running_watch_ends_when_a_new_epoch_begins() {
+        use pb::watch_response::Kind;
+        let mut scene = Scene::new();
+        let Some(Ok(ready)) = scene.responses.recv().await else { panic!("no first message") };
+        assert!(matches!(ready.kind, Some(Kind::Ready(ready)) if ready.epoch == 1));
+        let Some(Ok(changes)) = scene.responses.recv().await else { panic!("no changes") };
+        assert!(matches!(changes.kind, Some(Kind::Changes(changes)) if changes.synced));
+        scene.map.apply(2, 2, Vec::new());
+        let status = scene.responses.recv().await.unwrap().unwrap_err();
+        assert_eq!(status.code(), Code::Aborted, "{status}");
+        assert!(status.message().contains("new epoch"), "{status}");
+        assert!(scene.responses.recv().await.is_none(), "the watch has ended");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_watch_is_not_opened_in_another_epoch_than_its_cursor() {
+        let mut scene = Scene::new();
+        // The watch has its cursor, but has sent nothing yet.
+        scene.map.apply(2, 2, Vec::new());
+        let status = scene.responses.recv().await.unwrap().unwrap_err();
+        assert_eq!(status.code(), Code::Aborted, "{status}");
+    }
+
+    #[test]
+    fn a_cursor_is_valid_in_the_epoch_of_the_map_only() {
+        let map = Map::new();
+        map.apply(2, 7, Vec::new());
+        let cursor = |epoch, revision| Watcher::cursor(&map, (epoch, revision));
+        assert_eq!(cursor(2, 7), Cursor { epoch: 2, revision: 7 });
+        for (epoch, revision) in [(0, 0), (1, 3), (2, 8), (3, 7)] {
+            assert_eq!(cursor(epoch, revision), Cursor { epoch: 2, revision: 0 });
+        }
     }
 
     #[tokio::test(start_paused = true)]

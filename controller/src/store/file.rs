@@ -31,7 +31,7 @@ pub struct FileStore {
     /// Sequence number of the last commit.
     sequence: u64,
     #[cfg(test)]
-    fail_next: std::cell::Cell<bool>,
+    failing: std::cell::Cell<u32>,
 }
 
 impl FileStore {
@@ -60,7 +60,7 @@ impl FileStore {
             database: None,
             sequence: 0,
             #[cfg(test)]
-            fail_next: std::cell::Cell::default(),
+            failing: std::cell::Cell::default(),
         };
         store.reopen()?;
         Ok(store)
@@ -116,17 +116,18 @@ impl FileStore {
 
     fn try_commit(&self, writes: &[Write]) -> Result<u64, redb::Error> {
         #[cfg(test)]
-        if self.fail_next.take() {
+        if let Some(left) = self.failing.get().checked_sub(1) {
+            self.failing.set(left);
             return Err(redb::Error::PreviousIo);
         }
         let database = self.database.as_ref().ok_or(redb::Error::DatabaseClosed)?;
         write(database, self.sequence, writes)
     }
 
-    /// Makes the next commit fail as on a full disk.
+    /// Makes the next commits fail as on a full disk.
     #[cfg(test)]
-    pub(crate) fn fail_next_commit(&self) {
-        self.fail_next.set(true);
+    pub(crate) fn fail_next_commits(&self, count: u32) {
+        self.failing.set(count);
     }
 }
 
@@ -298,7 +299,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let mut store = FileStore::create(&root.path().join("s"), &[put("a", "1")]).unwrap();
         let sequence = store.sequence();
-        store.fail_next_commit();
+        store.fail_next_commits(1);
         let error = store.commit(sequence, &[put("a", "2")]).unwrap_err();
         assert!(matches!(error, CommitError::Failed { .. }));
         store.reopen().unwrap();

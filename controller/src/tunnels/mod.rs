@@ -71,17 +71,10 @@ impl Reported {
     /// Returns the message of a reported peer. `None` if it is no member.
     fn peer(&self, peer: &PeerSummary) -> Option<pb::PeerTunnel> {
         let name = self.view.name(peer.node)?.to_string();
-        let (state, relay) = match &peer.tunnel {
-            Tunnel::Idle => (pb::TunnelState::Idle, None),
-            Tunnel::Connecting => (pb::TunnelState::Connecting, None),
-            Tunnel::Down => (pb::TunnelState::Down, None),
-            Tunnel::Direct => (pb::TunnelState::Direct, None),
-            Tunnel::Relayed(relay) => (pb::TunnelState::Relayed, relay.as_ref()),
-        };
         Some(pb::PeerTunnel {
             name,
-            state: state.into(),
-            relay: relay.map(ToString::to_string).unwrap_or_default(),
+            state: pb::TunnelState::from(&peer.tunnel).into(),
+            relay: peer.tunnel.relay().map(ToString::to_string).unwrap_or_default(),
             rtt_us: peer.rtt_us,
             loss_permille: peer.loss_permille.map(u32::from),
             mtu: peer.mtu.map(u32::from),

@@ -7,10 +7,12 @@
 //! | [`color`] | colors of the output, on terminals alone |
 //! | [`config_file`] | configuration files in TOML, and their errors |
 //! | [`directory`] | a private state directory: its owner, its permissions, how its files are written |
+//! | [`event_output`] | events as both programs print them |
 //! | [`events`] | the newest events of a program, with ids to resume after |
 //! | [`mod@file`] | files that are replaced atomically |
 //! | [`grpc`] | gRPC over a connection that exists already |
 //! | [`http`] | small read-only HTTP server |
+//! | [`local_socket`] | who may use a program's local socket |
 //! | [`log`] | log output, to the journal or elsewhere, as text or JSON |
 //! | [`manual`] | shell completions and man pages |
 //! | [`mod@metrics`] | metrics for Prometheus: table, text and server |
@@ -30,12 +32,14 @@ pub mod certificate;
 pub mod color;
 pub mod config_file;
 pub mod directory;
+pub mod event_output;
 pub mod events;
 pub mod file;
 pub mod grpc;
 pub mod http;
 #[doc(hidden)]
 pub mod internals;
+pub mod local_socket;
 pub mod log;
 pub mod manual;
 pub mod metrics;

@@ -308,7 +308,7 @@ pub enum Probe {
     /// Answers a challenge: shows that the sender made this probe now, and that it receives what is
     /// sent to its address.
     Proof {
-        /// Token of the challenge.
+        /// The token that the challenge contained.
         token: u64,
     },
 }

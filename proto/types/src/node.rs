@@ -104,9 +104,7 @@ impl Grant {
     pub fn sharing(&self, prefix: &IpNet) -> Option<&Label> {
         self.shared.iter().find(|shared| shared.prefix == *prefix).map(|shared| &shared.group)
     }
-}
 
-impl Grant {
     /// Returns the grant with the blocks pinned that a record with these prefixes needs. `None` if it
     /// needs no other blocks. A prefix for which there is no block left stays outside of the grant.
     pub fn pin(&self, announced: &[IpNet]) -> Option<Self> {
@@ -169,6 +167,11 @@ impl OverlayAddresses {
     /// Returns both addresses as host prefixes (/128 and /32).
     pub fn prefixes(&self) -> impl Iterator<Item = IpNet> {
         self.iter().map(IpNet::from)
+    }
+
+    /// Returns whether a network is one of [`Self::prefixes`].
+    pub fn contains_prefix(&self, net: &IpNet) -> bool {
+        self.prefixes().any(|own| own == *net)
     }
 }
 
@@ -452,6 +455,14 @@ impl MeshConfig {
         (self.epoch, self.generation) > (other.epoch, other.generation)
     }
 
+    /// Returns whether a controller that has the configuration `other` may have lost this one: it has a higher
+    /// generation or is of a later epoch. In contrast to [`Self::is_newer_than`], one of an earlier epoch counts too:
+    /// what was signed after a backup has a higher generation than the backup, and the controller that was restored
+    /// from it has begun a later epoch.
+    pub fn is_ahead_of(&self, other: &Self) -> bool {
+        self.generation > other.generation || self.epoch > other.epoch
+    }
+
     /// Returns the mesh's controllers, then those of `others` that are not among them.
     pub fn controllers_and(&self, others: &[ControllerAddress]) -> Vec<ControllerAddress> {
         let mut controllers = self.controllers.clone();
@@ -475,10 +486,11 @@ impl MeshConfig {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn grant() -> Grant {
+    /// Returns a grant of a worker, for the tests of this package.
+    pub(crate) fn grant() -> Grant {
         Grant {
             mesh_id: MeshId([1; 16]),
             node_id: NodeId([2; 16]),
@@ -530,6 +542,16 @@ mod tests {
 
         let wide = Record { prefixes: vec!["10.0.0.0/8".parse().unwrap()], ..record() };
         assert!(matches!(Node::new(grant(), wide), Err(NotGranted::Prefix(_))));
+    }
+
+    #[test]
+    fn only_a_whole_overlay_address_is_an_overlay_prefix() {
+        let overlay = grant().overlay;
+        assert!(overlay.prefixes().all(|net| overlay.contains_prefix(&net)));
+        for other in ["198.19.0.2/32", "198.19.0.1/31", "198.19.0.0/16", "fd00::/64", "fd00::2/128"]
+        {
+            assert!(!overlay.contains_prefix(&other.parse().unwrap()), "{other}");
+        }
     }
 
     #[test]

@@ -158,7 +158,7 @@ impl Claim<'_> {
     }
 
     fn is_overlay_address(&self) -> bool {
-        self.grant.overlay.prefixes().any(|own| own == self.prefix)
+        self.grant.overlay.contains_prefix(&self.prefix)
     }
 }
 
@@ -203,15 +203,7 @@ mod tests {
                 v4: [198, 19, 0, number].into(),
             },
             allowed_prefixes: allowed.to_vec(),
-            pod_ranges: Vec::new(),
-            shared: Vec::new(),
-            site: None,
-            labels: std::collections::BTreeMap::new(),
-            issued_at: 0,
-            ephemeral: false,
-            ephemeral_after: None,
-            relay: crate::node::RelayRole::Denied,
-            control_plane: false,
+            ..crate::node::tests::grant()
         }
     }
 

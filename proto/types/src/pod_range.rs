@@ -144,8 +144,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::id::{IdentityKey, MeshId, NodeId, WireguardKey};
-    use crate::node::{Grant, OverlayAddresses};
+    use crate::node::Grant;
 
     fn net(text: &str) -> IpNet {
         text.parse().unwrap()
@@ -157,25 +156,9 @@ mod tests {
 
     fn grant(allowed: &[&str], pod_ranges: Vec<PodRange>) -> Grant {
         Grant {
-            mesh_id: MeshId([1; 16]),
-            node_id: NodeId([2; 16]),
-            name: "worker-1".parse().unwrap(),
-            identity_key: IdentityKey([3; 32]),
-            wireguard_keys: vec![WireguardKey([4; 32])],
-            overlay: OverlayAddresses {
-                v6: "fd00:7::1".parse().unwrap(),
-                v4: [198, 19, 0, 1].into(),
-            },
             allowed_prefixes: allowed.iter().map(|text| net(text)).collect(),
             pod_ranges,
-            shared: Vec::new(),
-            site: None,
-            labels: std::collections::BTreeMap::new(),
-            issued_at: 0,
-            ephemeral: false,
-            ephemeral_after: None,
-            relay: crate::node::RelayRole::Denied,
-            control_plane: false,
+            ..crate::node::tests::grant()
         }
     }
 

@@ -76,6 +76,14 @@ impl Tunnel {
     pub fn is_up(&self) -> bool {
         matches!(self, Self::Direct | Self::Relayed(_))
     }
+
+    /// Returns the name of the relay; `None` without a relay, or if its name is not known.
+    pub fn relay(&self) -> Option<&NodeName> {
+        match self {
+            Self::Relayed(relay) => relay.as_ref(),
+            Self::Idle | Self::Connecting | Self::Down | Self::Direct => None,
+        }
+    }
 }
 
 impl PeerCounts {

@@ -22,7 +22,8 @@ use crate::cursor::Cursor;
 use crate::id::{Fingerprint, TokenId};
 use crate::limits;
 
-const PREFIX: &str = "towline1.";
+/// Beginning of the text form of every token.
+pub const PREFIX: &str = "towline1.";
 
 /// Secret half of a token. It has no `Display`, `Debug` hides it, and it is wiped when it is
 /// dropped.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use prost::Message as _;
 use towline_core::mesh::{MapChange, Output};
-use towline_core::path::Path;
+use towline_core::path::{Path, Source};
 use towline_core::peer_table::Observation;
 use towline_dataplane::arena::{HEADROOM, TAILROOM, WriteBatch};
 use towline_dataplane::checksum;
@@ -310,7 +310,7 @@ pub fn mesh(bytes: &[u8]) {
     let mut now = *EPOCH;
     let mut mesh = Host::new(1, 1, host::mesh_config()).core(now);
     let mut removed = BTreeSet::new();
-    let mut pings = Vec::new();
+    let mut pings: Vec<(WireguardKey, Option<Path>, u64)> = Vec::new();
     let mut calls = 0u32;
     let mut sent = 0u32;
     while let Some(what) = input.byte() {
@@ -342,18 +342,19 @@ pub fn mesh(bytes: &[u8]) {
             }
             5 => {
                 let transaction = input.byte().unwrap_or(0).into();
-                let from = Some(input.address().into());
+                let source = Some(Source { path: input.address().into(), is_validated: false });
                 let message = match transaction % 4 {
                     0 => Probe::Challenge { token: transaction },
                     1 => Probe::Proof { token: transaction },
                     _ => Probe::Ping { transaction },
                 };
-                mesh.handle_message(now, input.key(), from, message);
+                mesh.handle_message(now, input.key(), source, message);
             }
             6 => {
                 if let Some((peer, to, transaction)) = pings.pop() {
                     let pong = Probe::Pong { transaction, observed: input.address() };
-                    mesh.handle_message(now, peer, to, pong);
+                    let source = to.map(|path| Source { path, is_validated: false });
+                    mesh.handle_message(now, peer, source, pong);
                 }
             }
             7 => {

@@ -28,11 +28,8 @@ use towline_dataplane::switch::Switch;
 use towline_dataplane::udp::{Ready, TooBig, UdpIo};
 use towline_dataplane::vnet::{FLAG_NEEDS_CSUM, GSO_UDP_L4, VNET_HEADER_BYTES, VnetHeader};
 use towline_dataplane::{Event, Probes};
-use towline_proto::frame::{
-    DatagramKind, Probe, ProbeVersion, RELAYED_HEADER_BYTES, relayed, relayed_header,
-};
+use towline_proto::frame::{DatagramKind, Probe, RELAYED_HEADER_BYTES, relayed, relayed_header};
 use towline_proto::id::WireguardKey;
-use towline_proto::mtu::Mtu;
 use towline_proto::rate::Rate;
 use towline_wireguard::{
     Aead, Answered, DATA_OVERHEAD, Engine, EngineChoice, HANDSHAKE_BYTES, Inputs, MessageKind,
@@ -158,15 +155,7 @@ impl Bench {
         let entry = PeerEntry {
             endpoint: Some(address(2).into()),
             prefixes: vec!["10.0.0.2/32".parse().expect("a prefix")],
-            shared_sources: Vec::new(),
-            keepalive: None,
-            preshared_key: None,
-            mtu: Mtu::DEFAULT,
-            fragment: false,
-            is_single: false,
-            boot_epoch: 0,
-            is_static: false,
-            probe_version: ProbeVersion::OWN,
+            ..PeerEntry::default()
         };
         let own = OwnNetworks::new([Ipv4Addr::new(10, 0, 0, 1).into()], [], []);
         let probes = Probes::new(StaticSecret::from([2; 32]), 1);

@@ -47,7 +47,7 @@ pub fn probe_session(bytes: &[u8]) {
         let is_in_use = what & 0x40 == 0;
         let arrival = Arrival { now, from, is_in_use, stamp: Some(stamp) };
         let answer = match session.receive(&arrival, &secret, &message) {
-            Decision::Deliver { answer } => {
+            Decision::Deliver { answer, is_validated } => {
                 let is_known = handed.contains(&(token, from));
                 match message {
                     Probe::Challenge { .. } => {}
@@ -57,7 +57,10 @@ pub fn probe_session(bytes: &[u8]) {
                         delivered.insert((stamp.epoch, stamp.counter));
                     }
                     Probe::Register { .. } => {
-                        assert!(proven.contains(&from), "{from} never proved its address");
+                        assert!(
+                            is_validated && proven.contains(&from),
+                            "{from} never proved its address"
+                        );
                         assert!(delivered.insert((stamp.epoch, stamp.counter)), "{stamp:?}");
                     }
                     _ => assert!(delivered.insert((stamp.epoch, stamp.counter)), "{stamp:?}"),

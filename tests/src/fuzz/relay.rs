@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use towline_core::mesh::{MapChange, Mesh, Output};
-use towline_core::path::Path;
+use towline_core::path::{Path, Source};
 use towline_dataplane::internals::{Forward, Forwarding};
 use towline_fixtures::node::{record, tombstone_of};
 use towline_proto::frame::{Probe, ProbeVersion};
@@ -40,28 +40,31 @@ pub fn relay(bytes: &[u8]) {
         calls += 1;
         transaction += 1;
         let (number, from) = (input.host(), Path::from(input.address()));
+        // Those with an even number have version 1, in which nothing is proven.
+        let source = Some(Source { path: from, is_validated: number % 2 == 1 });
         match what % 8 {
             0..=3 if number % 2 == 1 && !plane.proven.contains(&from.remote) => {
                 // A request of version 2 is delivered only from an address that is proven.
                 plane.proven.insert(from.remote);
             }
             0 | 1 => {
-                mesh.handle_message(now, key(number), Some(from), Probe::Register { transaction });
+                mesh.handle_message(now, key(number), source, Probe::Register { transaction });
             }
             2 | 3 => {
                 let open = Probe::Open { transaction, peer: input.key() };
-                mesh.handle_message(now, key(number), Some(from), open);
+                mesh.handle_message(now, key(number), source, open);
             }
             4 => {
                 if let Some((peer, at, transaction)) = plane.pings.pop() {
                     let pong = Probe::Pong { transaction, observed: at.remote };
-                    mesh.handle_message(now, peer, Some(at), pong);
+                    let source = Source { path: at, is_validated: false };
+                    mesh.handle_message(now, peer, Some(source), pong);
                     plane.proven.insert(at.remote);
                 }
             }
             5 => {
                 let pong = Probe::Pong { transaction, observed: from.remote };
-                mesh.handle_message(now, key(number), Some(from), pong);
+                mesh.handle_message(now, key(number), source, pong);
             }
             6 => {
                 let number = usize::from(input.byte().unwrap_or(0));

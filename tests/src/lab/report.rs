@@ -71,6 +71,15 @@ pub fn finish(figures: &impl Figures, json: bool) -> anyhow::Result<ExitCode> {
     Ok(if figures.failed().is_empty() { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
 
+/// A part of a scenario that could not run. It is no failure, but never silent.
+#[derive(Debug, Clone, Serialize)]
+pub struct Skipped {
+    /// Name of the part: a case, a check, a subject, or two of them separated by a slash.
+    pub name: String,
+    /// Reason, in one line.
+    pub why: String,
+}
+
 /// Rounds a figure to two decimal places.
 pub fn round(figure: f64) -> f64 {
     (figure * 100.0).round() / 100.0

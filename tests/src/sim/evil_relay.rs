@@ -52,7 +52,7 @@ const SERVED: usize = 4;
 const LIES: u64 = 4;
 
 impl EvilRelay {
-    /// Creates a relay that does this.
+    /// Creates a relay with one misdeed, which has served nobody yet.
     pub fn new(misdeed: Misdeed) -> Self {
         Self { misdeed, served: VecDeque::new(), treated: 0, counters: BTreeMap::new() }
     }
@@ -74,8 +74,10 @@ impl EvilRelay {
             (Misdeed::Misdirect, true) => {
                 let other = self.served.iter().rev().find(|path| **path != to).copied();
                 if !self.served.contains(&to) {
+                    if self.served.len() == SERVED {
+                        self.served.pop_front();
+                    }
                     self.served.push_back(to);
-                    self.served.truncate(SERVED);
                 }
                 vec![(Duration::ZERO, other.unwrap_or(to), payload)]
             }
@@ -128,5 +130,27 @@ impl EvilRelay {
             _ => Probe::Refused { transaction: number },
         };
         (0..LIES).map(lie).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use towline_core::path::ChannelId;
+
+    #[test]
+    fn a_datagram_is_misdirected_to_the_node_that_was_served_last() {
+        let mut relay = EvilRelay::new(Misdeed::Misdirect);
+        let to = |number: u8| Path::direct(([192, 0, 2, number], 51_830).into());
+        let mut misdirected = |number| {
+            let payload = Payload::StunRequest([0; 12]);
+            let payload = Payload::Channel(ChannelId(1), Box::new(payload));
+            let sent = relay.treat(to(number), payload);
+            sent.into_iter().map(|(_, path, _)| path).collect::<Vec<_>>()
+        };
+        for number in 2..=9 {
+            misdirected(number);
+        }
+        assert_eq!(misdirected(1), [to(9)]);
     }
 }

@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use towline_core::mesh::{
     Config, MapChange, Membership, Mesh, Output, PeerState, RelayLimits, Transmit,
 };
-use towline_core::path::{LocalAddress, LocalPort, Path};
+use towline_core::path::{LocalAddress, LocalPort, Path, Source};
 use towline_core::peer_table::PeerTable;
 use towline_core::plan::Plan;
 use towline_core::probe_session::{Arrival, Decision};
@@ -284,9 +284,11 @@ impl Host {
                 }
                 let is_in_use = entry.endpoint.is_some_and(|endpoint| endpoint.is(&from));
                 let arrival = Arrival { now, from, is_in_use, stamp };
-                let (answer, is_delivered) = match agent.probes.receive(peer, &arrival, &message) {
-                    Decision::Deliver { answer } => (answer, true),
-                    Decision::Drop { answer, .. } => (answer, false),
+                let (answer, source) = match agent.probes.receive(peer, &arrival, &message) {
+                    Decision::Deliver { answer, is_validated } => {
+                        (answer, Some(Source { path: from, is_validated }))
+                    }
+                    Decision::Drop { answer, .. } => (answer, None),
                 };
                 let mut answers = Vec::new();
                 if let Some(message) = answer {
@@ -298,8 +300,8 @@ impl Host {
                     let to = Path { port, ..Path::direct(from.remote) };
                     answers.push((to, answer.on(&from)));
                 }
-                if is_delivered {
-                    agent.mesh.handle_message(now, peer, Some(from), message);
+                if source.is_some() {
+                    agent.mesh.handle_message(now, peer, source, message);
                 }
                 return answers;
             }

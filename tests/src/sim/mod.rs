@@ -86,6 +86,8 @@ pub struct Sim {
     pub changes: Vec<(Duration, HostId, NodeId, PeerState)>,
     /// Probes that arrived at their receivers, while they are recorded.
     pub recorded: Option<Vec<Recorded>>,
+    /// Host whose datagrams from a local UDP port are dropped on the way.
+    pub dropped: Option<(HostId, u16)>,
     /// What somebody on the way does to the datagrams of one host to another.
     pub redirection: Option<Redirection>,
     /// Bytes of UDP payload sent to each address.
@@ -114,6 +116,7 @@ impl Sim {
             controller_up: true,
             changes: Vec::new(),
             recorded: None,
+            dropped: None,
             redirection: None,
             bytes_to: BTreeMap::new(),
             start,
@@ -363,6 +366,9 @@ impl Sim {
 
     fn transmit(&mut self, host: HostId, delay: Duration, to: Path, payload: Payload) {
         let Some((realm, from)) = self.hosts[host].source(&to) else { return };
+        if self.dropped == Some((host, from.port())) {
+            return;
+        }
         if payload.size() > self.net.payload {
             return;
         }

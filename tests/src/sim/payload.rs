@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use towline_core::path::{ChannelId, Path};
-use towline_proto::frame::{Probe, Stamp};
+use towline_proto::frame::{Probe, STAMPED_PROBE_BYTES, Stamp};
 use towline_proto::id::WireguardKey;
 
 use super::tunnel::Message;
@@ -39,7 +39,8 @@ impl Payload {
     pub fn size(&self) -> u16 {
         match self {
             Self::Probe { size, .. } => size.unwrap_or(80),
-            Self::Channel(_, payload) | Self::Stamped(_, payload) => payload.size(),
+            Self::Channel(_, payload) => payload.size(),
+            Self::Stamped(_, payload) => payload.size().max(STAMPED_PROBE_BYTES as u16),
             _ => 80,
         }
     }
@@ -59,5 +60,23 @@ impl Payload {
             Some(channel) => Self::Channel(channel, Box::new(self)),
             None => self,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stamped_probe_has_the_size_of_version_2_unless_it_is_padded_to_more() {
+        let stamped = |size| {
+            let [from, to] = [1, 2].map(|number| WireguardKey([number; 32]));
+            let message = Probe::Ping { transaction: 7 };
+            let probe = Payload::Probe { from, to, message, size };
+            Payload::Stamped(Stamp { epoch: 1, counter: 1 }, Box::new(probe))
+        };
+        assert_eq!(stamped(None).size(), 96);
+        assert_eq!(stamped(Some(90)).size(), 96);
+        assert_eq!(stamped(Some(1_420)).size(), 1_420);
     }
 }

@@ -135,6 +135,13 @@ impl Mesh {
         self.peers.iter().map(move |peer| self.status(peer, conditions))
     }
 
+    /// Returns every peer that has a Kubernetes API server for others, by node id.
+    pub fn api_servers(&self) -> impl Iterator<Item = PeerStatus> + '_ {
+        let conditions = self.conditions();
+        let servers = self.peers.iter().filter(|peer| peer.node().api_port().is_some());
+        servers.map(move |peer| self.status(peer, conditions))
+    }
+
     /// One peer.
     pub fn peer(&self, id: NodeId) -> Option<PeerStatus> {
         self.peers.get(id).map(|peer| self.status(peer, self.conditions()))
@@ -194,10 +201,11 @@ impl Mesh {
     }
 
     fn conditions(&self) -> NetworkConditions {
+        let is_alone = self.peers.iter().all(|peer| peer.last_handshake().is_none());
         NetworkConditions {
             has_relays: !self.relays.is_empty(),
             are_relays_silent: self.relays.is_silent(),
-            is_silent: self.stun.is_silent(),
+            is_silent: self.stun.is_silent(is_alone),
             mapping: self.mapping(),
         }
     }

@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use towline_types::frame::{Probe, ProbeVersion};
+use towline_types::frame::Probe;
 use towline_types::id::{NodeId, WireguardKey};
 use towline_types::node::{Grant, RelayRole};
 
@@ -34,13 +34,13 @@ use crate::derived::Derived;
 use crate::effects::Effects;
 use crate::home_relays::{ChannelPeer, HomeRelays};
 use crate::local_node::LocalNode;
-use crate::path::{ChannelId, LocalPort, Path};
+use crate::path::{ChannelId, LocalPort, Path, Source};
 use crate::peer::{Peer, PeerContext};
 use crate::peer_table::Observation;
 use crate::peers::Peers;
 use crate::prefixes::is_private;
 use crate::probing::{CallOrder, Probing};
-use crate::relay_server::{RelayServer, Source};
+use crate::relay_server::RelayServer;
 use crate::roster::{Roster, RosterEvent};
 use crate::routing::{HostSettings, RoutingInput};
 use crate::second_port::SecondPort;
@@ -138,7 +138,7 @@ impl Mesh {
     /// Handles what the data plane saw. An unknown peer is ignored: it was removed in the meantime.
     pub fn handle_observation(&mut self, now: Instant, peer: WireguardKey, what: Observation) {
         self.fx.advance(now);
-        if let Observation::Handshake { from } | Observation::Roamed { from } = what {
+        if let Observation::Handshake { from } = what {
             self.answered(&from);
         }
         if let Some(id) = self.node_with(&peer) {
@@ -149,26 +149,33 @@ impl Mesh {
 
     /// Handles a message that was opened with the key of the pair of us and `peer`, so it is
     /// authentic; [`ProbeSession`](crate::probe_session::ProbeSession) decided to deliver it. A ping
-    /// and a challenge are answered already. `from` is the path that it came over; `None`: a controller
-    /// carried it, which holds for a [`Probe::CallMe`] alone.
+    /// and a challenge are answered already. `source` is where it came from; `None`: a controller carried
+    /// it, which holds for a [`Probe::CallMe`] alone.
     pub fn handle_message(
         &mut self,
         now: Instant,
         peer: WireguardKey,
-        from: Option<Path>,
+        source: Option<Source>,
         message: Probe,
     ) {
         self.fx.advance(now);
         let node = self.node_with(&peer);
-        if let Some(from) = from.filter(|_| node.is_some()) {
+        let from = source.map(|source| source.path);
+        // A peer or a relay whose own probes arrive may still get nothing of ours.
+        let is_answer = matches!(
+            message,
+            Probe::Pong { .. }
+                | Probe::Registered { .. }
+                | Probe::Opened { .. }
+                | Probe::Refused { .. }
+        );
+        if let Some(from) = from.filter(|_| is_answer && node.is_some()) {
             self.answered(&from);
         }
         // A relay serves nodes that reach it directly.
         let is_served = node.is_some()
-            && from.is_some_and(|it| !it.is_relayed() && self.local.can_send_to(it.remote));
-        let record = node.and_then(|id| self.peers.get(id)).map(|peer| peer.node().record());
-        let is_proven = record.is_some_and(|record| record.probe_version == ProbeVersion::V2);
-        match (message, from) {
+            && from.is_some_and(|it| !it.is_relayed() && self.local.can_send_to_node(it.remote));
+        match (message, source) {
             (Probe::CallMe { boot_epoch, number, candidates }, _) => {
                 let order = CallOrder { boot_epoch, number };
                 match node {
@@ -181,17 +188,17 @@ impl Mesh {
             // Every other message is about the path that it came over.
             (_, None) => {}
             // The data plane answered a ping, and took a proof.
-            (Probe::Ping { .. } | Probe::Proof { .. }, Some(from)) => {
+            (Probe::Ping { .. } | Probe::Proof { .. }, Some(Source { path: from, .. })) => {
                 if let Some(id) = node {
                     self.with_peer(id, |peer, cx| peer.handle_ping(cx, from));
                 }
             }
-            (Probe::Challenge { .. }, Some(from)) => {
+            (Probe::Challenge { .. }, Some(Source { path: from, .. })) => {
                 if let Some(id) = node {
                     self.handle_challenge(id, peer, from);
                 }
             }
-            (Probe::Pong { transaction, observed }, Some(from)) => {
+            (Probe::Pong { transaction, observed }, Some(Source { path: from, .. })) => {
                 let Some(id) = node else { return };
                 let server = self.relay_server.as_mut();
                 let is_proof =
@@ -200,25 +207,23 @@ impl Mesh {
                     self.handle_pong(id, from, transaction, observed);
                 }
             }
-            (Probe::Register { transaction }, Some(from)) => {
+            (Probe::Register { transaction }, Some(source)) => {
                 match self.relay_server.as_mut().filter(|_| is_served) {
                     Some(server) => {
-                        let source = Source { path: from, is_proven };
                         server.handle_register(&mut self.fx, peer, source, transaction);
                     }
                     None => self.fx.counters.relay_requests_refused += 1,
                 }
             }
-            (Probe::Open { transaction, peer: other }, Some(from)) => {
+            (Probe::Open { transaction, peer: other }, Some(source)) => {
                 match self.relay_server.as_mut().filter(|_| is_served) {
                     Some(server) => {
-                        let source = Source { path: from, is_proven };
                         server.handle_open(&mut self.fx, (peer, source), other, transaction);
                     }
                     None => self.fx.counters.relay_requests_refused += 1,
                 }
             }
-            (answer, Some(from)) => {
+            (answer, Some(Source { path: from, .. })) => {
                 let channel = self.relays.handle_answer(&mut self.fx, node, from, &answer);
                 let Some((peer, path)) = channel else { return };
                 let id = match peer {

@@ -30,7 +30,7 @@ const DEAD: u32 = 9;
 /// Pings without a pong after which a path is dead though data of the peer comes over it.
 const DEAD_THOUGH_HEARD: u32 = 12;
 /// Time for which data shows that the way from the peer works. The data plane reports it once a second.
-const HEARD_FOR: Duration = Duration::from_millis(1_500);
+const DATA_FOR: Duration = Duration::from_millis(1_500);
 /// Pings without a pong after which another path that answered takes over.
 const DOUBTFUL: u32 = 3;
 /// Pings without a pong after which another path of a worse kind takes over.
@@ -137,7 +137,7 @@ impl Liveness {
         if self.unanswered > 0 {
             self.loss.record(true);
         }
-        self.is_heard = self.heard.is_some_and(|at| now < at + HEARD_FOR);
+        self.is_heard = self.heard.is_some_and(|at| now < at + DATA_FOR);
         let dead = if self.is_heard { DEAD_THOUGH_HEARD } else { DEAD };
         if self.unanswered >= dead {
             return Verdict::Dead;

@@ -2,6 +2,7 @@
 
 use super::*;
 use towline_types::frame::{PROBE_BYTES, STAMPED_PROBE_BYTES};
+use towline_types::node::{Candidate, CandidateKind};
 
 #[test]
 fn a_pong_that_comes_from_elsewhere_or_twice_counts_for_nothing() {
@@ -117,6 +118,31 @@ fn addresses_of_this_host_and_of_its_link_are_no_candidates() {
     us.signal(call_me(1, "169.254.169.254:80"));
     let outputs = us.run(Duration::from_secs(5));
     assert!(pings(&outputs).is_empty() && handshakes(&outputs).is_empty(), "{outputs:?}");
+}
+
+#[test]
+fn no_relay_and_no_reflector_is_an_address_of_this_host_or_of_its_link() {
+    let mut us = Us::new(1);
+    us.mesh.set_candidates(us.now, vec![candidate(PRIVATE)]);
+    let local = ["127.0.0.1:51830", "169.254.169.254:80", "[::1]:51830", "[fe80::1]:51830"];
+    for node in [peer(9).relay(), peer(2)] {
+        us.upsert(configured(node, &local));
+    }
+    let outputs = us.run(Duration::from_secs(5));
+    assert_eq!((registration(&outputs), stun(&outputs)), (None, Vec::new()));
+    // More of them than are tried take no place from a real one.
+    us.upsert(configured(peer(9).relay(), &[&local[..], &[OTHER]].concat()).generation(2));
+    let outputs = us.run(Duration::from_millis(50));
+    assert_eq!(registration(&outputs).map(|(_, to, _)| to), Some(path(OTHER)));
+    assert!(stun(&outputs).iter().all(|(to, _)| *to == addr(OTHER)), "{outputs:?}");
+}
+
+/// The node with addresses that its operator configured.
+fn configured(mut node: NodeBuilder, addresses: &[&str]) -> NodeBuilder {
+    let addresses = addresses.iter().map(|text| addr(text));
+    let candidates = addresses.map(|at| Candidate::new(CandidateKind::Configured, at).unwrap());
+    node.record.candidates = candidates.collect();
+    node
 }
 
 #[test]

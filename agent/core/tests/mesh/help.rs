@@ -200,3 +200,22 @@ fn two_uplinks_of_a_multipath_route_are_no_nat_with_a_port_for_each_peer() {
     }
     assert_eq!(us.mesh.mapping(), Some(Mapping::Independent));
 }
+
+#[test]
+fn one_silent_reflector_means_blocked_udp_until_a_peer_was_reached() {
+    use towline_core::reason::PeerReason;
+    let is_blocked = |us: &Us| matches!(us.peer(2).reason, Some(PeerReason::UdpBlocked(_)));
+    let mut us = Us::new(1);
+    us.mesh.set_candidates(us.now, vec![candidate(PRIVATE)]);
+    // The controller runs on the only public node, so there is one reflector.
+    us.mesh.set_reflectors(us.now, vec![PUBLIC.parse().unwrap()]);
+    us.upsert(peer(2).candidates(&[PUBLIC]));
+    us.mesh.handle_observation(us.now, key(2), Observation::Wanted);
+    us.run(Duration::from_secs(60));
+    assert!(is_blocked(&us), "{:?}", us.peer(2).reason);
+    us.upsert(peer(3).candidates(&[OTHER]));
+    let from = OTHER.parse::<SocketAddr>().unwrap().into();
+    us.mesh.handle_observation(us.now, key(3), Observation::Handshake { from });
+    us.run(Duration::from_secs(1));
+    assert!(!is_blocked(&us), "UDP leads somewhere");
+}

@@ -22,7 +22,7 @@ use towline_core::mesh::{
     Transmit,
 };
 use towline_core::own_networks::OwnNetworks;
-use towline_core::path::{ChannelId, LocalAddress, Path};
+use towline_core::path::{ChannelId, LocalAddress, Path, Source};
 use towline_core::peer_history::{Changed, PathChange};
 use towline_core::peer_table::{Observation, PeerTable};
 use towline_core::plan::{Plan, RouteVia};
@@ -123,9 +123,16 @@ impl Us {
         self.mesh.handle_observation(self.now, key(2), active);
     }
 
-    /// A message comes from a peer over a path.
+    /// A message comes from a peer over a path on which it proved nothing.
     fn message(&mut self, number: u8, from: Path, message: Probe) {
-        self.mesh.handle_message(self.now, key(number), Some(from), message);
+        let source = Source { path: from, is_validated: false };
+        self.mesh.handle_message(self.now, key(number), Some(source), message);
+    }
+
+    /// A message comes from a peer over a path on which it proved that it receives there.
+    fn validated(&mut self, number: u8, from: Path, message: Probe) {
+        let source = Source { path: from, is_validated: true };
+        self.mesh.handle_message(self.now, key(number), Some(source), message);
     }
 
     /// A controller brings a message of peer 2.

@@ -108,19 +108,30 @@ fn a_node_that_proved_its_address_is_announced_a_channel_there() {
 }
 
 #[test]
-fn a_request_of_version_2_comes_from_an_address_that_is_proven() {
+fn a_request_from_a_validated_path_comes_from_an_address_that_is_proven() {
+    let (mut us, channel) = opened();
+    let lifetime = CHANNEL_LIFETIME;
+    us.validated(2, at(22), Probe::Register { transaction: 4 });
+    assert_eq!(sent(&us.drain(), at(22)), [Probe::Registered { transaction: 4, lifetime }]);
+    assert!(is_at(&us, channel, 2, at(22)), "its channels move, too");
+    us.validated(3, at(33), Probe::Open { transaction: 2, peer: key(2) });
+    assert_eq!(sent(&us.drain(), at(33)), [Probe::Opened { transaction: 2, channel }]);
+    assert!(is_at(&us, channel, 3, at(33)));
+}
+
+#[test]
+fn a_record_that_names_version_2_proves_no_address() {
     let (mut us, channel) = opened();
     for number in [2, 3] {
         us.upsert(of_version(peer(number), ProbeVersion::V2).generation(2));
     }
     us.drain();
-    let lifetime = CHANNEL_LIFETIME;
-    us.message(2, at(22), Probe::Register { transaction: 4 });
-    assert_eq!(sent(&us.drain(), at(22)), [Probe::Registered { transaction: 4, lifetime }]);
-    assert!(is_at(&us, channel, 2, at(22)), "its channels move, too");
-    let (outputs, same) = open(&mut us, 3, at(33), 2);
-    assert_eq!((same, sent(&outputs, at(33)).len()), (Some(channel), 1));
-    assert!(is_at(&us, channel, 3, at(33)));
+    // The data plane opened it as version 1 before the record came.
+    us.message(2, at(66), Probe::Register { transaction: 5 });
+    let outputs = us.drain();
+    assert!(challenge(&outputs, at(66)).is_some(), "{outputs:?}");
+    assert!(!sent(&outputs, at(66)).iter().any(|m| matches!(m, Probe::Registered { .. })));
+    assert!(is_at(&us, channel, 2, at(2)));
 }
 
 #[test]
@@ -184,6 +195,20 @@ fn what_one_node_has_too_much_of_is_refused_to_it_alone() {
     us.signal(Probe::Register { transaction: 1 });
     assert_eq!(transmits(&us.drain()).count(), 0);
     assert_eq!(us.mesh.forwarding_table().cloned(), before);
+}
+
+#[test]
+fn nothing_from_an_address_of_this_host_or_of_its_link_is_served() {
+    let mut us = relay();
+    for (transaction, from) in ["127.0.0.1:9", "169.254.169.254:80", "[::1]:9", "[fe80::1]:9"]
+        .map(path)
+        .into_iter()
+        .enumerate()
+    {
+        us.message(2, from, Probe::Register { transaction: transaction as u64 });
+    }
+    assert_eq!(transmits(&us.drain()).count(), 0);
+    assert_eq!(us.mesh.counters().relay_requests_refused, 4);
 }
 
 #[test]

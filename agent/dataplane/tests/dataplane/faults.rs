@@ -84,7 +84,7 @@ impl Faulty {
         let (sender, events) = channel(1);
         let (peer, message) = (WireguardKey([7; 32]), Probe::Ping { transaction: 7 });
         let from = SocketAddr::from(([1; 4], 1)).into();
-        sender.try_send(Event::Probe { peer, from, message }).unwrap();
+        sender.try_send(Event::Probe { peer, from, is_validated: false, message }).unwrap();
         let private_key = StaticSecret::from([1; 32]);
         let probes = Probes::new(private_key.clone(), 1);
         let engine = Engine::BORINGTUN;

@@ -103,16 +103,8 @@ impl End {
     fn entry(&self) -> PeerEntry {
         PeerEntry {
             endpoint: Some(self.address.into()),
-            mtu: Mtu::DEFAULT,
-            fragment: false,
-            is_single: false,
             prefixes: vec![ipnet::IpNet::from(std::net::IpAddr::from(self.inner))],
-            shared_sources: Vec::new(),
-            keepalive: None,
-            preshared_key: None,
-            boot_epoch: 0,
-            is_static: false,
-            probe_version: ProbeVersion::OWN,
+            ..PeerEntry::default()
         }
     }
 
@@ -126,7 +118,7 @@ impl End {
     /// Ignores other events.
     fn message(&mut self, of: WireguardKey, wanted: impl Fn(&Probe) -> bool) -> Path {
         loop {
-            if let Event::Probe { peer, from, message } = self.event()
+            if let Event::Probe { peer, from, message, .. } = self.event()
                 && peer == of
                 && wanted(&message)
             {

@@ -258,6 +258,30 @@ fn a_foreign_source_is_dropped_and_counted() {
 }
 
 #[test]
+fn a_source_that_two_peers_share_is_taken_from_both_and_a_longer_prefix_from_its_owner_alone() {
+    let (_network, a, b) = friends();
+    a.apply_with([(b.key(), b.entry())], OwnNetworks::new([], [net("10.0.0.0/8")], []));
+    let third = WireguardKey(PublicKey::from(&StaticSecret::from([3; 32])).to_bytes());
+    let shares = PeerEntry { shared_sources: vec![net("10.7.0.0/16")], ..a.entry() };
+    let carries = PeerEntry {
+        prefixes: vec![net("10.7.0.0/16"), net("10.7.7.0/24")],
+        endpoint: None,
+        ..a.entry()
+    };
+    b.apply([(a.key(), shares), (third, carries)]);
+    let from = |subnet, last| packet_from(Ipv4Addr::new(10, 7, subnet, last), b.inner, 10);
+    // The result for one source is not used for the next one.
+    for (count, last) in (1..=3).zip(1..) {
+        a.host.send(&from(1, last));
+        a.host.send(&from(1, last));
+        a.host.send(&from(7, last));
+        assert_eq!(b.host.receive(TIMEOUT), Some(from(1, last)));
+        assert_eq!(b.host.receive(TIMEOUT), Some(from(1, last)));
+        b.dropped("wrong_source", count);
+    }
+}
+
+#[test]
 fn what_is_for_somebody_else_is_dropped_and_counted() {
     let (_network, a, b) = friends();
     let everywhere = ["0.0.0.0/1", "128.0.0.0/1"].map(net).to_vec();

@@ -64,7 +64,7 @@ struct Current {
 #[derive(Clone)]
 struct Connection {
     channel: Channel,
-    /// Token of the login.
+    /// Token that the login returned; `None` without a user.
     token: Option<MetadataValue<Ascii>>,
 }
 

@@ -101,9 +101,9 @@ struct StagedWrite {
 /// How a commit is written.
 #[derive(Debug)]
 pub(super) enum Plan {
-    /// In one transaction.
+    /// Operations of one transaction.
     Direct(Vec<RequestOp>),
-    /// In parts, which are staged first.
+    /// Encoded parts, which are staged first.
     Staged(Vec<Bytes>),
 }
 

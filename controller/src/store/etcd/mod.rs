@@ -159,24 +159,6 @@ impl EtcdStore {
         self.placed = Some(found);
         Ok(())
     }
-
-    fn try_commit(&mut self, expected: u64, writes: &[Write]) -> Result<u64, CommitError> {
-        let Some(before) = self.placed.clone() else { return Err(self.missing().into()) };
-        if before.head.sequence != expected {
-            return Err(CommitError::Conflict { expected, found: before.head.sequence });
-        }
-        let (session, writes) = (self.session.clone(), writes.to_vec());
-        let ends_turn = self.takes_turns;
-        let commit = async move { session.commit(before, writes, ends_turn).await };
-        match self.thread.wait(commit)? {
-            Outcome::Done(placed) => {
-                let sequence = placed.head.sequence;
-                self.placed = Some(placed);
-                Ok(sequence)
-            }
-            Outcome::Conflict(found) => Err(CommitError::Conflict { expected, found }),
-        }
-    }
 }
 
 impl Store for EtcdStore {
@@ -199,7 +181,21 @@ impl Store for EtcdStore {
     }
 
     fn commit(&mut self, expected: u64, writes: &[Write]) -> Result<u64, CommitError> {
-        self.try_commit(expected, writes)
+        let Some(before) = self.placed.clone() else { return Err(self.missing().into()) };
+        if before.head.sequence != expected {
+            return Err(CommitError::Conflict { expected, found: before.head.sequence });
+        }
+        let (session, writes) = (self.session.clone(), writes.to_vec());
+        let ends_turn = self.takes_turns;
+        let commit = async move { session.commit(before, writes, ends_turn).await };
+        match self.thread.wait(commit)? {
+            Outcome::Done(placed) => {
+                let sequence = placed.head.sequence;
+                self.placed = Some(placed);
+                Ok(sequence)
+            }
+            Outcome::Conflict(found) => Err(CommitError::Conflict { expected, found }),
+        }
     }
 
     fn reopen(&mut self) -> Result<(), OpenError> {

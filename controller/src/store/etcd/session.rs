@@ -443,7 +443,8 @@ impl Session {
         Ok(records)
     }
 
-    /// Fails if the store has records or staged changes, although it has no head.
+    /// Fails if the store has records, although it has no head. Staged parts alone are no error: no head names them,
+    /// and [`Self::settle`] removes them once there is one.
     pub(super) async fn check_empty(&self) -> Result<(), EtcdError> {
         let (key, range_end) = self.keys.records();
         let request = RangeRequest { range_end, limit: 1, ..RangeRequest::of(key) };

@@ -21,7 +21,7 @@ use crate::lab::mesh::{Controller, Node, START_LIMIT};
 use crate::lab::namespace::Namespace;
 use crate::lab::nat::{Nat, forget_connections};
 use crate::lab::privilege::Rank;
-use crate::lab::report::{Figures, Promises, round};
+use crate::lab::report::{Figures, Promises, Skipped, round};
 use crate::lab::topology::{Lab, Router};
 use crate::lab::traffic::{Pattern, tcp_both_ways};
 
@@ -53,15 +53,6 @@ pub struct Case {
     pub tcp_survived: bool,
     /// True if the kernel notifies the agent of this fault.
     pub notified: bool,
-}
-
-/// A case that could not run.
-#[derive(Debug, Serialize)]
-pub struct Skipped {
-    /// Name of the case and state of the controller.
-    pub name: String,
-    /// Reason, in one line.
-    pub why: String,
 }
 
 /// Limit for an outage that the kernel does not notify the agent of, in milliseconds.

@@ -47,7 +47,7 @@ use crate::lab::mesh::{Node, START_LIMIT, require_tunnel};
 use crate::lab::namespace::{Namespace, join};
 use crate::lab::privilege::Rank;
 use crate::lab::redirect::{Choice, Redirect};
-use crate::lab::report::{Figures, Promises};
+use crate::lab::report::{Figures, Promises, Skipped};
 use crate::lab::spoof::{self, Spoofer};
 use crate::lab::tamper::Tampering;
 use crate::lab::topology::Host;
@@ -100,15 +100,6 @@ pub struct Leak {
     pub skipped: Vec<Skipped>,
     /// Promises that did not hold.
     pub failed: Vec<String>,
-}
-
-/// A part of the scenario that could not run.
-#[derive(Debug, Serialize)]
-pub struct Skipped {
-    /// Name of the part.
-    pub name: String,
-    /// Reason, in one line.
-    pub why: String,
 }
 
 /// Lowest number of actions per minute. A run with fewer actions is not meaningful.

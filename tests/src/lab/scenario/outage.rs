@@ -1,8 +1,8 @@
 //! `cargo lab outage`: no controller runs, and what happens to nodes heals without one; then a controller comes
 //! back empty, and once with an old backup.
 //!
-//! `anchor` and `rover` are public, `b` and `c` are each behind a NAT. While no controller runs, a session is
-//! re-keyed, `c` reboots, `rover` gets another address, the NAT of `b` gets another address, and all
+//! `anchor` and `rover` are public, and `anchor` relays; `b` and `c` are each behind a NAT. While no controller runs, a
+//! session is re-keyed, `c` reboots, `rover` gets another address, the NAT of `b` gets another address, and all
 //! certificates end. A case is healed when every pair of nodes answers each other's pings again, and the case of
 //! the certificates when every node has a session with a controller that came back.
 
@@ -161,8 +161,14 @@ impl World {
             lab.host("rover").only(Family::V4).public("203.0.113.20", "2001:db8::20")?.build()?;
         let controller = Controller::start(&lab, &ctl, &setting.binaries)?;
         let join = |lab: &Lab, host: &Arc<Host>, name: &str, start: bool| {
-            let mut node = Node::new(lab, host, name, &setting.binaries, "")?;
-            node.join(&controller.operator().token(&format!("site-{name}"))?)?;
+            // Without a controller, only a relay tells nodes behind NATs that another one has a new address.
+            let is_relay = name == "anchor";
+            let more = if is_relay { "[relay]\nenabled = true\n" } else { "" };
+            let mut node = Node::new(lab, host, name, &setting.binaries, more)?;
+            let site = format!("site-{name}");
+            let flags = ["--site", &site, "--relay"];
+            let flags = if is_relay { &flags[..] } else { &flags[..2] };
+            node.join(&controller.operator().token_with(flags)?)?;
             if start {
                 node.restart()?;
             }

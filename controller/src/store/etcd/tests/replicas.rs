@@ -93,7 +93,7 @@ fn start(
         events: Arc::new(Events::new(1)),
     };
     let (writer, ended) =
-        writer::start(store, ledger, authority.clone(), published.clone()).unwrap();
+        writer::start(store, ledger, authority.clone(), false, published.clone()).unwrap();
     assert!(writer.is_shared());
     (writer, published, ended)
 }

@@ -36,7 +36,7 @@ use super::Setting;
 use super::selection::{Entry, Selection};
 use crate::lab::interrupt;
 use crate::lab::privilege::Rank;
-use crate::lab::report::{Figures, Promises};
+use crate::lab::report::{Figures, Promises, Skipped};
 use stage::Stage;
 
 /// Position of the attacker.
@@ -139,15 +139,6 @@ pub struct Tried {
     pub expected: Outcome,
     /// Outcome that was observed.
     pub got: Outcome,
-}
-
-/// A case that could not run.
-#[derive(Debug, Serialize)]
-pub struct Skipped {
-    /// Name of the case.
-    pub name: String,
-    /// Reason, in one line.
-    pub why: String,
 }
 
 /// Reason why this machine cannot run a case.

@@ -28,7 +28,6 @@ use towline_netlink::{AddressOptions, Route, Rtnetlink};
 use towline_nftables::{Chain, ChainKind, Hook, Nft, Rule, Table, TableFamily};
 use towline_proto::frame::ProbeVersion;
 use towline_proto::id::WireguardKey;
-use towline_proto::mtu::Mtu;
 use x25519_dalek::PublicKey;
 
 use super::{Setting, Unavailable};
@@ -299,19 +298,7 @@ impl<'s> Stage<'s> {
         // An epoch that no other call used: the relay then asks for a proof.
         let epoch = SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos();
         let probes = Probes::new(own, u64::try_from(epoch)?);
-        let entry = PeerEntry {
-            endpoint: None,
-            prefixes: Vec::new(),
-            shared_sources: Vec::new(),
-            keepalive: None,
-            preshared_key: None,
-            mtu: Mtu::DEFAULT,
-            fragment: false,
-            is_single: false,
-            boot_epoch: 0,
-            is_static: false,
-            probe_version: version,
-        };
+        let entry = PeerEntry { probe_version: version, ..PeerEntry::default() };
         probes.apply(&PeerTable { peers: [(cp, entry)].into(), ..PeerTable::default() });
         Ok((probes, cp))
     }

@@ -9,7 +9,7 @@ use super::case::Case;
 use super::interval::{self, median};
 use super::quiet::Quiet;
 use super::{BEFORE, NOW};
-use crate::lab::report::Figures;
+use crate::lab::report::{Figures, Skipped};
 
 /// Results of one run.
 #[derive(Debug, Default, Serialize)]
@@ -54,15 +54,6 @@ pub struct Machine {
     pub kernel: String,
     /// Number of processors that the benchmark may use.
     pub cores: usize,
-}
-
-/// A subject or a case that could not run.
-#[derive(Debug, Serialize)]
-pub struct Skipped {
-    /// Name of the subject, or case and subject separated by a slash.
-    pub name: String,
-    /// Reason, in one line.
-    pub why: String,
 }
 
 /// Comparison of two builds in one case.

@@ -529,7 +529,7 @@ fn hierarchies() -> anyhow::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// Removes a control group and those below it, as far as they are empty.
+/// Removes a control group and those below it that are empty.
 fn remove_groups(group: &Path) {
     for entry in std::fs::read_dir(group).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {

@@ -25,7 +25,7 @@ use crate::lab::interrupt::{wait_for, wait_up_to};
 use crate::lab::mesh::{Node, START_LIMIT, require_tunnel};
 use crate::lab::namespace::join;
 use crate::lab::privilege::Rank;
-use crate::lab::report::{Figures, Promises, round};
+use crate::lab::report::{Figures, Promises, Skipped, round};
 use crate::lab::tamper::LINK;
 use crate::lab::topology::Host;
 use crate::lab::traffic::{Pattern, tcp_both_ways};
@@ -57,15 +57,6 @@ pub struct ActionFigure {
     /// Longest time in milliseconds in which state that Towline created was missing or wrong. 0 if
     /// it always was complete.
     pub restored_ms: f64,
-}
-
-/// An action that could not run.
-#[derive(Debug, Clone, Serialize)]
-pub struct Skipped {
-    /// Name of the action.
-    pub name: String,
-    /// Reason, in one line.
-    pub why: String,
 }
 
 /// Limit for state to be restored, in milliseconds.

@@ -41,7 +41,7 @@ use super::Setting;
 use super::selection::{Entry, Selection};
 use crate::lab::interrupt;
 use crate::lab::privilege::Rank;
-use crate::lab::report::{Figures, Promises, WrongUsage};
+use crate::lab::report::{Figures, Promises, Skipped, WrongUsage};
 use ask::Named;
 
 /// Number of cases that run at the same time. They wait for timers of the agents most of the time.
@@ -178,15 +178,6 @@ pub struct Healthy {
     pub why: Option<String>,
 }
 
-/// A case that this machine cannot show.
-#[derive(Debug, Serialize)]
-pub struct Skipped {
-    /// Name of the case.
-    pub name: &'static str,
-    /// Reason, in one line.
-    pub why: String,
-}
-
 /// Returns all cases, in the order of the results.
 fn every_case() -> Vec<Case> {
     [
@@ -285,7 +276,9 @@ impl Explained {
         let Case { name, cause, .. } = *case;
         let (named, why) = match result {
             Ok(Outcome::Asked(named)) => (named, None),
-            Ok(Outcome::NotShown(why)) => return self.skipped.push(Skipped { name, why }),
+            Ok(Outcome::NotShown(why)) => {
+                return self.skipped.push(Skipped { name: name.to_owned(), why });
+            }
             Err(error) => (Named::default(), Some(format!("{error:#}"))),
         };
         let named_by: Vec<&str> = named.by.into_iter().collect();

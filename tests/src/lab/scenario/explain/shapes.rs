@@ -64,7 +64,8 @@ pub(super) fn all() -> Vec<Shape> {
         }),
         Shape::new("healthy/node-ip", |setting| {
             let configuration = "[node]\naddressing = \"node-ip\"\n";
-            let flags = ["--prefix", "192.168.1.10/32"];
+            // The worker has a node IP of each family.
+            let flags = ["--prefix", "192.168.1.10/32", "--prefix", "2001:db8:1::a/128"];
             pair(Scene::build_v4(setting)?, setting, (configuration, &flags))
         }),
     ]

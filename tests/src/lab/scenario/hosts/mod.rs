@@ -39,7 +39,7 @@ use super::Setting;
 use super::selection::{Entry, Selection};
 use crate::lab::interrupt;
 use crate::lab::privilege::Rank;
-use crate::lab::report::{Figures, Promises};
+use crate::lab::report::{Figures, Promises, Skipped};
 
 /// A kind of host, with the check of what is right on it.
 struct Case {
@@ -101,15 +101,6 @@ pub struct Tried {
     pub why: Option<String>,
 }
 
-/// A case that runs elsewhere.
-#[derive(Debug, Serialize)]
-pub struct Skipped {
-    /// Name of the case.
-    pub name: &'static str,
-    /// Reason, in one line.
-    pub why: String,
-}
-
 /// Returns all cases, in the order in which they run.
 fn every_case() -> Vec<Case> {
     [
@@ -140,7 +131,8 @@ pub fn entries() -> Vec<Entry> {
 pub fn run(setting: &Setting, selection: &Selection) -> anyhow::Result<Hosts> {
     let mut hosts = Hosts { rootless: setting.rank == Rank::Rootless, ..Hosts::default() };
     if selection.cases.is_empty() {
-        let elsewhere = ELSEWHERE.map(|(name, why)| Skipped { name, why: why.to_owned() });
+        let elsewhere =
+            ELSEWHERE.map(|(name, why)| Skipped { name: name.to_owned(), why: why.to_owned() });
         hosts.skipped.extend(elsewhere);
     }
     let mut promises = Promises::new();

@@ -20,7 +20,7 @@ use super::Setting;
 use crate::lab::interrupt;
 use crate::lab::peers::WireGuard;
 use crate::lab::privilege::Rank;
-use crate::lab::report::{Figures, Forbidden, round};
+use crate::lab::report::{Figures, Forbidden, Skipped, round};
 use cases::{CASES, Judge, Outcome};
 use pair::Opponent;
 
@@ -54,15 +54,6 @@ pub struct Case {
     /// Figures that the case measured, by name.
     #[serde(flatten)]
     pub figures: BTreeMap<&'static str, f64>,
-}
-
-/// An implementation or a case that could not run.
-#[derive(Debug, Serialize)]
-pub struct Skipped {
-    /// Name of the implementation, or implementation and case separated by a slash.
-    pub name: String,
-    /// Reason, in one line.
-    pub why: String,
 }
 
 /// Command line options of the scenario.

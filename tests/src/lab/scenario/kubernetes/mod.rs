@@ -24,7 +24,7 @@ use crate::lab::mesh::{Controller, Node, START_LIMIT, require_tunnel};
 use crate::lab::namespace::join;
 use crate::lab::ping::first_reply;
 use crate::lab::privilege::Rank;
-use crate::lab::report::{Figures, Promises, round};
+use crate::lab::report::{Figures, Promises, Skipped, round};
 use crate::lab::topology::Lab;
 use plane::{Plane, ask};
 use programs::Programs;
@@ -52,13 +52,6 @@ pub struct Arrow {
     pub name: String,
     /// True if the check succeeded.
     pub ok: bool,
-}
-
-/// A check that could not run, and the reason.
-#[derive(Debug, Serialize)]
-pub struct Skipped {
-    name: String,
-    why: String,
 }
 
 /// Network that contains the pods of all nodes.
