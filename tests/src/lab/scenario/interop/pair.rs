@@ -36,7 +36,8 @@ pub(super) enum Side {
 /// Other implementation of a case, and the WireGuard engine with which Towline meets it.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Opponent<'a> {
-    /// The other implementation.
+    /// Installed program that runs on the second host: it listens on [`THEIR_PORT`], and has the second
+    /// addresses of [`INNER`] inside the tunnel.
     pub(super) program: &'a Installed,
     /// Towline's engine, as its configuration names it.
     pub(super) engine: &'a str,
