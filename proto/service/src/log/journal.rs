@@ -23,6 +23,9 @@ use super::priority;
 
 /// Socket of the journal.
 const SOCKET: &str = "/run/systemd/journal/socket";
+/// First part of the names of Towline's own fields in an entry. They are no environment variables, whose names
+/// begin the same way.
+const OWN: &str = "TOWLINE_";
 /// Field of an event whose value is its code.
 const EVENT: &str = "event";
 /// Longest value of a field, in bytes: an entry fits into one datagram.
@@ -72,7 +75,7 @@ where
         self.inner.format_event(context, Writer::new(&mut message), event)?;
         writeln!(writer, "PRIORITY={}", priority(event.metadata().level()))?;
         writeln!(writer, "SYSLOG_IDENTIFIER={}", self.identifier)?;
-        writeln!(writer, "TOWLINE_TARGET={}", event.metadata().target())?;
+        writeln!(writer, "{OWN}TARGET={}", event.metadata().target())?;
         let mut fields = Fields::default();
         event.record(&mut fields);
         writer.write_str(&fields.text)?;
@@ -95,7 +98,7 @@ impl Fields {
         }
         self.count += 1;
         let name: String = field.name().chars().map(name_character).collect();
-        let _ = writeln!(self.text, "TOWLINE_{name}={}", value(text));
+        let _ = writeln!(self.text, "{OWN}{name}={}", value(text));
         if field.name() == EVENT {
             let _ = writeln!(self.text, "MESSAGE_ID={}", message_id(text));
         }
