@@ -65,8 +65,11 @@ impl EtcdStore {
         let thread = EtcdThread::start()?;
         let ours = session.clone();
         let placed = thread.wait(async move {
-            ours.own().await?;
-            let settled = ours.settle().await;
+            let owned = ours.own().await;
+            let settled = match owned {
+                Ok(()) => ours.settle().await,
+                Err(error) => Err(error),
+            };
             if settled.is_err() {
                 ours.release().await;
             }
