@@ -205,6 +205,7 @@ pub fn start(
         }
     }
     published.replace(&ledger);
+    published.counters.set_current_at(clock::now().mono);
     let migrate = migrate && ledger.needs_rewrite();
     let thread = Thread::new(store, ledger, authority, migrate, published);
     std::thread::Builder::new().name("store".into()).spawn(move || {
@@ -430,6 +431,7 @@ impl Thread {
 
     /// Takes over what other controllers wrote. If that is not all that changed, the ledger is broken after it.
     fn follow(&mut self) -> Result<(), Unavailable> {
+        let now = clock::now();
         let read = self.store.changes().map_err(|error| {
             tracing::warn!(%error, "cannot read what other controllers wrote");
             Unavailable::of(&error)
@@ -437,9 +439,10 @@ impl Thread {
         self.is_behind = read.is_err();
         let written = read?;
         if written.is_empty() {
+            self.published.counters.set_current_at(now.mono);
             return Ok(());
         }
-        let changes = match self.ledger.refresh(&written, clock::now()) {
+        let changes = match self.ledger.refresh(&written, now) {
             Ok(changes) => changes,
             Err(error) => {
                 tracing::debug!(%error, "reading the whole store");
@@ -456,6 +459,7 @@ impl Thread {
         self.published.map.apply(counters.epoch, counters.revision, changes.map);
         // The controller that found a problem has said so.
         drop(self.published.view.apply(changes.view));
+        self.published.counters.set_current_at(now.mono);
         Ok(())
     }
 
@@ -517,6 +521,7 @@ impl Thread {
         match self.load(now) {
             Ok(ledger) => {
                 self.published.replace(&ledger);
+                self.published.counters.set_current_at(now.mono);
                 self.published.sessions.lock().learn(ledger.last_seen());
                 self.ledger = ledger;
                 self.broken = false;

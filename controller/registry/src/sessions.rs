@@ -133,6 +133,11 @@ impl Sessions {
         self.elsewhere.as_ref().is_some_and(|elsewhere| !heard(elsewhere).is_some_and(is_recent))
     }
 
+    /// Returns the time of the newest news of the other controllers; `None` before the first, or if there are none.
+    pub fn heard_at(&self) -> Option<Instant> {
+        self.elsewhere.as_ref()?.heard_at
+    }
+
     /// Returns since when it is known which nodes are connected to other controllers; `None` if there are none, or
     /// before the first news.
     pub fn sighted_since(&self) -> Option<Instant> {
@@ -364,9 +369,10 @@ mod tests {
         let mut sessions = Sessions::new(SECOND);
         assert!(!sessions.is_blind(start), "it is the only controller");
         sessions.share();
-        assert!(sessions.is_blind(start));
+        assert!(sessions.is_blind(start) && sessions.heard_at().is_none());
         sessions.hear([NODE], start);
         assert!(!sessions.is_blind(start) && sessions.is_elsewhere(NODE));
+        assert_eq!(sessions.heard_at(), Some(start.mono));
         let soon = start.plus(BLIND);
         sessions.hear([], soon);
         assert!(!sessions.is_elsewhere(NODE));

@@ -143,6 +143,11 @@ impl Scene {
         answered.try_recv().unwrap()
     }
 
+    /// Returns whether the controller has everything that is in the store at a time after `since`.
+    fn is_current_after(&self, since: Option<Instant>) -> bool {
+        self.thread.published.counters.current_at() > since
+    }
+
     /// Returns whether the controller has the turn, how many it began, and how often it read outside of one.
     fn turns(&self) -> (bool, usize, usize) {
         let content = self.store.0.lock();
@@ -189,4 +194,22 @@ fn a_controller_that_cannot_follow_the_store_begins_no_turn_for_requests() {
     scene.store.0.lock().is_unreadable = false;
     assert!(scene.create_token(2));
     assert_eq!(scene.turns(), (false, 3, 0));
+}
+
+#[test]
+fn only_a_controller_that_has_all_of_the_store_is_current() {
+    let mut scene = Scene::new();
+    assert!(!scene.is_current_after(None));
+    assert!(scene.thread.refresh() && scene.is_current_after(None));
+    let last = scene.thread.published.counters.current_at();
+    scene.store.0.lock().is_unreadable = true;
+    assert!(!scene.thread.refresh() && !scene.create_token(1));
+    assert!(!scene.is_current_after(last), "the store cannot be read");
+    scene.store.0.lock().is_unreadable = false;
+    scene.write_unusable();
+    assert!(!scene.thread.refresh() && !scene.create_token(1));
+    assert!(!scene.is_current_after(last), "its content cannot be used");
+    scene.store.0.lock().records.remove("seen");
+    scene.thread.unusable = None;
+    assert!(scene.thread.refresh() && scene.is_current_after(last));
 }
