@@ -2,13 +2,14 @@
 //! nodes are connected to it, and forwards signals to nodes that are connected to another one.
 //!
 //! What is exchanged is authenticated with the secret of the store, like its records. A part that is not authentic
-//! counts as no news: then no node is offline (see [`Sessions`](towline_registry::sessions::Sessions)).
+//! counts as no news: then no node is offline (see [`Sessions`]).
 //!
 //! A controller without news for [`BLIND`] is cut off, whether it is presence or the store that it cannot read: the
 //! others cannot know its nodes, or it does not know what the others changed. So it ends the watches, one after the
 //! other, until it has news again. The nodes connect to the next controller of their list.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,10 +20,11 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval, sleep};
 use towline_proto::id::NodeId;
 use towline_proto::{limits, pb};
-use towline_registry::Now;
-use towline_registry::sessions::BLIND;
+use towline_registry::sessions::{BLIND, Sessions};
+use towline_registry::{NodeProblem, Now};
 
 use crate::clock;
+use crate::ledger::Ledger;
 use crate::service::{Outbound, Shared};
 use crate::store::etcd::{EtcdError, Presence, Replicas, SIGNALS};
 use crate::store_secret::StoreSecret;
@@ -86,8 +88,16 @@ impl Exchange {
             let connected = self.shared.sessions.lock().connected(begun);
             match self.exchange(&connected).await {
                 Ok(routes) => {
-                    self.shared.sessions.lock().hear(routes.keys().copied(), begun);
+                    let doubled = {
+                        let mut sessions = self.shared.sessions.lock();
+                        sessions.hear(routes.keys().copied(), begun);
+                        sessions.take_doubled(begun)
+                    };
                     *self.routes.lock() = routes;
+                    if !doubled.is_empty() {
+                        // Presence does not wait for the writer.
+                        tokio::spawn(note_doubled(self.shared.clone(), doubled));
+                    }
                     is_failing = false;
                 }
                 Err(error) => {
@@ -187,6 +197,19 @@ impl Exchange {
                 }
             }
         }
+    }
+}
+
+/// Adds to the problems of nodes that they are connected to another controller, too. The writer logs it.
+async fn note_doubled(shared: Arc<Shared>, doubled: Vec<(NodeId, SocketAddr)>) {
+    let change = move |ledger: &mut Ledger, _: &Sessions, _: Now| {
+        for (node, address) in doubled {
+            let problem = NodeProblem::ClonedElsewhere { connected: address.ip() };
+            ledger.registry().note(node, problem);
+        }
+    };
+    if let Err(error) = shared.writer.run(change).await {
+        tracing::warn!(%error, "nodes are connected to two controllers: not noted");
     }
 }
 
