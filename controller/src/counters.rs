@@ -1,9 +1,9 @@
-//! Counters of what no other part keeps: refused calls, commits of the store, and how far watches are behind. Any
-//! thread counts and reads.
+//! Counters of what no other part keeps: refused calls, commits of the store, and how far watches and this controller
+//! itself are behind. Any thread counts and reads.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use tonic::Code;
@@ -85,6 +85,8 @@ pub struct Counters {
     failed_commits: AtomicU64,
     commit_nanoseconds: AtomicU64,
     sequence: AtomicU64,
+    /// Monotonic time at which this controller last had everything that is in the store; `None` before it was read.
+    current_at: Mutex<Option<Instant>>,
 }
 
 /// Commits of the store since the start.
@@ -188,6 +190,16 @@ impl Counters {
     /// Returns the sequence number of the store after the last commit; 0 before the first one.
     pub fn sequence(&self) -> u64 {
         self.sequence.load(Ordering::Relaxed)
+    }
+
+    /// Notes that this controller had everything that was in the store at this time.
+    pub fn set_current_at(&self, at: Instant) {
+        *self.current_at.lock() = Some(at);
+    }
+
+    /// Returns when this controller last had everything that was in the store; `None` before it was read.
+    pub fn current_at(&self) -> Option<Instant> {
+        *self.current_at.lock()
     }
 
     /// Returns the number of refused calls by the name of their code. Codes that never occurred are left out.

@@ -2,15 +2,16 @@
 //! nodes are connected to it, and forwards signals to nodes that are connected to another one.
 //!
 //! What is exchanged is authenticated with the secret of the store, like its records. A part that is not authentic
-//! counts as no news: then no node is offline (see [`Sessions`](towline_registry::sessions::Sessions)).
+//! counts as no news: then no node is offline (see [`Sessions`]).
 //!
-//! A controller without news for [`BLIND`](towline_registry::sessions::BLIND) is cut off: the others cannot know its
-//! nodes. So it ends their watches, one after the other, until it has news again. The nodes connect to the next
-//! controller of their list.
+//! A controller without news for [`BLIND`] is cut off, whether it is presence or the store that it cannot read: the
+//! others cannot know its nodes, or it does not know what the others changed. So it ends the watches, one after the
+//! other, until it has news again. The nodes connect to the next controller of their list.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use prost::Message as _;
@@ -19,8 +20,11 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval, sleep};
 use towline_proto::id::NodeId;
 use towline_proto::{limits, pb};
+use towline_registry::sessions::{BLIND, Sessions};
+use towline_registry::{NodeProblem, Now};
 
 use crate::clock;
+use crate::ledger::Ledger;
 use crate::service::{Outbound, Shared};
 use crate::store::etcd::{EtcdError, Presence, Replicas, SIGNALS};
 use crate::store_secret::StoreSecret;
@@ -40,6 +44,8 @@ pub(crate) struct Exchange {
     shared: Arc<Shared>,
     /// Time over which watches end, while this controller is cut off.
     cut_off: watch::Sender<Option<Duration>>,
+    /// Monotonic time of the start, from which the first news are awaited.
+    started: Instant,
     /// Numbers of the controllers that nodes are connected to, by the newest news.
     routes: Mutex<BTreeMap<NodeId, u64>>,
 }
@@ -62,7 +68,8 @@ impl Exchange {
         shared: Arc<Shared>,
         cut_off: watch::Sender<Option<Duration>>,
     ) -> Self {
-        Self { replicas, shared, cut_off, routes: Mutex::default() }
+        let started = clock::now().mono;
+        Self { replicas, shared, cut_off, started, routes: Mutex::default() }
     }
 
     /// Runs until it is dropped. Signals to nodes of other controllers come from `outbound`.
@@ -81,8 +88,16 @@ impl Exchange {
             let connected = self.shared.sessions.lock().connected(begun);
             match self.exchange(&connected).await {
                 Ok(routes) => {
-                    self.shared.sessions.lock().hear(routes.keys().copied(), begun);
+                    let doubled = {
+                        let mut sessions = self.shared.sessions.lock();
+                        sessions.hear(routes.keys().copied(), begun);
+                        sessions.take_doubled(begun)
+                    };
                     *self.routes.lock() = routes;
+                    if !doubled.is_empty() {
+                        // Presence does not wait for the writer.
+                        tokio::spawn(note_doubled(self.shared.clone(), doubled));
+                    }
                     is_failing = false;
                 }
                 Err(error) => {
@@ -111,15 +126,21 @@ impl Exchange {
 
     /// Lets watches end while this controller is cut off.
     fn note_cut_off(&self) {
-        let is_cut_off = {
-            let sessions = self.shared.sessions.lock();
-            sessions.sighted_since().is_some() && sessions.is_blind(clock::now())
+        let news = News {
+            presence: self.shared.sessions.lock().heard_at().unwrap_or(self.started),
+            store: self.shared.counters.current_at().unwrap_or(self.started),
         };
+        let now = clock::now();
+        let is_cut_off = news.is_cut_off(now);
         let over = is_cut_off.then_some(CUT_OFF);
         self.cut_off.send_if_modified(|known| {
             let is_new = *known != over;
             if is_new && is_cut_off {
-                tracing::error!("cut off from the other controllers: nodes are sent to them");
+                tracing::error!(
+                    presence_age_s = now.since(news.presence).as_secs(),
+                    store_age_s = now.since(news.store).as_secs(),
+                    "cut off from the other controllers: nodes are sent to them"
+                );
             } else if is_new {
                 tracing::info!("the other controllers are back");
             }
@@ -176,6 +197,35 @@ impl Exchange {
                 }
             }
         }
+    }
+}
+
+/// Adds to the problems of nodes that they are connected to another controller, too. The writer logs it.
+async fn note_doubled(shared: Arc<Shared>, doubled: Vec<(NodeId, SocketAddr)>) {
+    let change = move |ledger: &mut Ledger, _: &Sessions, _: Now| {
+        for (node, address) in doubled {
+            let problem = NodeProblem::ClonedElsewhere { connected: address.ip() };
+            ledger.registry().note(node, problem);
+        }
+    };
+    if let Err(error) = shared.writer.run(change).await {
+        tracing::warn!(%error, "nodes are connected to two controllers: not noted");
+    }
+}
+
+/// Monotonic times of the newest news of the other controllers, or of the start if there were none.
+#[derive(Debug, Clone, Copy)]
+struct News {
+    /// Time at which their presence was read.
+    presence: Instant,
+    /// Time at which everything that they stored was known.
+    store: Instant,
+}
+
+impl News {
+    /// Returns whether a controller with these news is cut off from the others.
+    fn is_cut_off(self, now: Now) -> bool {
+        [self.presence, self.store].into_iter().any(|at| now.since(at) > BLIND)
     }
 }
 
@@ -250,6 +300,21 @@ fn signal_name(controller: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_controller_is_cut_off_without_news_of_presence_or_of_the_store() {
+        let start = clock::now();
+        let news = |presence: u64, store: u64| News {
+            presence: start.plus(Duration::from_secs(presence)).mono,
+            store: start.plus(Duration::from_secs(store)).mono,
+        };
+        let (at_most, more) = (start.plus(BLIND), start.plus(BLIND + Duration::from_secs(1)));
+        assert!(!news(0, 0).is_cut_off(at_most));
+        assert!(news(0, 0).is_cut_off(more), "there never were any");
+        assert!(news(1, 0).is_cut_off(more), "the store cannot be read");
+        assert!(news(0, 1).is_cut_off(more), "presence cannot be read");
+        assert!(!news(1, 1).is_cut_off(more));
+    }
 
     fn secret() -> StoreSecret {
         StoreSecret::generate().unwrap().0

@@ -12,6 +12,7 @@
 //! loaded again from the store, which decides whether the changes took effect.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
@@ -20,9 +21,11 @@ use towline_proto::code::Coded as _;
 use crate::authority::Authority;
 use crate::clock;
 use crate::counters::Counters;
+use crate::entropy;
 use crate::events::{Events, MeshEvent};
 use crate::ledger::{self, Ledger, LedgerChanges};
 use crate::map::Map;
+use crate::store::etcd::EtcdError;
 use crate::store::{OpenError, Record, Store};
 use crate::stored::key_text;
 use crate::view::View;
@@ -33,6 +36,9 @@ use towline_registry::{Event, Key, Now};
 const QUEUE: usize = 1024;
 /// Largest number of requests in one transaction.
 const BATCH: usize = 256;
+/// Shortest pause after the store was read and its content cannot be used, until it is read again. The longest one is
+/// twice as long. Only an operator can change that, and each attempt reads the whole store.
+const UNUSABLE_PAUSE: Duration = Duration::from_secs(30);
 
 /// Handle to the writer's queue. The writer ends after [`Writer::stop`], or when the last handle is
 /// dropped.
@@ -89,6 +95,25 @@ pub enum LoadError {
     },
 }
 
+impl LoadError {
+    /// Returns whether the store was read and its content cannot be used, so that soon the same would be read again.
+    fn is_content(&self) -> bool {
+        match self {
+            Self::Load { .. } => true,
+            Self::Open(error) => matches!(
+                error,
+                OpenError::Etcd(
+                    EtcdError::Format { .. }
+                        | EtcdError::Damaged { .. }
+                        | EtcdError::OtherMesh { .. }
+                        | EtcdError::OtherAuthority { .. }
+                        | EtcdError::Empty(_)
+                )
+            ),
+        }
+    }
+}
+
 /// State that readers share. Only the writer changes the map and the view.
 #[derive(Clone)]
 pub struct Published {
@@ -113,11 +138,22 @@ pub fn read(
     now: Now,
 ) -> Result<Ledger, LoadError> {
     let records = store.load()?;
-    Ledger::load(authority, &records, migrate, now)
+    parse(store, authority, &records, migrate, now)
+}
+
+fn parse(
+    store: &dyn Store,
+    authority: Arc<Authority>,
+    records: &[Record],
+    migrate: bool,
+    now: Now,
+) -> Result<Ledger, LoadError> {
+    Ledger::load(authority, records, migrate, now)
         .map_err(|error| LoadError::Load { path: store.name(), error })
 }
 
-/// Opens a store again after a failed commit, and loads the ledger from it.
+/// Opens a store again after a failed commit, and loads the ledger from it. A store that is shared has begun a turn
+/// then, unless this fails.
 pub fn reload(
     store: &mut dyn Store,
     authority: Arc<Authority>,
@@ -125,7 +161,11 @@ pub fn reload(
     now: Now,
 ) -> Result<Ledger, LoadError> {
     store.reopen()?;
-    read(store, authority, migrate, now)
+    let loaded = read(store, authority, migrate, now);
+    if loaded.is_err() {
+        store.end_turn();
+    }
+    loaded
 }
 
 /// Logs that the first commit of a migration succeeded, which authenticated all records.
@@ -165,8 +205,9 @@ pub fn start(
         }
     }
     published.replace(&ledger);
+    published.counters.set_current_at(clock::now().mono);
     let migrate = migrate && ledger.needs_rewrite();
-    let thread = Thread { store, ledger, authority, published, migrate, broken: false };
+    let thread = Thread::new(store, ledger, authority, migrate, published);
     std::thread::Builder::new().name("store".into()).spawn(move || {
         thread.run(requests);
         let _ = ended.send(());
@@ -259,9 +300,39 @@ struct Thread {
     migrate: bool,
     /// True after a failed transaction: ledger and store may differ.
     broken: bool,
+    /// True after it could not be read what other controllers wrote, until that succeeds.
+    is_behind: bool,
+    /// Set after the store was read and its content cannot be used, until it can.
+    unusable: Option<Unusable>,
+}
+
+/// A store whose content cannot be used.
+struct Unusable {
+    error: Unavailable,
+    /// Monotonic time at which the store may be read again.
+    retry_at: Instant,
 }
 
 impl Thread {
+    fn new(
+        store: Box<dyn Store>,
+        ledger: Ledger,
+        authority: Arc<Authority>,
+        migrate: bool,
+        published: Published,
+    ) -> Self {
+        Self {
+            store,
+            ledger,
+            authority,
+            published,
+            migrate,
+            broken: false,
+            is_behind: false,
+            unusable: None,
+        }
+    }
+
     fn run(mut self, mut requests: mpsc::Receiver<Message>) {
         while let Some(first) = requests.blocking_recv() {
             let (mut batch, mut backups, mut refreshes) = (Vec::new(), Vec::new(), Vec::new());
@@ -327,15 +398,22 @@ impl Thread {
     }
 
     /// Prepares the ledger for requests: nothing is broken, and what other controllers wrote is in it. Until the commit,
-    /// they write nothing.
+    /// they write nothing. If this fails, there is no turn.
     fn begin_turn(&mut self) -> Result<(), Unavailable> {
         self.repair()?;
+        if self.is_behind {
+            // The others would wait for a controller that cannot use its turn.
+            self.follow()?;
+        }
         self.store.begin_turn().map_err(|error| {
             tracing::warn!(%error, "cannot take the turn to write");
             Unavailable::of(&error)
         })?;
-        self.follow()?;
-        self.repair()
+        let prepared = self.follow().and_then(|()| self.repair());
+        if prepared.is_err() {
+            self.store.end_turn();
+        }
+        prepared
     }
 
     /// Applies what other controllers wrote, outside of a turn. Returns whether that succeeded.
@@ -353,14 +431,18 @@ impl Thread {
 
     /// Takes over what other controllers wrote. If that is not all that changed, the ledger is broken after it.
     fn follow(&mut self) -> Result<(), Unavailable> {
-        let written = self.store.changes().map_err(|error| {
+        let now = clock::now();
+        let read = self.store.changes().map_err(|error| {
             tracing::warn!(%error, "cannot read what other controllers wrote");
             Unavailable::of(&error)
-        })?;
+        });
+        self.is_behind = read.is_err();
+        let written = read?;
         if written.is_empty() {
+            self.published.counters.set_current_at(now.mono);
             return Ok(());
         }
-        let changes = match self.ledger.refresh(&written, clock::now()) {
+        let changes = match self.ledger.refresh(&written, now) {
             Ok(changes) => changes,
             Err(error) => {
                 tracing::debug!(%error, "reading the whole store");
@@ -377,6 +459,7 @@ impl Thread {
         self.published.map.apply(counters.epoch, counters.revision, changes.map);
         // The controller that found a problem has said so.
         drop(self.published.view.apply(changes.view));
+        self.published.counters.set_current_at(now.mono);
         Ok(())
     }
 
@@ -423,26 +506,53 @@ impl Thread {
         Ok(())
     }
 
-    /// Opens the store again and loads the ledger from it, if a transaction failed.
+    /// Opens the store again and loads the ledger from it, if a transaction failed. A store that is shared has begun a
+    /// turn then, unless this fails.
     fn repair(&mut self) -> Result<(), Unavailable> {
         if !self.broken {
             return Ok(());
         }
-        let (store, authority) = (&mut *self.store, self.authority.clone());
-        match reload(store, authority, self.migrate, clock::now()) {
+        let now = clock::now();
+        if let Some(unusable) = &self.unusable
+            && now.mono < unusable.retry_at
+        {
+            return Err(unusable.error.clone());
+        }
+        match self.load(now) {
             Ok(ledger) => {
                 self.published.replace(&ledger);
+                self.published.counters.set_current_at(now.mono);
                 self.published.sessions.lock().learn(ledger.last_seen());
                 self.ledger = ledger;
                 self.broken = false;
+                self.is_behind = false;
+                self.unusable = None;
                 tracing::info!("store recovered");
                 Ok(())
             }
             Err(error) => {
                 tracing::error!(%error, "cannot recover the store");
-                Err(Unavailable(error.to_string().into()))
+                let unavailable = Unavailable::of(&error);
+                if error.is_content() {
+                    let pause = UNUSABLE_PAUSE.mul_f64(1.0 + entropy::fraction());
+                    let error = unavailable.clone();
+                    self.unusable = Some(Unusable { error, retry_at: now.mono + pause });
+                }
+                Err(unavailable)
             }
         }
+    }
+
+    /// Loads the ledger from the store, which is opened again. If the content could not be used before, it is read
+    /// outside of a turn first: other controllers do not wait for that.
+    fn load(&mut self, now: Now) -> Result<Ledger, LoadError> {
+        let (store, authority) = (&mut *self.store, self.authority.clone());
+        if self.unusable.is_some()
+            && let Some(records) = store.peek()?
+        {
+            drop(parse(store, authority.clone(), &records, self.migrate, now)?);
+        }
+        reload(store, authority, self.migrate, now)
     }
 }
 
@@ -486,18 +596,20 @@ fn log(event: &Event) {
 }
 
 #[cfg(test)]
+mod shared_tests;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::state_dir::StateDir;
     use crate::store::FileStore;
     use std::collections::BTreeMap;
-    use std::time::Duration;
     use towline_fixtures::node::mesh_config;
     use towline_proto::id::TokenId;
     use towline_proto::node::MeshConfig;
     use towline_registry::token::{SecretHash, TokenTerms};
 
-    fn create_token(id: u8) -> impl FnOnce(&mut Ledger, &Sessions, Now) -> bool + Send {
+    pub(super) fn create_token(id: u8) -> impl FnOnce(&mut Ledger, &Sessions, Now) -> bool + Send {
         move |ledger, _, now| {
             let terms = TokenTerms::once();
             let hash = SecretHash([id; 32]);
@@ -506,12 +618,12 @@ mod tests {
         }
     }
 
-    fn new_ledger(authority: &Arc<Authority>) -> Ledger {
+    pub(super) fn new_ledger(authority: &Arc<Authority>) -> Ledger {
         let config = MeshConfig { mesh_id: authority.mesh_id(), ..mesh_config() };
         Ledger::create(authority.clone(), config)
     }
 
-    fn published() -> Published {
+    pub(super) fn published() -> Published {
         Published {
             map: Arc::new(Map::new()),
             view: Arc::default(),

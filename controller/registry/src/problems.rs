@@ -63,6 +63,15 @@ pub enum NodeProblem {
         /// Address of the other machine.
         tried: IpAddr,
     },
+    /// Two machines have the node's identity and are connected to different controllers.
+    #[error(
+        "two machines use this node's identity: one is connected to this controller from {connected}, \
+         another one to another controller"
+    )]
+    ClonedElsewhere {
+        /// Address of the machine that is connected to this controller.
+        connected: IpAddr,
+    },
 }
 
 codes! {
@@ -73,6 +82,7 @@ codes! {
         KeyUsed => "key-used-by-other",
         RecordRefused(NotGranted),
         Cloned => "identity-cloned",
+        ClonedElsewhere => "identity-cloned-elsewhere",
     }
 }
 

@@ -25,6 +25,9 @@ pub const BLIND: Duration = Duration::from_secs(20);
 /// may have to leave all but one of them first, if they are cut off: up to 7, each of which ends its watch within a minute
 /// after it noticed that.
 const LEAST_ABSENCE: Duration = Duration::from_secs(600);
+/// Time after which the news of a session that ended have come, beyond [`Sessions::deadline`]: the lease of a controller
+/// that died is part of it.
+const NEWS_DELAY: Duration = Duration::from_secs(20);
 
 /// Id of a session, random.
 pub type SessionId = [u8; 16];
@@ -82,6 +85,19 @@ struct Elsewhere {
     heard_at: Option<Instant>,
     /// Monotonic time since which the news have come without a gap of [`BLIND`].
     sighted_since: Option<Instant>,
+    /// Nodes that are connected to this controller too, by the newest news.
+    doubled: BTreeMap<NodeId, Doubled>,
+}
+
+/// A node that is connected to this controller and to another one.
+#[derive(Debug, Clone, Copy)]
+struct Doubled {
+    /// Id of the session with this controller.
+    session: SessionId,
+    /// Monotonic time since which all news said so during this session.
+    since: Instant,
+    /// True once [`Sessions::take_doubled`] returned it.
+    is_told: bool,
 }
 
 /// Time at which a node was last seen before its current session.
@@ -113,17 +129,46 @@ impl Sessions {
 
     /// Takes news: these nodes, and no others, are connected to other controllers.
     pub fn hear(&mut self, connected: impl IntoIterator<Item = NodeId>, now: Now) {
+        let deadline = self.deadline();
         let Some(elsewhere) = &mut self.elsewhere else { return };
         let is_gap = |at| now.since(at) > BLIND;
         if elsewhere.heard_at.is_none_or(is_gap) {
             elsewhere.sighted_since = Some(now.mono);
+            elsewhere.doubled.clear();
         }
         elsewhere.heard_at = Some(now.mono);
+        let before = std::mem::take(&mut elsewhere.doubled);
         for node in connected {
             elsewhere.found.insert(node, now.mono);
             let seen = self.seen.entry(node).or_insert(LastSeen { unix: now.unix, mono: None });
             seen.unix = seen.unix.max(now.unix);
+            let Some(session) = self.live.get(&node) else { continue };
+            if now.since(session.last_seen) <= deadline {
+                let known = before.get(&node).filter(|known| known.session == session.id);
+                let new = Doubled { session: session.id, since: now.mono, is_told: false };
+                elsewhere.doubled.insert(node, known.copied().unwrap_or(new));
+            }
         }
+    }
+
+    /// Returns the nodes that have had one session here, and at the same time one with another controller, for longer
+    /// than the session of a machine that moved stays open. So two machines have the identity of each. Each node is
+    /// returned once, with its address here.
+    pub fn take_doubled(&mut self, now: Now) -> Vec<(NodeId, SocketAddr)> {
+        let longest = self.deadline() + NEWS_DELAY;
+        let Some(elsewhere) = &mut self.elsewhere else { return Vec::new() };
+        let mut found = Vec::new();
+        for (node, doubled) in &mut elsewhere.doubled {
+            let session = self.live.get(node).filter(|session| session.id == doubled.session);
+            if let Some(session) = session
+                && !doubled.is_told
+                && now.since(doubled.since) > longest
+            {
+                doubled.is_told = true;
+                found.push((*node, session.address));
+            }
+        }
+        found
     }
 
     /// Returns whether it is unknown which nodes are connected to other controllers.
@@ -131,6 +176,11 @@ impl Sessions {
         let heard = |elsewhere: &Elsewhere| elsewhere.heard_at;
         let is_recent = |at| now.since(at) <= BLIND;
         self.elsewhere.as_ref().is_some_and(|elsewhere| !heard(elsewhere).is_some_and(is_recent))
+    }
+
+    /// Returns the time of the newest news of the other controllers; `None` before the first, or if there are none.
+    pub fn heard_at(&self) -> Option<Instant> {
+        self.elsewhere.as_ref()?.heard_at
     }
 
     /// Returns since when it is known which nodes are connected to other controllers; `None` if there are none, or
@@ -364,9 +414,10 @@ mod tests {
         let mut sessions = Sessions::new(SECOND);
         assert!(!sessions.is_blind(start), "it is the only controller");
         sessions.share();
-        assert!(sessions.is_blind(start));
+        assert!(sessions.is_blind(start) && sessions.heard_at().is_none());
         sessions.hear([NODE], start);
         assert!(!sessions.is_blind(start) && sessions.is_elsewhere(NODE));
+        assert_eq!(sessions.heard_at(), Some(start.mono));
         let soon = start.plus(BLIND);
         sessions.hear([], soon);
         assert!(!sessions.is_elsewhere(NODE));
@@ -377,6 +428,43 @@ mod tests {
         sessions.hear([], late);
         assert!(!sessions.is_blind(late));
         assert_eq!(sessions.sighted_since(), Some(late.mono), "nodes get their whole time again");
+    }
+
+    #[test]
+    fn a_node_that_stays_connected_to_two_controllers_is_two_machines() {
+        let start = tests::now();
+        let mut sessions = Sessions::new(SECOND);
+        sessions.share();
+        let connect = |sessions: &mut Sessions, id, now| {
+            sessions.open(NODE, session(id, 1, now), now).unwrap();
+        };
+        // Each second there are news, and each session that is open is heard.
+        let mut now = start;
+        let mut doubled_after =
+            |sessions: &mut Sessions, seconds: u32, id, elsewhere: &[NodeId]| {
+                let mut found = Vec::new();
+                for _ in 0..seconds {
+                    now = now.plus(SECOND);
+                    sessions.renew(NODE, [id; 16], now);
+                    sessions.hear(elsewhere.iter().copied(), now);
+                    found.extend(sessions.take_doubled(now));
+                }
+                (found, now)
+            };
+        let patience = u32::try_from((SECOND * MISSED + NEWS_DELAY).as_secs()).unwrap();
+        connect(&mut sessions, 1, start);
+        // A machine that moves: its session elsewhere ends, or the one here is a new one.
+        assert!(doubled_after(&mut sessions, patience, 1, &[NODE]).0.is_empty());
+        assert!(doubled_after(&mut sessions, 1, 1, &[]).0.is_empty());
+        let (found, later) = doubled_after(&mut sessions, patience, 1, &[NODE]);
+        assert!(found.is_empty(), "the time began again");
+        connect(&mut sessions, 2, later);
+        let (found, _) = doubled_after(&mut sessions, patience, 2, &[NODE]);
+        assert!(found.is_empty(), "with another session, too");
+        // Two machines.
+        let address = SocketAddr::from(([192, 0, 2, 2], 1000));
+        let (found, _) = doubled_after(&mut sessions, patience, 2, &[NODE]);
+        assert_eq!(found, [(NODE, address)], "once");
     }
 
     #[test]

@@ -5,6 +5,7 @@ pub mod table;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use towline_proto::code::Coded as _;
@@ -116,7 +117,13 @@ impl Source {
         text.one(&COMMITS, commits.done);
         text.one(&FAILED_COMMITS, commits.failed);
         text.one(&COMMIT_TIME, commits.time.as_secs_f64());
+        text.one(&STORE_AGE, self.store_age(now).as_secs_f64());
         text.text()
+    }
+
+    fn store_age(&self, now: Now) -> Duration {
+        let current_at = self.counters.current_at().filter(|_| self.writer.is_shared());
+        current_at.map(|at| now.since(at)).unwrap_or_default()
     }
 
     fn nodes(&self, text: &mut Exposition, now: Now) {
@@ -143,8 +150,6 @@ impl Source {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use towline_proto::id::{NodeId, TokenId};
     use towline_registry::NodeProblem;
     use towline_registry::token::SecretHash;
@@ -217,6 +222,7 @@ mod tests {
             "towline_controller_queued_requests 0",
             "towline_controller_commits_total 1",
             "towline_controller_commit_seconds_total 0.5",
+            "towline_controller_store_age_seconds 0",
         ] {
             assert!(text.lines().any(|found| found == line), "{line}\n{text}");
         }

@@ -64,4 +64,7 @@ towline_service::metrics! {
     /// Time of all commits.
     COMMIT_TIME: Counter "towline_controller_commit_seconds_total" []
         "Time that all transactions took, with the wait for the disk.";
+    /// Age of what the controller has of a shared store.
+    STORE_AGE: Gauge "towline_controller_store_age_seconds" []
+        "Time since this controller last had all that is in a store that other controllers write, too; 0 if none does.";
 }

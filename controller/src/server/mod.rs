@@ -48,7 +48,7 @@ use crate::reflector::Reflector;
 use crate::replicas::Exchange;
 use crate::service::{
     AdminService, Authorizer, Budgets, DiscoveryService, FAILED_JOINS, HealthService, Outbound,
-    Shared, Signals, drain_begins,
+    SentAway, Shared, Signals, drain_begins,
 };
 use crate::state_dir::{Lock, StateDir, StateError};
 use crate::store::etcd::{EtcdError, Replicas};
@@ -274,6 +274,7 @@ impl Controller {
             summaries: Arc::default(),
             events,
             admission: Arc::default(),
+            sent_away: SentAway::default(),
             counters: counters.clone(),
             admin_revoked: Arc::default(),
             head: Mutex::new(None),

@@ -1,15 +1,18 @@
-//! Admission of watches: how many nodes load the whole map at the same time, and how watches end when the
-//! controller stops.
+//! Admission of watches: how many nodes load the whole map at the same time, which nodes a controller that is cut off
+//! sends to others, and how watches end when the controller stops.
 //!
 //! Resuming a watch costs little. Loading the whole map costs up to some megabytes of traffic, so nodes that come
 //! all at once take turns. One that waited too long is refused and told when to come back.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::timeout;
 use tonic::Status;
+use towline_proto::id::NodeId;
 use towline_proto::refusal::with_retry_after;
 
 use crate::entropy;
@@ -69,6 +72,28 @@ impl Default for Admission {
     }
 }
 
+/// Nodes that were sent to another controller since this one was cut off from its store, and did not come back.
+#[derive(Debug, Default)]
+pub struct SentAway(Mutex<BTreeSet<NodeId>>);
+
+impl SentAway {
+    /// Returns whether a node may open a watch. While this controller is cut off, it refuses the first attempt of a node,
+    /// the third one and so on: another controller may know what changed. A node that comes back found no other one, and
+    /// gets the map as it is here.
+    pub(super) fn is_admitted(&self, node: NodeId, is_cut_off: bool) -> bool {
+        let mut sent_away = self.0.lock();
+        if !is_cut_off {
+            sent_away.clear();
+            return true;
+        }
+        let has_returned = sent_away.remove(&node);
+        if !has_returned {
+            sent_away.insert(node);
+        }
+        has_returned
+    }
+}
+
 /// Waits until the controller stops, and returns the time over which watches end then.
 pub async fn drain_begins(stopping: &mut watch::Receiver<Option<Duration>>) -> Duration {
     // Without a sender the controller is gone.
@@ -98,6 +123,17 @@ mod tests {
         tokio::task::yield_now().await;
         drop(first);
         assert!(waiting.await.unwrap());
+    }
+
+    #[test]
+    fn a_node_is_sent_away_before_it_is_admitted_while_the_controller_is_cut_off() {
+        let (sent_away, nodes) = (SentAway::default(), [1, 2].map(|id| NodeId([id; 16])));
+        let admitted = |node: usize, is_cut_off| sent_away.is_admitted(nodes[node], is_cut_off);
+        assert!(admitted(0, false));
+        assert_eq!([0, 0, 0, 0].map(|node| admitted(node, true)), [false, true, false, true]);
+        assert_eq!([0, 1].map(|node| admitted(node, true)), [false, false], "each for itself");
+        assert!(admitted(0, false));
+        assert!(!admitted(1, true), "another time begins");
     }
 
     #[tokio::test]

@@ -273,6 +273,7 @@ impl Discovery for DiscoveryService {
         request: Request<Streaming<pb::WatchRequest>>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         let (node, address) = Caller::node(&request)?;
+        self.shared.send_away(node.id)?;
         self.shared.spend(&node, Work::Watch)?;
         let mut requests = request.into_inner();
         let first = tokio::time::timeout(FIRST_WORD, requests.message()).await;

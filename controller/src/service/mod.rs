@@ -48,7 +48,7 @@ use budgets::Work;
 use refusal::{Refusal, absent};
 
 pub use admin::AdminService;
-pub use admission::{Admission, drain_begins};
+pub use admission::{Admission, SentAway, drain_begins};
 pub use auth::{Access, Authorizer, Caller, Object, RPCS, Role, Rpc};
 pub use budgets::Budgets;
 pub use discovery::DiscoveryService;
@@ -99,6 +99,8 @@ pub struct Shared {
     pub reflector: Option<u16>,
     /// Places of nodes that load the whole map.
     pub admission: Arc<Admission>,
+    /// Nodes that were sent to other controllers.
+    pub sent_away: SentAway,
     /// Counters for the metrics.
     pub counters: Arc<Counters>,
     /// Time over which watches end, set when the controller stops.
@@ -138,6 +140,12 @@ impl Shared {
         let signed = self.authority.sign_head(&head);
         *last = Some((head, signed.clone()));
         signed
+    }
+
+    /// Refuses the watch of a node that another controller should serve, since this one is cut off.
+    fn send_away(&self, node: NodeId) -> Result<(), Status> {
+        let is_cut_off = self.cut_off.borrow().is_some();
+        if self.sent_away.is_admitted(node, is_cut_off) { Ok(()) } else { Err(cut_off()) }
     }
 
     /// Spends one unit of a node's budget.
@@ -216,6 +224,11 @@ impl Shared {
         let literal = |address: &ControllerAddress| address.as_str().parse::<SocketAddr>().ok();
         self.advertise.iter().filter_map(literal).map(|address| address.to_string()).collect()
     }
+}
+
+/// Returns the status for a node that another controller should serve.
+fn cut_off() -> Status {
+    Status::unavailable("the controller is cut off from its store: use another one")
 }
 
 fn missing(what: &'static str) -> Status {

@@ -187,8 +187,7 @@ impl Watcher {
                 {
                     leaving = None;
                     if cut_off.borrow().is_some() {
-                        let text = "the controller is cut off from its store: use another one";
-                        return Some(Status::unavailable(text));
+                        return Some(super::cut_off());
                     }
                 }
                 // A client that reads slowly must not keep others from loading the map.
@@ -521,7 +520,7 @@ mod tests {
     use crate::config::HEARTBEAT;
     use crate::events::Events;
     use crate::map::MapChange;
-    use crate::service::{Admission, Budgets, FAILED_JOINS, Signals};
+    use crate::service::{Admission, Budgets, FAILED_JOINS, SentAway, Signals};
     use crate::state_dir::StateDir;
     use crate::writer::Writer;
 
@@ -569,6 +568,7 @@ mod tests {
                 admin_revoked: Arc::default(),
                 head: Mutex::new(None),
                 admission: Arc::new(Admission::new()),
+                sent_away: SentAway::default(),
                 counters: Arc::default(),
                 reflector: None,
                 stopping,

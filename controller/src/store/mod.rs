@@ -42,10 +42,10 @@ pub trait Store: Send {
 
     /// Applies all of `writes` or none of them, if the store is still at sequence number
     /// `expected`. Returns the new sequence number once the changes would survive a power cut. After a
-    /// failed commit, [`Store::reopen`] finds out whether its changes are in the store.
+    /// failed commit, [`Store::reopen`] finds out whether its changes are in the store. The turn ends in any case.
     fn commit(&mut self, expected: u64, writes: &[Write]) -> Result<u64, CommitError>;
 
-    /// Opens the store again after a failed commit, to find out what is in it.
+    /// Opens the store again after a failed commit, to find out what is in it. Begins a turn, unless it fails.
     fn reopen(&mut self) -> Result<(), OpenError>;
 
     /// Lets other controllers use the store at the same time, if its settings allow that. Returns whether they may.
@@ -60,13 +60,20 @@ pub trait Store: Send {
     }
 
     /// Begins a turn: until the next commit or [`Store::end_turn`], other controllers do not write. Does nothing if the
-    /// store is not shared. A turn that takes too long is ended by others, and its commit fails then.
+    /// store is not shared. A turn that takes too long is ended by others, and its commit fails then. If this fails,
+    /// there is no turn.
     fn begin_turn(&mut self) -> Result<(), OpenError> {
         Ok(())
     }
 
     /// Ends a turn without a commit.
     fn end_turn(&mut self) {}
+
+    /// Reads all records as they are now, outside of a turn, to find out whether they can be used. They may be newer
+    /// than [`Store::sequence`]. `None` if the store is not shared: nobody waits for its owner.
+    fn peek(&mut self) -> Result<Option<Vec<Record>>, OpenError> {
+        Ok(None)
+    }
 
     /// Reads the records that other controllers wrote since the last commit or call, and follows the store to its
     /// newest commit. Records that were deleted may be absent.

@@ -65,8 +65,11 @@ impl EtcdStore {
         let thread = EtcdThread::start()?;
         let ours = session.clone();
         let placed = thread.wait(async move {
-            ours.own().await?;
-            let settled = ours.settle().await;
+            let owned = ours.own().await;
+            let settled = match owned {
+                Ok(()) => ours.settle().await,
+                Err(error) => Err(error),
+            };
             if settled.is_err() {
                 ours.release().await;
             }
@@ -137,6 +140,22 @@ impl EtcdStore {
         Ok(())
     }
 
+    /// Runs `work`, which has the turn to write or takes it. If it fails, the turn is given back: other controllers must
+    /// not wait for one that cannot use it.
+    fn in_turn<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T, EtcdError>> + Send + 'static,
+    ) -> Result<T, EtcdError> {
+        let (session, takes_turns) = (self.session.clone(), self.takes_turns);
+        self.thread.wait(async move {
+            let result = work.await;
+            if result.is_err() && takes_turns {
+                session.abandon_turn().await;
+            }
+            result
+        })
+    }
+
     /// Takes over the head that was found in the store, if it is not an older one than the known head, or one of
     /// another mesh.
     fn advance(&mut self, found: Placed) -> Result<(), OpenError> {
@@ -183,29 +202,39 @@ impl Store for EtcdStore {
     fn commit(&mut self, expected: u64, writes: &[Write]) -> Result<u64, CommitError> {
         let Some(before) = self.placed.clone() else { return Err(self.missing().into()) };
         if before.head.sequence != expected {
+            self.end_turn();
             return Err(CommitError::Conflict { expected, found: before.head.sequence });
         }
         let (session, writes) = (self.session.clone(), writes.to_vec());
         let ends_turn = self.takes_turns;
         let commit = async move { session.commit(before, writes, ends_turn).await };
-        match self.thread.wait(commit)? {
+        match self.in_turn(commit)? {
             Outcome::Done(placed) => {
                 let sequence = placed.head.sequence;
                 self.placed = Some(placed);
                 Ok(sequence)
             }
-            Outcome::Conflict(found) => Err(CommitError::Conflict { expected, found }),
+            Outcome::Conflict(found) => {
+                self.end_turn();
+                Err(CommitError::Conflict { expected, found })
+            }
         }
     }
 
     fn reopen(&mut self) -> Result<(), OpenError> {
         let session = self.session.clone();
-        let found = self.thread.wait(async move {
+        let found = self.in_turn(async move {
             session.own().await?;
             session.settle().await
         })?;
-        let found = found.ok_or_else(|| self.missing())?;
-        self.advance(found)
+        let reopened = match found {
+            Some(found) => self.advance(found),
+            None => Err(self.missing().into()),
+        };
+        if reopened.is_err() {
+            self.end_turn();
+        }
+        reopened
     }
 
     fn share(&mut self) -> bool {
@@ -224,7 +253,7 @@ impl Store for EtcdStore {
     fn begin_turn(&mut self) -> Result<(), OpenError> {
         if self.takes_turns {
             let session = self.session.clone();
-            self.thread.wait(async move {
+            self.in_turn(async move {
                 session.own().await?;
                 session.finish().await
             })?;
@@ -240,6 +269,16 @@ impl Store for EtcdStore {
                 tracing::warn!(%error, "cannot give the turn to write back");
             }
         }
+    }
+
+    fn peek(&mut self) -> Result<Option<Vec<Record>>, OpenError> {
+        if !self.takes_turns {
+            return Ok(None);
+        }
+        let session = self.session.clone();
+        let read = self.thread.wait(async move { session.read().await })?;
+        let (_, records) = read.ok_or_else(|| self.missing())?;
+        Ok(Some(records))
     }
 
     fn changes(&mut self) -> Result<Vec<Write>, OpenError> {

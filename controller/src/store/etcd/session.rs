@@ -22,7 +22,7 @@ use crate::store::{OpenError, Record, Write};
 const LEASE: Duration = Duration::from_secs(15);
 /// Interval at which the lease is renewed: a renewal may take a call's whole time, and be repeated.
 const RENEWAL: Duration = Duration::from_secs(4);
-/// Time to give the lease back when the controller stops.
+/// Time to give the lease back when the controller stops, or the turn to write after an error.
 const RELEASE: Duration = Duration::from_millis(500);
 /// First word of the key `owner` of a controller that has the turn to write, and gives it back soon.
 const TURN: &str = "turn of ";
@@ -206,6 +206,12 @@ impl Session {
             failure: Vec::new(),
         };
         self.transact(request).await.map(drop)
+    }
+
+    /// Gives the turn to write back after an error, if this controller has it: it may have taken the turn without an
+    /// answer. If etcd does not answer in time now either, another controller takes the turn away.
+    pub(super) async fn abandon_turn(&self) {
+        let _ = timeout(RELEASE, self.end_turn()).await;
     }
 
     /// Returns the lease of this controller, which is requested if there is none.

@@ -79,6 +79,47 @@ fn controllers_take_turns_and_read_what_the_others_wrote() {
     first.begin_turn().unwrap();
 }
 
+/// Returns whether a controller has the turn to write the store below `m`.
+fn has_turn(cluster: &Cluster) -> bool {
+    let owner = Keys::new("/m/".to_owned()).owner();
+    let found: RangeResponse = cluster.call(wire::RANGE, RangeRequest::of(owner)).unwrap();
+    !found.kvs.is_empty()
+}
+
+#[test]
+fn a_turn_that_fails_is_given_back_at_once() {
+    let Some(cluster) = Cluster::start(1, &[]) else { return };
+    let keys = Keys::new("/m/".to_owned());
+    let mut store = shared(&cluster, "m");
+    store.create(&identity(), &[put("a", "1")]).unwrap();
+    assert!(store.share() && !has_turn(&cluster));
+
+    // Another controller has a newer version.
+    let known = head(&cluster, &keys);
+    let mut newer = known.clone();
+    newer.format += 1;
+    write(&cluster, keys.head(), newer.encode_to_vec());
+    let error = store.begin_turn().unwrap_err();
+    assert!(line(&error).contains("unsupported format"), "{error}");
+    assert!(!has_turn(&cluster));
+    assert!(store.reopen().is_err() && store.peek().is_err());
+    assert!(!has_turn(&cluster));
+
+    // The head was written by another program, so the commit is refused.
+    write(&cluster, keys.head(), known.encode_to_vec());
+    store.begin_turn().unwrap();
+    assert!(has_turn(&cluster));
+    let sequence = store.sequence();
+    assert!(store.commit(sequence, &[put("a", "2")]).is_err());
+    assert!(!has_turn(&cluster));
+
+    assert_eq!(store.peek().unwrap().unwrap(), [("a".to_owned(), b"1".to_vec())]);
+    assert!(!has_turn(&cluster));
+    store.reopen().unwrap();
+    assert!(has_turn(&cluster));
+    assert_eq!(texts(&mut store), ["a=1"]);
+}
+
 /// Starts a controller's writer on the store.
 fn start(
     store: Box<dyn Store>,
