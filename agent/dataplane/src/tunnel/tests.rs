@@ -1,0 +1,197 @@
+//! Tests of a tunnel at given times: handshakes, keepalives, and packets that wait.
+
+use super::*;
+use crate::testing::Side;
+use towline_wireguard::{Aead, Engine, EngineChoice};
+use x25519_dalek::StaticSecret;
+
+const KEEPALIVE: Option<Duration> = Some(Duration::from_secs(25));
+
+/// Returns two sides that know each other's key. The first has boringtun, the second the batch
+/// engine.
+fn pair() -> [Side; 2] {
+    let batch = Engine::select(EngineChoice::Batch, Aead::Auto);
+    let secrets = [(1, Engine::BORINGTUN), (2, batch)].map(|(byte, engine)| {
+        Arc::new(Secrets::with_engine(StaticSecret::from([byte; 32]), engine))
+    });
+    [0, 1].map(|me| {
+        let address = Path::direct(([192, 0, 2, me as u8], 51830).into());
+        Side::new(&secrets[me], secrets[1 - me].public_key(), 100 + me as u32, address)
+    })
+}
+
+/// Receives datagrams from `from`, which is also the known endpoint.
+fn take_all(side: &mut Side, now: Instant, from: Path, datagrams: &[Vec<u8>]) {
+    datagrams.iter().for_each(|datagram| side.take(now, from, from, datagram));
+}
+
+/// Delivers sent datagrams in both directions until neither side sends any.
+fn deliver(now: Instant, [a, b]: &mut [Side; 2]) {
+    loop {
+        let (to_b, to_a) = (a.sent(), b.sent());
+        if to_b.is_empty() && to_a.is_empty() {
+            return;
+        }
+        take_all(b, now, a.address, &to_b);
+        take_all(a, now, b.address, &to_a);
+    }
+}
+
+/// Returns two sides with a session that the first initiated.
+fn connected_pair() -> ([Side; 2], Instant) {
+    let mut sides = pair();
+    let now = sides[0].started;
+    let to = vec![sides[1].address];
+    sides[0].with(now, |tunnel, context| tunnel.initiate(to, context));
+    deliver(now, &mut sides);
+    assert!(sides.iter().all(|side| side.tunnel.is_ready()));
+    (sides, now)
+}
+
+fn tick(side: &mut Side, now: Instant, keepalive: Option<Duration>) -> Vec<MessageKind> {
+    let known = Some(Path::direct(([192, 0, 2, 77], 51830).into()));
+    side.with(now, |tunnel, context| tunnel.tick(known, keepalive, context));
+    side.sent().iter().map(|datagram| MessageKind::of(datagram).unwrap()).collect()
+}
+
+#[test]
+fn who_initiated_renews_a_session_that_only_keepalives_hold_open() {
+    let ([mut initiator, mut responder], start) = connected_pair();
+    let due = start + REKEY_AFTER;
+    let initiates = |sent: &[MessageKind]| sent.contains(&MessageKind::Initiation);
+    assert!(!initiates(&tick(&mut initiator, due - Duration::from_secs(1), KEEPALIVE)));
+    assert!(!initiates(&tick(&mut responder, due, KEEPALIVE)), "the responder must not initiate");
+    assert!(!initiates(&tick(&mut initiator, due, None)), "no renewal without keepalives");
+    assert!(initiates(&tick(&mut initiator, due, KEEPALIVE)));
+    let again = tick(&mut initiator, due + Duration::from_secs(1), KEEPALIVE);
+    assert!(!initiates(&again), "a handshake is under way");
+}
+
+#[test]
+fn a_keepalive_waits_until_nothing_was_sent_for_long() {
+    let ([mut side, _], start) = connected_pair();
+    let second = Duration::from_secs(1);
+    assert!(tick(&mut side, start + 24 * second, KEEPALIVE).is_empty());
+    let busy = start + 24 * second;
+    let to = side.address;
+    let Side { tunnel, out, drops, .. } = &mut side;
+    tunnel.seal(&mut Single::new(&[0x45; 32]), &to.into(), out, drops, busy);
+    side.sent();
+    assert!(tick(&mut side, busy + 24 * second, KEEPALIVE).is_empty(), "the tunnel is not idle");
+    let sent = tick(&mut side, busy + 25 * second, KEEPALIVE);
+    assert!(matches!(sent[..], [MessageKind::Data { .. }]), "{sent:?}");
+    assert!(tick(&mut side, busy + 26 * second, KEEPALIVE).is_empty());
+}
+
+#[test]
+fn without_a_session_a_keepalive_starts_nothing() {
+    let [mut side, _] = pair();
+    let now = side.started;
+    assert!(tick(&mut side, now + Duration::from_secs(100), KEEPALIVE).is_empty());
+    assert!(side.observations().is_empty());
+}
+
+#[test]
+fn a_session_is_reported_when_both_have_it() {
+    let mut sides = pair();
+    let now = sides[0].started;
+    let [a, b] = &mut sides;
+    let address = b.address;
+    a.with(now, |tunnel, context| tunnel.initiate(vec![address], context));
+    let initiation = a.sent();
+    take_all(b, now, a.address, &initiation);
+    assert!(!b.tunnel.is_ready() && b.observations().is_empty(), "not confirmed yet");
+    deliver(now, &mut sides);
+    let [a, b] = &mut sides;
+    assert_eq!(a.observations(), [Observation::Handshake { from: b.address }]);
+    assert_eq!(b.observations(), [Observation::Handshake { from: a.address }]);
+}
+
+#[test]
+fn an_answer_from_where_nothing_was_sent_completes_no_handshake() {
+    let [mut a, mut b] = pair();
+    let (now, home) = (a.started, b.address);
+    let elsewhere = Path::direct(([192, 0, 2, 99], 1).into());
+    a.with(now, |tunnel, context| tunnel.enqueue(&[0x45; 32], context));
+    a.with(now, |tunnel, context| tunnel.initiate(vec![home], context));
+    let initiation = a.sent();
+    take_all(&mut b, now, a.address, &initiation);
+    for response in b.sent() {
+        a.take(now, elsewhere, home, &response);
+    }
+    let roamed = Observation::Roamed { from: elsewhere };
+    assert_eq!(a.observations(), [Observation::Wanted, roamed]);
+    assert_eq!(a.tunnel.waiting(), 1, "no packet goes there");
+}
+
+#[test]
+fn an_answer_to_the_initiation_before_the_last_completes_the_handshake() {
+    let [mut a, mut b] = pair();
+    let (now, home) = (a.started, b.address);
+    let elsewhere = Path::direct(([192, 0, 2, 99], 1).into());
+    a.with(now, |tunnel, context| tunnel.initiate(vec![home], context));
+    let initiation = a.sent();
+    take_all(&mut b, now, a.address, &initiation);
+    let response = b.sent();
+    a.with(now, |tunnel, context| tunnel.initiate(vec![elsewhere], context));
+    take_all(&mut a, now, home, &response);
+    assert!(a.observations().contains(&Observation::Handshake { from: home }));
+}
+
+#[test]
+fn a_handshake_is_reported_for_the_path_on_which_it_was_answered() {
+    let [mut a, mut b] = pair();
+    let (now, home) = (a.started, a.address);
+    let elsewhere = Path::direct(([192, 0, 2, 99], 1).into());
+    let to = vec![b.address];
+    a.with(now, |tunnel, context| tunnel.initiate(to, context));
+    let initiation = a.sent();
+    take_all(&mut b, now, home, &initiation);
+    let response = b.sent();
+    take_all(&mut a, now, b.address, &response);
+    for confirmation in a.sent() {
+        b.take(now, elsewhere, home, &confirmation);
+    }
+    let handshake = Observation::Handshake { from: home };
+    assert_eq!(b.observations(), [handshake, Observation::Roamed { from: elsewhere }]);
+}
+
+#[test]
+fn the_same_command_twice_is_one_initiation() {
+    let [mut side, other] = pair();
+    let now = side.started;
+    let both = vec![other.address, side.address];
+    let mut initiate = |now, to: &[Path]| {
+        side.with(now, |tunnel, context| tunnel.initiate(to.to_vec(), context));
+        side.sent().len()
+    };
+    assert_eq!(initiate(now, &both), 2);
+    assert_eq!(initiate(now, &both[..1]), 0);
+    assert_eq!(initiate(now, &[Path::direct(([192, 0, 2, 9], 1).into())]), 1);
+    assert_eq!(initiate(now + SAME_COMMAND, &both), 2);
+}
+
+#[test]
+fn what_nobody_asked_for_is_refused() {
+    let ([mut side, mut other], now) = connected_pair();
+    let forged = [[2, 0, 0, 0].as_slice(), &[7; 88]].concat();
+    let reply = [[3, 0, 0, 0].as_slice(), &[7; 60]].concat();
+    take_all(&mut side, now, other.address, &[forged, reply]);
+    assert_eq!(side.drops.get(DropReason::InvalidHandshake), 2);
+    assert!(side.observations().iter().all(|what| matches!(what, Observation::Handshake { .. })));
+    assert!(other.sent().is_empty());
+}
+
+#[test]
+fn packets_wait_no_longer_than_they_are_good_for() {
+    let [mut side, _] = pair();
+    let now = side.started;
+    side.with(now, |tunnel, context| tunnel.enqueue(&[0x45; 32], context));
+    assert_eq!(side.observations(), [Observation::Wanted]);
+    let late = now + WAITING_TIME - Duration::from_millis(1);
+    tick(&mut side, late, None);
+    assert_eq!(side.drops.get(DropReason::QueueExpired), 0);
+    side.with(late, |tunnel, context| tunnel.enqueue(&[0x45; 32], context));
+    tick(&mut side, now + WAITING_TIME, None);
+    assert_eq!(side.drops.get(DropReason::QueueExpired), 1);
+}
