@@ -60,10 +60,15 @@ struct Initiation {
     sent: Instant,
 }
 
-/// Times of the first and of the last initiation of a handshake.
+/// Handshake that this node started and that is not answered yet.
 struct Attempt {
+    /// Time of the first initiation.
     started: Instant,
+    /// Time of the last initiation.
     sent: Instant,
+    /// True once an authentic data message of the peer arrived since the first initiation: the peer
+    /// is there, and has a session.
+    has_heard: bool,
 }
 
 impl BatchSession {
@@ -194,6 +199,9 @@ impl BatchSession {
             return;
         }
         epoch.has_received_data |= has_data;
+        if let Some(attempt) = &mut self.attempt {
+            attempt.has_heard = true;
+        }
         if has_data {
             self.timers.received_data(now);
         } else {
@@ -306,8 +314,8 @@ impl BatchSession {
         // An attempt that was not ticked to its end has ended too.
         let attempt = self.attempt.take();
         let attempt = attempt.filter(|attempt| !is_over(attempt.started, REKEY_ATTEMPT, now));
-        let started = attempt.map_or(now, |attempt| attempt.started);
-        self.attempt = Some(Attempt { started, sent: now });
+        let new = Attempt { started: now, sent: now, has_heard: false };
+        self.attempt = Some(Attempt { sent: now, ..attempt.unwrap_or(new) });
         self.timers.sent();
         INITIATION_BYTES
     }
@@ -343,8 +351,13 @@ impl BatchSession {
         }
         let is_due = match &self.attempt {
             Some(attempt) if is_over(attempt.started, REKEY_ATTEMPT, now) => {
+                let is_alive = attempt.has_heard && self.epochs.current().is_some();
                 self.give_up();
-                return Tick::Expired;
+                if !is_alive {
+                    self.forget();
+                    return Tick::Expired;
+                }
+                self.needs_handshake(now)
             }
             Some(attempt) => is_over(attempt.sent, REKEY_TIMEOUT, now),
             None => self.needs_handshake(now),
@@ -374,12 +387,16 @@ impl BatchSession {
             || self.timers.take_silence(now)
     }
 
-    /// Forgets every key of a session. The peer has not answered for so long that it has forgotten
-    /// them too.
+    /// Ends the handshake of this node that was not answered. The sessions stay: they end by age.
     fn give_up(&mut self) {
-        self.epochs.clear();
         self.initiations = [None, None];
         self.attempt = None;
+    }
+
+    /// Forgets every key of a session. The peer has been silent for so long that it has forgotten
+    /// them too, or it never had them.
+    fn forget(&mut self) {
+        self.epochs.clear();
         self.timers = Timers::default();
     }
 

@@ -101,6 +101,35 @@ fn an_initiation_is_repeated_and_given_up() {
 }
 
 #[test]
+fn a_handshake_that_fails_ends_no_session_on_which_the_peer_is_heard() {
+    let (mut world, [mut a, mut b]) = pair();
+    world.advance(60 * SECOND);
+    // No response arrives.
+    initiate(&mut world, &mut a);
+    let start = world.now;
+    while world.now < start + REKEY_ATTEMPT + SECOND {
+        assert!(matches!(send(&world, &mut b, &mut a), Opened::Packet { .. }));
+        let due = ticks(&mut world, &mut a, SECOND / 4);
+        assert!(due.iter().all(|(_, tick)| *tick != Tick::Expired), "{due:?}");
+    }
+    assert!(a.is_ready());
+    assert!(matches!(send(&world, &mut a, &mut b), Opened::Packet { .. }));
+    // The session ends when it is old, and then a failed handshake is the end.
+    let due = ticks(&mut world, &mut a, 3 * REKEY_ATTEMPT);
+    assert!(!a.is_ready());
+    assert_eq!(due.last().map(|(_, tick)| *tick), Some(Tick::Expired));
+}
+
+#[test]
+fn a_handshake_that_fails_ends_the_session_with_a_silent_peer() {
+    let (mut world, [mut a, _]) = pair();
+    initiate(&mut world, &mut a);
+    let due = ticks(&mut world, &mut a, REKEY_ATTEMPT);
+    assert_eq!(due.last().map(|(_, tick)| *tick), Some(Tick::Expired));
+    assert!(!a.is_ready());
+}
+
+#[test]
 fn an_attempt_that_was_not_ticked_ends_too() {
     let (mut world, [mut a, mut b]) = strangers();
     let initiation = initiate(&mut world, &mut a);
