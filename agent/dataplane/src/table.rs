@@ -140,11 +140,11 @@ impl Peer {
     /// Returns this peer with a new entry. A changed pre-shared key or a newer boot epoch needs a
     /// new tunnel state beside the old one, which is used until the new one has a session.
     fn following(&self, entry: &PeerEntry, taken: impl Fn(u32) -> bool) -> Self {
-        let renew = self.entry.preshared_key != entry.preshared_key
-            || self.entry.boot_epoch < entry.boot_epoch;
+        let has_restarted = self.entry.boot_epoch < entry.boot_epoch;
+        let renew = self.entry.preshared_key != entry.preshared_key || has_restarted;
         let indices = if renew {
             let index = free_index(taken);
-            self.tunnel.lock().rebuild(entry.preshared_key.clone(), index);
+            self.tunnel.lock().rebuild(entry.preshared_key.clone(), index, has_restarted);
             [Some(index), self.indices[0]]
         } else {
             self.indices

@@ -8,6 +8,7 @@ use std::time::Instant;
 use towline_types::id::{PresharedKey, WireguardKey};
 
 use crate::batch::session::BatchSession;
+use crate::batch::timestamp::InitiationHistory;
 use crate::engine::Kind;
 use crate::single::SingleSession;
 use crate::{Answered, Buffers, Inputs, Message, Opened, Sealed, Secrets, Segments, Sink, Tick};
@@ -43,6 +44,24 @@ impl Session {
                 Inner::Batch(Box::new(BatchSession::new(secrets, peer, psk, index, backend)))
             }
         })
+    }
+
+    /// Returns the timestamps of the last initiations, for a state that replaces this one. `None` if
+    /// the engine does not reveal them (boringtun).
+    pub fn history(&self) -> Option<&InitiationHistory> {
+        match &self.0 {
+            Inner::Single(_) => None,
+            Inner::Batch(session) => Some(session.history()),
+        }
+    }
+
+    /// Continues after the initiations of an earlier state with the same peer. boringtun starts
+    /// without any.
+    pub fn follow(&mut self, history: &InitiationHistory) {
+        match &mut self.0 {
+            Inner::Single(_) => {}
+            Inner::Batch(session) => session.follow(history),
+        }
     }
 
     /// Returns whether there is a session to seal with.

@@ -32,8 +32,8 @@ use super::inner_traffic::InnerTraffic;
 use super::roaming::RoamReports;
 use super::runs::Run;
 use towline_wireguard::{
-    Answered, Buffers, HANDSHAKE_BYTES, Inputs, Message, MessageKind, Opened, Refusal, Secrets,
-    Segments, Session, Single, Tick,
+    Answered, Buffers, HANDSHAKE_BYTES, InitiationHistory, Inputs, Message, MessageKind, Opened,
+    Refusal, Secrets, Segments, Session, Single, Tick,
 };
 
 /// Rekey-After-Time (whitepaper section 6.1): age at which the initiator renews a session.
@@ -77,6 +77,8 @@ pub(super) struct Tunnel {
     /// Current WireGuard state. Created when it is first needed, because it takes several
     /// kilobytes.
     active: Option<Session>,
+    /// Initiations of the states before the last rebuild.
+    history: InitiationHistory,
     /// State from before a rebuild, and its tunnel index. Removed once it has no session.
     retired: Option<(Session, u32)>,
     /// Handshake that this node started. Cleared when it is answered or given up.
@@ -138,6 +140,7 @@ impl Tunnel {
             psk,
             index,
             active: None,
+            history: InitiationHistory::default(),
             retired: None,
             initiation: None,
             unconfirmed: None,
@@ -166,8 +169,15 @@ impl Tunnel {
     }
 
     /// Replaces the pre-shared key and the index for future handshakes. Existing sessions stay
-    /// until the next handshake completes.
-    pub(super) fn rebuild(&mut self, psk: Option<PresharedKey>, index: u32) {
+    /// until the next handshake completes. Initiations of before stay stale, unless the peer has
+    /// started again: its clock may have been set back.
+    pub(super) fn rebuild(&mut self, psk: Option<PresharedKey>, index: u32, has_restarted: bool) {
+        if let Some(history) = self.active.as_ref().and_then(Session::history) {
+            self.history = history.clone();
+        }
+        if has_restarted {
+            self.history.forget_peer();
+        }
         if let Some(active) = self.active.take().filter(|active| active.is_ready()) {
             self.retired = Some((active, self.index));
         }
@@ -499,8 +509,12 @@ impl Tunnel {
     }
 
     fn active(&mut self) -> &mut Session {
-        let Self { secrets, peer, psk, index, .. } = self;
-        self.active.get_or_insert_with(|| Session::new(secrets, *peer, psk.as_ref(), *index))
+        let Self { secrets, peer, psk, index, history, .. } = self;
+        self.active.get_or_insert_with(|| {
+            let mut session = Session::new(secrets, *peer, psk.as_ref(), *index);
+            session.follow(history);
+            session
+        })
     }
 
     fn sealing(&mut self) -> Option<&mut Session> {

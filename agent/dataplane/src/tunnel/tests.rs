@@ -157,6 +157,30 @@ fn a_handshake_is_reported_for_the_path_on_which_it_was_answered() {
 }
 
 #[test]
+fn a_recorded_initiation_stays_stale_when_the_pre_shared_key_changes() {
+    let [mut a, mut b] = pair();
+    let (now, home, to) = (a.started, a.address, vec![b.address]);
+    let elsewhere = Path::direct(([192, 0, 2, 99], 1).into());
+    a.with(now, |tunnel, context| tunnel.initiate(to, context));
+    let recorded = a.sent().remove(0);
+    b.take(now, home, home, &recorded);
+    b.sent();
+    b.tunnel.rebuild(Some(PresharedKey([5; 32])), 200, false);
+    b.take(now, elsewhere, home, &recorded);
+    assert_eq!(b.drops.get(DropReason::StaleHandshake), 1);
+    assert!(b.sent().is_empty() && b.observations().is_empty());
+    // A change before anything was sent with the new key loses nothing either.
+    b.tunnel.rebuild(None, 201, false);
+    b.tunnel.rebuild(Some(PresharedKey([6; 32])), 202, false);
+    b.take(now, elsewhere, home, &recorded);
+    assert_eq!(b.drops.get(DropReason::StaleHandshake), 2);
+    // A peer that started again may have an earlier clock.
+    b.tunnel.rebuild(Some(PresharedKey([7; 32])), 203, true);
+    b.take(now, home, home, &recorded);
+    assert_eq!(b.sent().len(), 1, "it is answered");
+}
+
+#[test]
 fn the_same_command_twice_is_one_initiation() {
     let [mut side, other] = pair();
     let now = side.started;

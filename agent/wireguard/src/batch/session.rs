@@ -18,7 +18,7 @@ use x25519_dalek::{PublicKey, StaticSecret};
 use super::macs::Cookies;
 use super::noise::{self, INITIATION_BYTES, Initiated, Pair, RESPONSE_BYTES};
 use super::timers::{REKEY_AFTER, REKEY_ATTEMPT, REKEY_ON_RECEIVE, REKEY_TIMEOUT, Timers, is_over};
-use super::timestamp::Timestamps;
+use super::timestamp::InitiationHistory;
 use super::transport::{Epoch, Epochs};
 use crate::message::word;
 use crate::{
@@ -38,9 +38,7 @@ pub(crate) struct BatchSession {
     pair: Option<Pair>,
     backend: Backend,
     cookies: Cookies,
-    timestamps: Timestamps,
-    /// Timestamp of the peer's last initiation. Zero before the first.
-    newest: [u8; noise::TIMESTAMP_BYTES],
+    history: InitiationHistory,
     /// 24-bit tunnel index: the upper bits of the index of each session.
     tunnel_index: u32,
     /// Lower bits of the last index that was used.
@@ -85,8 +83,7 @@ impl BatchSession {
             cookies: Cookies::new(&peer),
             pair: Pair::new(private, peer, psk.map_or([0; 32], |psk| psk.0)).ok(),
             backend,
-            timestamps: Timestamps::default(),
-            newest: [0; noise::TIMESTAMP_BYTES],
+            history: InitiationHistory::default(),
             tunnel_index: index << 8,
             last_index: 0,
             initiations: [None, None],
@@ -94,6 +91,16 @@ impl BatchSession {
             epochs: Epochs::default(),
             timers: Timers::default(),
         }
+    }
+
+    /// Returns the timestamps of the last initiations.
+    pub(crate) fn history(&self) -> &InitiationHistory {
+        &self.history
+    }
+
+    /// Continues after the initiations of an earlier state with the same peer.
+    pub(crate) fn follow(&mut self, history: &InitiationHistory) {
+        self.history = history.clone();
     }
 
     /// Returns whether there is a session to seal with.
@@ -248,12 +255,12 @@ impl BatchSession {
         let pair = self.pair.as_ref().ok_or(Refusal::InvalidHandshake)?;
         let received = noise::receive(pair, message)?;
         let (remote, timestamp) = (received.remote, received.timestamp);
-        if timestamp <= self.newest {
+        if timestamp <= self.history.newest {
             return Err(Refusal::StaleHandshake);
         }
         let ephemeral = random_key(inputs).ok_or(Refusal::InvalidHandshake)?;
         let (keys, mut response) = noise::respond(pair, received, &ephemeral, index)?;
-        self.newest = timestamp;
+        self.history.newest = timestamp;
         self.last_index = index as u8;
         self.cookies.complete(index, &mut response, inputs.now);
         self.epochs.prepare(Epoch::new(&keys, self.backend, [index, remote], false, inputs.now));
@@ -298,7 +305,7 @@ impl BatchSession {
         let index = self.free_index();
         let Some(space) = message.get_mut(..HANDSHAKE_BYTES) else { return 0 };
         let (Some(pair), Some(ephemeral)) = (&self.pair, random_key(inputs)) else { return 0 };
-        let timestamp = self.timestamps.next(inputs.unix_time);
+        let timestamp = self.history.own.next(inputs.unix_time);
         let Ok((initiated, mut initiation)) = noise::initiate(pair, ephemeral, index, timestamp)
         else {
             return 0;

@@ -173,6 +173,27 @@ fn the_initiator_renews_a_session_that_it_only_receives_with() {
 }
 
 #[test]
+fn a_state_for_another_pre_shared_key_follows_the_initiations_of_before() {
+    let (mut world, [mut a, mut b]) = strangers();
+    let recorded = initiate(&mut world, &mut a);
+    assert!(matches!(answer(&mut world, &mut b, &recorded).0, Answered::Response { .. }));
+    let [mut next_a, mut next_b] = strangers().1;
+    next_a.follow(a.history().unwrap());
+    next_b.follow(b.history().unwrap());
+    let stale = Answered::Refused(Refusal::StaleHandshake);
+    assert_eq!(answer(&mut world, &mut next_b, &recorded).0, stale);
+    // The timestamps of this node increase although its clock was set back.
+    world.unix_time -= 60 * SECOND;
+    let initiation = initiate(&mut world, &mut next_a);
+    assert!(matches!(answer(&mut world, &mut next_b, &initiation).0, Answered::Response { .. }));
+    // A peer that started again may have an earlier clock.
+    let mut history = next_b.history().unwrap().clone();
+    history.forget_peer();
+    next_b.follow(&history);
+    assert!(matches!(answer(&mut world, &mut next_b, &recorded).0, Answered::Response { .. }));
+}
+
+#[test]
 fn a_silent_peer_is_asked_with_a_handshake() {
     let (mut world, [mut a, _]) = pair();
     seal(&mut a, world.now, &[packet()]);
