@@ -418,11 +418,18 @@ impl Tunnel {
     fn tick_engines(&mut self, known: Option<Path>, context: &mut TunnelContext<'_>) {
         let mut message = [0; HANDSHAKE_BYTES];
         let mut renew = false;
+        // Once the new session is established, the old one is not renewed any more.
+        let is_followed = self.active.as_ref().is_some_and(|active| active.is_ready());
         if let Some((retired, _)) = &mut self.retired {
             let tick = Inputs::system(context.now, |inputs| retired.tick(inputs, &mut message));
-            renew = matches!(tick, Tick::Initiation(_));
             if !retired.is_ready() {
                 self.retired = None;
+            }
+            match tick {
+                Tick::Initiation(_) => renew = !is_followed,
+                // The peer still sends on that session, and expects its answer there.
+                Tick::Keepalive(len) => self.send_keepalive(&message[..len], known, context),
+                Tick::Quiet | Tick::Expired => {}
             }
         }
         let repeated = self.initiation.as_ref().map(|initiation| {
@@ -459,12 +466,20 @@ impl Tunnel {
                 };
                 self.initiated(&message[..len], to, context);
             }
-            Tick::Keepalive(len) => {
-                if let Some(to) = self.endpoint(known) {
-                    self.send(&message[..len], to, context);
-                }
-            }
+            Tick::Keepalive(len) => self.send_keepalive(&message[..len], known, context),
             Tick::Expired => self.ended(context),
+        }
+    }
+
+    /// Sends a keepalive that an engine has made, if the path to the peer is known.
+    fn send_keepalive(
+        &mut self,
+        keepalive: &[u8],
+        known: Option<Path>,
+        context: &mut TunnelContext<'_>,
+    ) {
+        if let Some(to) = self.endpoint(known) {
+            self.send(keepalive, to, context);
         }
     }
 

@@ -48,6 +48,17 @@ fn connected_pair() -> ([Side; 2], Instant) {
     (sides, now)
 }
 
+/// Seals an inner packet. Returns what is sent.
+fn seal(side: &mut Side, now: Instant) -> Vec<Vec<u8>> {
+    let mut packet = [0; 32];
+    packet[0] = 0x45;
+    packet[3] = 20;
+    let to = side.address;
+    let Side { tunnel, out, drops, .. } = side;
+    tunnel.seal(&mut Single::new(&packet), &to.into(), out, drops, now);
+    side.sent()
+}
+
 fn tick(side: &mut Side, now: Instant, keepalive: Option<Duration>) -> Vec<MessageKind> {
     let known = Some(Path::direct(([192, 0, 2, 77], 51830).into()));
     side.with(now, |tunnel, context| tunnel.tick(known, keepalive, context));
@@ -65,6 +76,43 @@ fn who_initiated_renews_a_session_that_only_keepalives_hold_open() {
     assert!(initiates(&tick(&mut initiator, due, KEEPALIVE)));
     let again = tick(&mut initiator, due + Duration::from_secs(1), KEEPALIVE);
     assert!(!initiates(&again), "a handshake is under way");
+}
+
+#[test]
+fn what_arrives_on_the_session_before_a_rebuild_is_acknowledged_there() {
+    let ([mut a, mut b], start) = connected_pair();
+    b.tunnel.rebuild(Some(PresharedKey([5; 32])), 200, false);
+    let sent = seal(&mut a, start);
+    take_all(&mut b, start, a.address, &sent);
+    let due = start + Duration::from_secs(10);
+    assert!(tick(&mut b, due - Duration::from_millis(1), None).is_empty());
+    let sent = tick(&mut b, due, None);
+    assert!(matches!(sent[..], [MessageKind::Data { .. }]), "{sent:?}");
+}
+
+#[test]
+fn a_session_that_was_replaced_is_not_renewed() {
+    // The batch engine, whose time is given, is the second.
+    let (mut sides, start) = connected_pair();
+    let home = sides[0].address;
+    seal(&mut sides[1], start);
+    let psk = PresharedKey([5; 32]);
+    for (side, index) in sides.iter_mut().zip([200, 201]) {
+        side.tunnel.rebuild(Some(psk.clone()), index, false);
+    }
+    let silent = start + Duration::from_secs(15);
+    // Without a new session the silence of the peer leads to a handshake.
+    let sent = tick(&mut sides[1], silent, None);
+    assert!(matches!(sent[..], [MessageKind::Initiation]), "{sent:?}");
+    sides[1].observations();
+    sides[1].with(silent, |tunnel, context| tunnel.initiate(vec![home], context));
+    deliver(silent, &mut sides);
+    assert!(sides[1].observations().contains(&Observation::Handshake { from: home }));
+    let mut later = Vec::new();
+    for second in 1..15 {
+        later.extend(tick(&mut sides[1], silent + Duration::from_secs(second), None));
+    }
+    assert!(later.is_empty(), "{later:?}");
 }
 
 #[test]
