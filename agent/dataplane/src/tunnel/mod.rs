@@ -83,10 +83,9 @@ pub(super) struct Tunnel {
     retired: Option<(Session, u32)>,
     /// Handshake that this node started. Cleared when it is answered or given up.
     initiation: Option<Initiation>,
-    /// Receiver index of a session that the peer initiated and has not used yet, and the path on which
-    /// its initiation was answered.
-    unconfirmed: Option<(u32, Path)>,
-    /// Time when the current session was established, and whether this node initiated it.
+    /// Session that the peer initiated and has not used yet.
+    unconfirmed: Option<Unconfirmed>,
+    /// Time when the session that seals was established, and whether this node initiated it.
     established: Option<(Instant, bool)>,
     /// Time when a datagram was last sent to the peer.
     last_sent: Option<Instant>,
@@ -125,6 +124,18 @@ impl Initiation {
     fn is_answered_by(&self, from: &Path) -> bool {
         self.to.iter().chain(&self.before).any(|to| to.is(from))
     }
+}
+
+/// Session that the peer initiated and has not used yet.
+#[derive(Debug)]
+struct Unconfirmed {
+    /// Receiver index of the session.
+    receiver: u32,
+    /// Path on which the initiation was answered.
+    answered: Path,
+    /// True once a session that this node initiated was established. The engines seal with that one
+    /// then, and use this one for receiving only.
+    is_replaced: bool,
 }
 
 impl Tunnel {
@@ -310,12 +321,16 @@ impl Tunnel {
                 context.events.observe(self.peer, what);
             }
         }
-        if let Some((_, answered)) = self.unconfirmed.take_if(|(index, _)| *index == receiver) {
+        let confirmed = self.unconfirmed.take_if(|waiting| waiting.receiver == receiver);
+        if let Some(Unconfirmed { answered, is_replaced, .. }) = confirmed {
             // The peer received the response there. Its own datagram may have been redirected.
             if known.is_none() {
                 self.adopted = Some(answered);
             }
-            self.completed(answered, false, context);
+            if !is_replaced {
+                self.established = Some((context.now, false));
+            }
+            self.completed(answered, context);
         }
         self.seen(from, known, context);
         corrupted
@@ -342,7 +357,8 @@ impl Tunnel {
         match answered {
             Answered::Response { len, receiver } => {
                 context.counters.received(message.len());
-                self.unconfirmed = Some((receiver, from));
+                self.unconfirmed =
+                    Some(Unconfirmed { receiver, answered: from, is_replaced: false });
                 self.live_for(context.now, SESSION_GONE);
                 self.send(&reply[..len], from, context);
                 self.seen(from, known, context);
@@ -352,17 +368,19 @@ impl Tunnel {
                 let begun = self.initiation.take();
                 let is_proven = begun.is_some_and(|begun| begun.is_answered_by(&from));
                 self.live_for(context.now, SESSION_GONE);
+                self.established = Some((context.now, true));
+                if let Some(unconfirmed) = &mut self.unconfirmed {
+                    unconfirmed.is_replaced = true;
+                }
                 // The peer can use the session only after this datagram, so it takes the path that
                 // just worked.
                 self.send(&reply[..len], from, context);
+                // Where nothing was sent before, the core validates the address.
                 if is_proven || context.is_static {
                     if known.is_none() {
                         self.adopted = Some(from);
                     }
-                    self.completed(from, true, context);
-                } else {
-                    // Nothing was sent to this address before: the core validates it.
-                    self.established = Some((context.now, true));
+                    self.completed(from, context);
                 }
                 self.seen(from, known, context);
             }
@@ -551,8 +569,7 @@ impl Tunnel {
     }
 
     /// Records a completed handshake and sends the waiting packets.
-    fn completed(&mut self, from: Path, ours: bool, context: &mut TunnelContext<'_>) {
-        self.established = Some((context.now, ours));
+    fn completed(&mut self, from: Path, context: &mut TunnelContext<'_>) {
         self.wanted_reported = false;
         context.counters.handshake(context.started, context.now);
         context.events.observe(self.peer, Observation::Handshake { from });

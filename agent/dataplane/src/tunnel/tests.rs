@@ -79,6 +79,23 @@ fn who_initiated_renews_a_session_that_only_keepalives_hold_open() {
 }
 
 #[test]
+fn after_both_initiated_at_once_each_renews_the_session_that_it_seals_with() {
+    let mut sides = pair();
+    let start = sides[0].started;
+    let homes = [sides[1].address, sides[0].address];
+    for (side, home) in sides.iter_mut().zip(homes) {
+        side.with(start, |tunnel, context| tunnel.initiate(vec![home], context));
+    }
+    deliver(start, &mut sides);
+    for side in &mut sides {
+        let early = tick(side, start + REKEY_AFTER - Duration::from_secs(1), KEEPALIVE);
+        assert!(!early.contains(&MessageKind::Initiation), "{early:?}");
+        let due = tick(side, start + REKEY_AFTER, KEEPALIVE);
+        assert!(due.contains(&MessageKind::Initiation), "{due:?}");
+    }
+}
+
+#[test]
 fn what_arrives_on_the_session_before_a_rebuild_is_acknowledged_there() {
     let ([mut a, mut b], start) = connected_pair();
     b.tunnel.rebuild(Some(PresharedKey([5; 32])), 200, false);
