@@ -15,6 +15,7 @@
 //! | a failed handshake ends a session on which the peer is heard | none | the session stays until it is old | `batch::tests` |
 //! | a new state for another pre-shared key accepts initiations of before | none | their timestamps are kept | `batch::tests`, `tunnel` of the data plane |
 //! | 256 handshakes reuse the index of a live session | none | indices in use are skipped | `batch::tests` |
+//! | a session of any age seals until the timers advance | `single` | its age counts | `conformance` |
 //! | the clock advances with the timers only | `single` | time is an argument | `batch::tests` |
 
 use std::collections::BTreeSet;

@@ -23,7 +23,7 @@ enum Inner {
 
 impl std::fmt::Debug for Session {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Session").field("ready", &self.is_ready()).finish_non_exhaustive()
+        f.debug_struct("Session").field("in_place", &self.opens_in_place()).finish_non_exhaustive()
     }
 }
 
@@ -64,12 +64,13 @@ impl Session {
         }
     }
 
-    /// Returns whether there is a session to seal with.
+    /// Returns whether there is a session to seal with. One that is too old does not count, also if
+    /// [`Session::tick`] was not called since.
     #[inline]
-    pub fn is_ready(&self) -> bool {
+    pub fn is_ready(&self, now: Instant) -> bool {
         match &self.0 {
-            Inner::Single(session) => session.is_ready(),
-            Inner::Batch(session) => session.is_ready(),
+            Inner::Single(session) => session.is_ready(now),
+            Inner::Batch(session) => session.is_ready(now),
         }
     }
 
@@ -106,7 +107,7 @@ impl Session {
         each: impl FnMut(Message, Opened),
     ) {
         match &mut self.0 {
-            Inner::Single(session) => session.open(messages, buffers, each),
+            Inner::Single(session) => session.open(now, messages, buffers, each),
             Inner::Batch(session) => session.open(now, messages, buffers, each),
         }
     }
@@ -119,7 +120,7 @@ impl Session {
         reply: &mut [u8],
     ) -> Answered {
         match &mut self.0 {
-            Inner::Single(session) => session.handshake(message, reply),
+            Inner::Single(session) => session.handshake(inputs.now, message, reply),
             Inner::Batch(session) => session.handshake(inputs, message, reply),
         }
     }
@@ -129,7 +130,7 @@ impl Session {
     /// made.
     pub fn initiate(&mut self, inputs: &mut Inputs<'_>, message: &mut [u8]) -> usize {
         match &mut self.0 {
-            Inner::Single(session) => session.initiate(message),
+            Inner::Single(session) => session.initiate(inputs.now, message),
             Inner::Batch(session) => session.initiate(inputs, message),
         }
     }
@@ -138,7 +139,7 @@ impl Session {
     /// session.
     pub fn keepalive(&mut self, now: Instant, message: &mut [u8]) -> usize {
         match &mut self.0 {
-            Inner::Single(session) => session.keepalive(message),
+            Inner::Single(session) => session.keepalive(now, message),
             Inner::Batch(session) => session.keepalive(now, message),
         }
     }
@@ -148,7 +149,7 @@ impl Session {
     /// call this meanwhile.
     pub fn tick(&mut self, inputs: &mut Inputs<'_>, message: &mut [u8]) -> Tick {
         match &mut self.0 {
-            Inner::Single(session) => session.tick(message),
+            Inner::Single(session) => session.tick(inputs.now, message),
             Inner::Batch(session) => session.tick(inputs, message),
         }
     }

@@ -182,14 +182,20 @@ impl Tunnel {
     /// Replaces the pre-shared key and the index for future handshakes. Existing sessions stay
     /// until the next handshake completes. Initiations of before stay stale, unless the peer has
     /// started again: its clock may have been set back.
-    pub(super) fn rebuild(&mut self, psk: Option<PresharedKey>, index: u32, has_restarted: bool) {
+    pub(super) fn rebuild(
+        &mut self,
+        now: Instant,
+        psk: Option<PresharedKey>,
+        index: u32,
+        has_restarted: bool,
+    ) {
         if let Some(history) = self.active.as_ref().and_then(Session::history) {
             self.history = history.clone();
         }
         if has_restarted {
             self.history.forget_peer();
         }
-        if let Some(active) = self.active.take().filter(|active| active.is_ready()) {
+        if let Some(active) = self.active.take().filter(|active| active.is_ready(now)) {
             self.retired = Some((active, self.index));
         }
         self.psk = psk;
@@ -208,9 +214,9 @@ impl Tunnel {
     }
 
     /// Returns whether there is a session to seal with.
-    pub(super) fn is_ready(&self) -> bool {
-        self.active.as_ref().is_some_and(|active| active.is_ready())
-            || self.retired.as_ref().is_some_and(|(retired, _)| retired.is_ready())
+    pub(super) fn is_ready(&self, now: Instant) -> bool {
+        self.active.as_ref().is_some_and(|active| active.is_ready(now))
+            || self.retired.as_ref().is_some_and(|(retired, _)| retired.is_ready(now))
     }
 
     /// Seals `segments` until none is left or `out` is full. Returns the number of bytes written.
@@ -224,7 +230,7 @@ impl Tunnel {
         now: Instant,
     ) -> usize {
         self.last_sent = Some(now);
-        if let Some(session) = self.sealing() {
+        if let Some(session) = self.sealing(now) {
             let sealed = session.seal(now, segments, &mut out.to(to));
             if sealed.lost > 0 {
                 drops.add(DropReason::NoSession, sealed.lost as u64);
@@ -412,7 +418,9 @@ impl Tunnel {
         keepalive: Option<Duration>,
         context: &mut TunnelContext<'_>,
     ) -> bool {
-        if !self.is_live(context.now) {
+        // A tunnel whose time is over is ticked once more. If ticks were missed (the process was
+        // stopped, the machine was paused), that one finds that its session or handshake ended.
+        if self.live_until.is_none() {
             return false;
         }
         while let Some((since, _)) = self.waiting.front()
@@ -424,23 +432,25 @@ impl Tunnel {
         if let Some(what) = self.inner_traffic.take_report(context.now) {
             context.events.observe(self.peer, what);
         }
-        let had_session = self.established.is_some();
         self.tick_engines(known, context);
-        if had_session && !self.is_ready() && self.initiation.is_none() {
-            self.ended(context);
+        if self.established.is_some() && !self.is_ready(context.now) && self.initiation.is_none() {
+            self.expired(context);
         }
         self.keep_alive(known, keepalive, context);
-        self.is_live(context.now)
+        if !self.is_live(context.now) {
+            self.live_until = None;
+        }
+        self.live_until.is_some()
     }
 
     fn tick_engines(&mut self, known: Option<Path>, context: &mut TunnelContext<'_>) {
         let mut message = [0; HANDSHAKE_BYTES];
         let mut renew = false;
         // Once the new session is established, the old one is not renewed any more.
-        let is_followed = self.active.as_ref().is_some_and(|active| active.is_ready());
+        let is_followed = self.active.as_ref().is_some_and(|active| active.is_ready(context.now));
         if let Some((retired, _)) = &mut self.retired {
             let tick = Inputs::system(context.now, |inputs| retired.tick(inputs, &mut message));
-            if !retired.is_ready() {
+            if !retired.is_ready(context.now) {
                 self.retired = None;
             }
             match tick {
@@ -485,7 +495,11 @@ impl Tunnel {
                 self.initiated(&message[..len], to, context);
             }
             Tick::Keepalive(len) => self.send_keepalive(&message[..len], known, context),
-            Tick::Expired => self.ended(context),
+            // boringtun repeats this at every tick until the next handshake.
+            Tick::Expired if self.established.is_some() || self.initiation.is_some() => {
+                self.given_up(context);
+            }
+            Tick::Expired => {}
         }
     }
 
@@ -521,7 +535,7 @@ impl Tunnel {
         }
         let Some(to) = self.endpoint(known) else { return };
         let mut message = [0; HANDSHAKE_BYTES];
-        if let Some(session) = self.sealing() {
+        if let Some(session) = self.sealing(context.now) {
             let len = session.keepalive(context.now, &mut message);
             self.send(&message[..len], to, context);
         }
@@ -550,10 +564,10 @@ impl Tunnel {
         })
     }
 
-    fn sealing(&mut self) -> Option<&mut Session> {
+    fn sealing(&mut self, now: Instant) -> Option<&mut Session> {
         match &mut self.active {
-            Some(active) if active.is_ready() => Some(active),
-            _ => self.retired.as_mut().map(|(retired, _)| retired).filter(|r| r.is_ready()),
+            Some(active) if active.is_ready(now) => Some(active),
+            _ => self.retired.as_mut().map(|(retired, _)| retired).filter(|r| r.is_ready(now)),
         }
     }
 
@@ -590,16 +604,25 @@ impl Tunnel {
         }
     }
 
-    /// Resets the tunnel after its session expired and no handshake is under way.
-    fn ended(&mut self, context: &mut TunnelContext<'_>) {
+    /// Reports that the session expired while no handshake of this node is under way. What has begun
+    /// since stays: packets that wait, and a session that the peer initiated.
+    fn expired(&mut self, context: &mut TunnelContext<'_>) {
         self.established = None;
+        self.wanted_reported = !self.waiting.is_empty();
+        context.events.observe(self.peer, Observation::SessionExpired);
+    }
+
+    /// Resets the tunnel after a handshake was given up, with which the engine has forgotten its
+    /// sessions.
+    fn given_up(&mut self, context: &mut TunnelContext<'_>) {
         self.initiation = None;
         self.unconfirmed = None;
-        self.live_until = None;
-        self.wanted_reported = false;
         context.drops.add(DropReason::QueueExpired, self.waiting.len() as u64);
         self.waiting.clear();
-        context.events.observe(self.peer, Observation::SessionExpired);
+        if !self.is_ready(context.now) {
+            self.live_until = None;
+        }
+        self.expired(context);
     }
 
     /// Records that an authentic datagram came by the path `from`, and reports a change.

@@ -44,7 +44,7 @@ fn connected_pair() -> ([Side; 2], Instant) {
     let to = vec![sides[1].address];
     sides[0].with(now, |tunnel, context| tunnel.initiate(to, context));
     deliver(now, &mut sides);
-    assert!(sides.iter().all(|side| side.tunnel.is_ready()));
+    assert!(sides.iter().all(|side| side.tunnel.is_ready(now)));
     (sides, now)
 }
 
@@ -98,7 +98,7 @@ fn after_both_initiated_at_once_each_renews_the_session_that_it_seals_with() {
 #[test]
 fn what_arrives_on_the_session_before_a_rebuild_is_acknowledged_there() {
     let ([mut a, mut b], start) = connected_pair();
-    b.tunnel.rebuild(Some(PresharedKey([5; 32])), 200, false);
+    b.tunnel.rebuild(start, Some(PresharedKey([5; 32])), 200, false);
     let sent = seal(&mut a, start);
     take_all(&mut b, start, a.address, &sent);
     let due = start + Duration::from_secs(10);
@@ -115,7 +115,7 @@ fn a_session_that_was_replaced_is_not_renewed() {
     seal(&mut sides[1], start);
     let psk = PresharedKey([5; 32]);
     for (side, index) in sides.iter_mut().zip([200, 201]) {
-        side.tunnel.rebuild(Some(psk.clone()), index, false);
+        side.tunnel.rebuild(start, Some(psk.clone()), index, false);
     }
     let silent = start + Duration::from_secs(15);
     // Without a new session the silence of the peer leads to a handshake.
@@ -165,7 +165,7 @@ fn a_session_is_reported_when_both_have_it() {
     a.with(now, |tunnel, context| tunnel.initiate(vec![address], context));
     let initiation = a.sent();
     take_all(b, now, a.address, &initiation);
-    assert!(!b.tunnel.is_ready() && b.observations().is_empty(), "not confirmed yet");
+    assert!(!b.tunnel.is_ready(now) && b.observations().is_empty(), "not confirmed yet");
     deliver(now, &mut sides);
     let [a, b] = &mut sides;
     assert_eq!(a.observations(), [Observation::Handshake { from: b.address }]);
@@ -230,17 +230,17 @@ fn a_recorded_initiation_stays_stale_when_the_pre_shared_key_changes() {
     let recorded = a.sent().remove(0);
     b.take(now, home, home, &recorded);
     b.sent();
-    b.tunnel.rebuild(Some(PresharedKey([5; 32])), 200, false);
+    b.tunnel.rebuild(now, Some(PresharedKey([5; 32])), 200, false);
     b.take(now, elsewhere, home, &recorded);
     assert_eq!(b.drops.get(DropReason::StaleHandshake), 1);
     assert!(b.sent().is_empty() && b.observations().is_empty());
     // A change before anything was sent with the new key loses nothing either.
-    b.tunnel.rebuild(None, 201, false);
-    b.tunnel.rebuild(Some(PresharedKey([6; 32])), 202, false);
+    b.tunnel.rebuild(now, None, 201, false);
+    b.tunnel.rebuild(now, Some(PresharedKey([6; 32])), 202, false);
     b.take(now, elsewhere, home, &recorded);
     assert_eq!(b.drops.get(DropReason::StaleHandshake), 2);
     // A peer that started again may have an earlier clock.
-    b.tunnel.rebuild(Some(PresharedKey([7; 32])), 203, true);
+    b.tunnel.rebuild(now, Some(PresharedKey([7; 32])), 203, true);
     b.take(now, home, home, &recorded);
     assert_eq!(b.sent().len(), 1, "it is answered");
 }
@@ -283,4 +283,84 @@ fn packets_wait_no_longer_than_they_are_good_for() {
     side.with(late, |tunnel, context| tunnel.enqueue(&[0x45; 32], context));
     tick(&mut side, now + WAITING_TIME, None);
     assert_eq!(side.drops.get(DropReason::QueueExpired), 1);
+}
+
+/// Ticks whose loss is tested are missed until this time after the start.
+const LATE: Duration = Duration::from_secs(300);
+
+/// Ticks without a keepalive, while the other side is known. Returns whether the tunnel needs more.
+fn is_live(side: &mut Side, now: Instant) -> bool {
+    let known = Some(side.address);
+    side.with(now, |tunnel, context| tunnel.tick(known, None, context))
+}
+
+#[test]
+fn a_session_that_expired_without_ticks_is_reported_by_the_next() {
+    let ([_, mut side], start) = connected_pair();
+    side.observations();
+    assert!(is_live(&mut side, start + Duration::from_secs(179)));
+    let late = start + LATE;
+    assert!(!is_live(&mut side, late));
+    assert_eq!(side.observations(), [Observation::SessionExpired]);
+    assert!(!is_live(&mut side, late) && side.observations().is_empty(), "once");
+    side.with(late, |tunnel, context| tunnel.enqueue(&[0x45; 32], context));
+    assert_eq!(side.observations(), [Observation::Wanted]);
+}
+
+#[test]
+fn packets_wait_also_if_they_come_before_the_tick_that_finds_the_session_expired() {
+    let (mut sides, start) = connected_pair();
+    let (late, home) = (start + LATE, sides[0].address);
+    for side in &mut sides {
+        assert!(!side.tunnel.is_ready(late), "a packet is queued and not sealed");
+    }
+    let side = &mut sides[1];
+    side.observations();
+    side.with(late, |tunnel, context| tunnel.enqueue(&[0x45; 32], context));
+    assert!(is_live(side, late), "a packet waits");
+    side.with(late, |tunnel, context| tunnel.enqueue(&[0x45; 32], context));
+    assert_eq!(side.observations(), [Observation::Wanted, Observation::SessionExpired]);
+    assert_eq!(side.tunnel.waiting(), 2);
+    side.with(late, |tunnel, context| tunnel.initiate(vec![home], context));
+    deliver(late, &mut sides);
+    assert_eq!(sides[1].tunnel.waiting(), 0);
+    assert_eq!(sides[1].drops.get(DropReason::QueueExpired), 0);
+}
+
+#[test]
+fn a_handshake_of_the_peer_survives_the_tick_that_finds_the_session_expired() {
+    let (mut sides, start) = connected_pair();
+    let (late, home) = (start + LATE, sides[1].address);
+    sides[1].observations();
+    let [a, b] = &mut sides;
+    a.with(late, |tunnel, context| tunnel.initiate(vec![home], context));
+    let initiation = a.sent();
+    take_all(b, late, a.address, &initiation);
+    let response = b.sent();
+    assert!(is_live(b, late));
+    assert_eq!(b.observations(), [Observation::SessionExpired]);
+    take_all(a, late, home, &response);
+    deliver(late, &mut sides);
+    let [a, b] = &mut sides;
+    assert_eq!(b.observations(), [Observation::Handshake { from: a.address }]);
+}
+
+#[test]
+fn a_handshake_that_ended_without_ticks_is_reported_by_the_next() {
+    let [_, mut side] = pair();
+    let start = side.started;
+    let late = start + LATE;
+    let home = side.address;
+    let enqueue = |side: &mut Side, now| {
+        side.with(now, |tunnel, context| tunnel.enqueue(&[0x45; 32], context));
+    };
+    enqueue(&mut side, start);
+    side.with(start, |tunnel, context| tunnel.initiate(vec![home], context));
+    side.sent();
+    assert_eq!(side.observations(), [Observation::Wanted]);
+    assert!(!is_live(&mut side, late) && side.sent().is_empty());
+    assert_eq!(side.observations(), [Observation::SessionExpired]);
+    assert_eq!((side.tunnel.waiting(), side.drops.get(DropReason::QueueExpired)), (0, 1));
+    enqueue(&mut side, late);
+    assert_eq!(side.observations(), [Observation::Wanted], "it is reported again");
 }

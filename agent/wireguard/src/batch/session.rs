@@ -105,8 +105,9 @@ impl BatchSession {
 
     /// Returns whether there is a session to seal with.
     #[inline]
-    pub(crate) fn is_ready(&self) -> bool {
-        self.epochs.current().is_some_and(|epoch| !epoch.is_exhausted())
+    pub(crate) fn is_ready(&self, now: Instant) -> bool {
+        let current = self.epochs.current();
+        current.is_some_and(|epoch| !epoch.is_exhausted() && !epoch.is_expired(now))
     }
 
     /// Writes segments into `sink` until none is left or the sink is full, and notes them as

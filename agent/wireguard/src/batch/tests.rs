@@ -112,11 +112,11 @@ fn a_handshake_that_fails_ends_no_session_on_which_the_peer_is_heard() {
         let due = ticks(&mut world, &mut a, SECOND / 4);
         assert!(due.iter().all(|(_, tick)| *tick != Tick::Expired), "{due:?}");
     }
-    assert!(a.is_ready());
+    assert!(a.is_ready(world.now));
     assert!(matches!(send(&world, &mut a, &mut b), Opened::Packet { .. }));
     // The session ends when it is old, and then a failed handshake is the end.
     let due = ticks(&mut world, &mut a, 3 * REKEY_ATTEMPT);
-    assert!(!a.is_ready());
+    assert!(!a.is_ready(world.now));
     assert_eq!(due.last().map(|(_, tick)| *tick), Some(Tick::Expired));
 }
 
@@ -126,7 +126,7 @@ fn a_handshake_that_fails_ends_the_session_with_a_silent_peer() {
     initiate(&mut world, &mut a);
     let due = ticks(&mut world, &mut a, REKEY_ATTEMPT);
     assert_eq!(due.last().map(|(_, tick)| *tick), Some(Tick::Expired));
-    assert!(!a.is_ready());
+    assert!(!a.is_ready(world.now));
 }
 
 #[test]
@@ -226,9 +226,10 @@ fn a_session_ends_by_age() {
     assert_eq!(open(&mut b, world.now, &early[1..])[0].0, Opened::Refused(Refusal::NoSession));
     assert!(seal(&mut a, world.now, &[packet()]).is_empty());
     assert_eq!(a.keepalive(world.now, &mut [0; HANDSHAKE_BYTES]), 0);
+    assert!(!a.is_ready(world.now) && !b.is_ready(world.now), "before the next tick");
     for session in [&mut a, &mut b] {
         ticks(&mut world, session, SECOND / 4);
-        assert!(!session.is_ready());
+        assert!(!session.is_ready(world.now));
     }
 }
 
@@ -244,7 +245,7 @@ fn a_session_ends_by_count() {
     let epoch = a.batch().epochs().current_mut().unwrap();
     epoch.set_counter(REJECT_AFTER_MESSAGES - 1);
     let sealed = seal(&mut a, world.now, &[packet(), packet()]);
-    assert_eq!((sealed.len(), a.is_ready()), (1, false));
+    assert_eq!((sealed.len(), a.is_ready(world.now)), (1, false));
     assert!(matches!(open(&mut b, world.now, &sealed)[0].0, Opened::Packet { .. }));
 }
 
