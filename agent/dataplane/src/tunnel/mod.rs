@@ -91,8 +91,8 @@ pub(super) struct Tunnel {
     last_sent: Option<Instant>,
     /// Packets that wait for a session, each with its arrival time.
     waiting: VecDeque<(Instant, Box<[u8]>)>,
-    /// True once [`Observation::Wanted`] was reported. Cleared when a handshake is completed, and when
-    /// the session expired and no handshake is under way.
+    /// True once [`Observation::Wanted`] was reported. Cleared when a handshake is completed or given
+    /// up, and when the session expired and nothing waits.
     wanted_reported: bool,
     /// Path over which the last handshake was completed, used while the core knows no endpoint.
     adopted: Option<Path>,
