@@ -145,14 +145,15 @@ fn a_tunnel_that_was_given_up_comes_back_when_told_to() {
     assert!(!live && sides[0].sent().is_empty());
     sides[0].with(now, |tunnel, context| tunnel.initiate(vec![address(2).into()], context));
     deliver(now, &mut sides);
-    assert!(sides.iter().all(|side| side.tunnel.is_ready()));
+    assert!(sides.iter().all(|side| side.tunnel.is_ready(now)));
 }
 
 #[test]
 fn indices_tell_nothing() {
     let entry = PeerEntry::default();
     let peers = (1..=64).map(|number| (WireguardKey([number; 32]), entry.clone())).collect();
-    let table = Table::default().next(&PeerTable { peers, ..PeerTable::default() }, &secrets(1));
+    let wanted = PeerTable { peers, ..PeerTable::default() };
+    let table = Table::default().next(Instant::now(), &wanted, &secrets(1));
     let mut sent = BTreeSet::new();
     let mut neighbours = 0;
     for peer in &table.peers {

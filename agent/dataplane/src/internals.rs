@@ -68,9 +68,9 @@ impl PacketPath {
     }
 
     /// Replaces the peer table.
-    pub fn apply(&self, table: &PeerTable) {
+    pub fn apply(&self, now: Instant, table: &PeerTable) {
         self.probes.apply(table);
-        self.table.store(Arc::new(self.table.load().next(table, &self.secrets)));
+        self.table.store(Arc::new(self.table.load().next(now, table, &self.secrets)));
     }
 
     /// Replaces the forwarding table.

@@ -387,7 +387,7 @@ impl DataPlane {
         let _building = self.0.building.lock();
         self.0.probes.apply(table);
         let before = self.0.table.load_full();
-        self.0.table.store(Arc::new(before.next(table, &self.0.secrets)));
+        self.0.table.store(Arc::new(before.next(Instant::now(), table, &self.0.secrets)));
         for peer in before.peers.iter().filter(|peer| !table.peers.contains_key(&peer.key)) {
             let lost = peer.tunnel.lock().close();
             self.0.building_drops.add(DropReason::QueueExpired, lost as u64);

@@ -215,7 +215,7 @@ impl Pipeline {
         udp: &mut U,
     ) {
         let mut tunnel = peer.tunnel.lock();
-        if !tunnel.is_ready() {
+        if !tunnel.is_ready(now) {
             let mut context = self.context(now, peer, out);
             while segments.next_len().is_some() {
                 tunnel.enqueue(segments.take(), &mut context);

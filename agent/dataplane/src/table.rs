@@ -9,7 +9,7 @@ use std::collections::hash_map::Entry;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use parking_lot::Mutex;
@@ -54,13 +54,13 @@ pub(super) struct Table {
 impl Table {
     /// Builds the table that replaces `self`. Peers that stay keep their sessions and counters. New
     /// peers get tunnels with `secrets`.
-    pub(super) fn next(&self, wanted: &PeerTable, secrets: &Arc<Secrets>) -> Self {
+    pub(super) fn next(&self, now: Instant, wanted: &PeerTable, secrets: &Arc<Secrets>) -> Self {
         let mut next = Self { own: OwnAddresses::new(&wanted.own), ..Self::default() };
         next.peers.reserve(wanted.peers.len());
         for (key, entry) in &wanted.peers {
             let slot = next.peers.len() as Slot;
             let peer = match self.by_key(key) {
-                Some(peer) => peer.following(entry, |index| next.is_taken(self, index)),
+                Some(peer) => peer.following(now, entry, |index| next.is_taken(self, index)),
                 None => {
                     let index = free_index(|index| next.is_taken(self, index));
                     let psk = entry.preshared_key.clone();
@@ -139,12 +139,13 @@ impl Table {
 impl Peer {
     /// Returns this peer with a new entry. A changed pre-shared key or a newer boot epoch needs a
     /// new tunnel state beside the old one, which is used until the new one has a session.
-    fn following(&self, entry: &PeerEntry, taken: impl Fn(u32) -> bool) -> Self {
-        let renew = self.entry.preshared_key != entry.preshared_key
-            || self.entry.boot_epoch < entry.boot_epoch;
+    fn following(&self, now: Instant, entry: &PeerEntry, taken: impl Fn(u32) -> bool) -> Self {
+        let has_restarted = self.entry.boot_epoch < entry.boot_epoch;
+        let renew = self.entry.preshared_key != entry.preshared_key || has_restarted;
         let indices = if renew {
             let index = free_index(taken);
-            self.tunnel.lock().rebuild(entry.preshared_key.clone(), index);
+            let psk = entry.preshared_key.clone();
+            self.tunnel.lock().rebuild(now, psk, index, has_restarted);
             [Some(index), self.indices[0]]
         } else {
             self.indices

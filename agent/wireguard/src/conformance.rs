@@ -1,5 +1,7 @@
 //! What every engine promises, with a peer on the same and on the other engine.
 
+use std::time::Duration;
+
 use towline_types::id::{PresharedKey, WireguardKey};
 use x25519_dalek::StaticSecret;
 
@@ -80,19 +82,19 @@ fn a_handshake_gives_both_ends_a_session() {
         for psk in [None, Some(PresharedKey([9; 32]))] {
             let [mut a, mut b] = ends(engines, [psk.clone(), psk]);
             let mut world = World::new(1);
-            assert!(!a.is_ready() && !b.is_ready());
+            assert!(!a.is_ready(world.now) && !b.is_ready(world.now));
             let initiation = initiate(&mut world, &mut a);
             assert_eq!(MessageKind::of(&initiation), Some(MessageKind::Initiation));
             let (answered, response) = answer(&mut world, &mut b, &initiation);
             let Answered::Response { receiver, .. } = answered else { panic!("{answered:?}") };
             assert_eq!(receiver >> 8, 2, "the tunnel's part of the index");
-            assert!(!b.is_ready(), "the responder waits for a confirmation");
+            assert!(!b.is_ready(world.now), "the responder waits for a confirmation");
             let (answered, keepalive) = answer(&mut world, &mut a, &response);
             assert!(matches!(answered, Answered::Established { .. }), "{answered:?}");
             assert_eq!(MessageKind::of(&keepalive), Some(MessageKind::Data { receiver }));
-            assert!(a.is_ready());
+            assert!(a.is_ready(world.now));
             assert_eq!(open(&mut b, world.now, &[keepalive])[0].0, Opened::Keepalive);
-            assert!(b.is_ready());
+            assert!(b.is_ready(world.now));
             assert_connected(&world, &mut a, &mut b);
         }
     });
@@ -111,13 +113,26 @@ fn the_first_data_confirms_the_session_too() {
 }
 
 #[test]
+fn an_old_session_is_not_ready_also_without_a_tick() {
+    matrix(|engines| {
+        let mut world = World::new(1);
+        let [mut a, b] = pair_of(engines, &mut world);
+        world.advance(Duration::from_secs(179));
+        assert!(a.is_ready(world.now) && b.is_ready(world.now));
+        world.advance(Duration::from_secs(1));
+        assert!(!a.is_ready(world.now) && !b.is_ready(world.now));
+        assert_eq!(a.keepalive(world.now, &mut [0; HANDSHAKE_BYTES]), 0);
+    });
+}
+
+#[test]
 fn different_pre_shared_keys_give_no_session() {
     matrix(|engines| {
         let psk = [Some(PresharedKey([9; 32])), None];
         let [mut a, mut b] = ends(engines, psk);
         let mut world = World::new(1);
         assert!(!establish(&mut world, &mut a, &mut b));
-        assert!(!a.is_ready() && !b.is_ready());
+        assert!(!a.is_ready(world.now) && !b.is_ready(world.now));
     });
 }
 

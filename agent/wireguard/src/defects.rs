@@ -12,7 +12,10 @@
 //! | small buffers panic | `single` | lengths are checked | here |
 //! | timestamps are 27 s ahead | none | those of WireGuard | `batch::timestamp` |
 //! | a late response replaces a newer session | none | it is refused | `batch::tests` |
+//! | a failed handshake ends a session on which the peer is heard | none | the session stays until it is old | `batch::tests` |
+//! | a new state for another pre-shared key accepts initiations of before | none | their timestamps are kept | `batch::tests`, `tunnel` of the data plane |
 //! | 256 handshakes reuse the index of a live session | none | indices in use are skipped | `batch::tests` |
+//! | a session of any age seals until the timers advance | `single` | its age counts | `conformance` |
 //! | the clock advances with the timers only | `single` | time is an argument | `batch::tests` |
 
 use std::collections::BTreeSet;

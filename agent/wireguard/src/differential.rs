@@ -76,7 +76,7 @@ impl Net {
 
     /// Sends numbered packets as one batch.
     fn data(&mut self, from: usize) {
-        if !self.ends[from].session.is_ready() {
+        if !self.ends[from].session.is_ready(self.world.now) {
             return;
         }
         let count = 1 + self.world.below(40);
@@ -211,7 +211,7 @@ impl Net {
         for to in [1, 0, 1] {
             self.deliver(to, true);
         }
-        assert!(self.ends.iter().all(|end| end.session.is_ready()));
+        assert!(self.ends.iter().all(|end| end.session.is_ready(self.world.now)));
         for from in [0, 1] {
             let before = self.number;
             self.data(from);

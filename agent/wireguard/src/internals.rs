@@ -165,5 +165,5 @@ pub fn establish(world: &mut World, a: &mut Session, b: &mut Session) -> bool {
     let answered = world.with(|inputs| a.handshake(inputs, &answer[..len], &mut message));
     let Answered::Established { len } = answered else { return false };
     let opened = open(b, world.now, &[message[..len].to_vec()]);
-    matches!(opened[..], [(Opened::Keepalive, _)]) && a.is_ready() && b.is_ready()
+    matches!(opened[..], [(Opened::Keepalive, _)]) && a.is_ready(world.now) && b.is_ready(world.now)
 }

@@ -67,6 +67,7 @@ mod single;
 mod unsealed;
 
 pub use admission::{Admission, Secrets};
+pub use batch::timestamp::InitiationHistory;
 pub use engine::{Engine, EngineChoice};
 pub use inputs::Inputs;
 pub use message::{DATA_HEADER, DATA_OVERHEAD, HANDSHAKE_BYTES, MessageKind, PADDING};

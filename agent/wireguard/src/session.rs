@@ -8,6 +8,7 @@ use std::time::Instant;
 use towline_types::id::{PresharedKey, WireguardKey};
 
 use crate::batch::session::BatchSession;
+use crate::batch::timestamp::InitiationHistory;
 use crate::engine::Kind;
 use crate::single::SingleSession;
 use crate::{Answered, Buffers, Inputs, Message, Opened, Sealed, Secrets, Segments, Sink, Tick};
@@ -22,7 +23,7 @@ enum Inner {
 
 impl std::fmt::Debug for Session {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Session").field("ready", &self.is_ready()).finish_non_exhaustive()
+        f.debug_struct("Session").field("in_place", &self.opens_in_place()).finish_non_exhaustive()
     }
 }
 
@@ -45,12 +46,31 @@ impl Session {
         })
     }
 
-    /// Returns whether there is a session to seal with.
-    #[inline]
-    pub fn is_ready(&self) -> bool {
+    /// Returns the timestamps of the last initiations, for a state that replaces this one. `None` if
+    /// the engine does not reveal them (boringtun).
+    pub fn history(&self) -> Option<&InitiationHistory> {
         match &self.0 {
-            Inner::Single(session) => session.is_ready(),
-            Inner::Batch(session) => session.is_ready(),
+            Inner::Single(_) => None,
+            Inner::Batch(session) => Some(session.history()),
+        }
+    }
+
+    /// Continues after the initiations of an earlier state with the same peer. boringtun starts
+    /// without any.
+    pub fn follow(&mut self, history: &InitiationHistory) {
+        match &mut self.0 {
+            Inner::Single(_) => {}
+            Inner::Batch(session) => session.follow(history),
+        }
+    }
+
+    /// Returns whether there is a session to seal with. One that is too old does not count, also if
+    /// [`Session::tick`] was not called since.
+    #[inline]
+    pub fn is_ready(&self, now: Instant) -> bool {
+        match &self.0 {
+            Inner::Single(session) => session.is_ready(now),
+            Inner::Batch(session) => session.is_ready(now),
         }
     }
 
@@ -87,7 +107,7 @@ impl Session {
         each: impl FnMut(Message, Opened),
     ) {
         match &mut self.0 {
-            Inner::Single(session) => session.open(messages, buffers, each),
+            Inner::Single(session) => session.open(now, messages, buffers, each),
             Inner::Batch(session) => session.open(now, messages, buffers, each),
         }
     }
@@ -100,7 +120,7 @@ impl Session {
         reply: &mut [u8],
     ) -> Answered {
         match &mut self.0 {
-            Inner::Single(session) => session.handshake(message, reply),
+            Inner::Single(session) => session.handshake(inputs.now, message, reply),
             Inner::Batch(session) => session.handshake(inputs, message, reply),
         }
     }
@@ -110,7 +130,7 @@ impl Session {
     /// made.
     pub fn initiate(&mut self, inputs: &mut Inputs<'_>, message: &mut [u8]) -> usize {
         match &mut self.0 {
-            Inner::Single(session) => session.initiate(message),
+            Inner::Single(session) => session.initiate(inputs.now, message),
             Inner::Batch(session) => session.initiate(inputs, message),
         }
     }
@@ -119,7 +139,7 @@ impl Session {
     /// session.
     pub fn keepalive(&mut self, now: Instant, message: &mut [u8]) -> usize {
         match &mut self.0 {
-            Inner::Single(session) => session.keepalive(message),
+            Inner::Single(session) => session.keepalive(now, message),
             Inner::Batch(session) => session.keepalive(now, message),
         }
     }
@@ -129,7 +149,7 @@ impl Session {
     /// call this meanwhile.
     pub fn tick(&mut self, inputs: &mut Inputs<'_>, message: &mut [u8]) -> Tick {
         match &mut self.0 {
-            Inner::Single(session) => session.tick(message),
+            Inner::Single(session) => session.tick(inputs.now, message),
             Inner::Batch(session) => session.tick(inputs, message),
         }
     }

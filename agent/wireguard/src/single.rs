@@ -17,6 +17,8 @@
 //! On an established session nothing here reads the clock per packet, allocates or takes a lock,
 //! except for the two uncontended locks of boringtun's replay window.
 
+use std::time::{Duration, Instant};
+
 use boringtun::noise::errors::WireGuardError;
 use boringtun::noise::{Tunn, TunnResult};
 use towline_types::id::{PresharedKey, WireguardKey};
@@ -31,12 +33,16 @@ use crate::{
 /// refused.
 const REJECT_AFTER_MESSAGES: u64 = u64::MAX - (1 << 13);
 
+/// Reject-After-Time: age at which boringtun's timers remove a session.
+const REJECT_AFTER: Duration = Duration::from_secs(180);
+
 /// State of a tunnel with one peer.
 pub(crate) struct SingleSession {
     tunn: Tunn,
-    /// True while there is a session to seal with. Updated after every call of boringtun that may
-    /// change it.
-    ready: bool,
+    /// Time until which there is a session to seal with. `None` if there is none. Updated after every
+    /// call of boringtun that may change it. boringtun itself seals with a session of any age until
+    /// its timers are advanced.
+    ready_until: Option<Instant>,
 }
 
 impl SingleSession {
@@ -47,13 +53,13 @@ impl SingleSession {
         psk: Option<&PresharedKey>,
         index: u32,
     ) -> Self {
-        Self { tunn: secrets.tunn(peer, psk, index), ready: false }
+        Self { tunn: secrets.tunn(peer, psk, index), ready_until: None }
     }
 
     /// Returns whether there is a session to seal with.
     #[inline]
-    pub(crate) fn is_ready(&self) -> bool {
-        self.ready
+    pub(crate) fn is_ready(&self, now: Instant) -> bool {
+        self.ready_until.is_some_and(|until| now < until)
     }
 
     /// Seals segments into `sink` until none is left or the sink is full. Call only when
@@ -84,6 +90,7 @@ impl SingleSession {
     #[inline]
     pub(crate) fn open(
         &mut self,
+        now: Instant,
         messages: impl Iterator<Item = Message>,
         buffers: Buffers<'_>,
         mut each: impl FnMut(Message, Opened),
@@ -94,8 +101,8 @@ impl SingleSession {
             let space = buffers.plain.get_mut(range).unwrap_or_default();
             each(message, self.open_one(message.start, sealed, space));
         }
-        if !self.ready {
-            self.refresh_ready();
+        if !self.is_ready(now) {
+            self.refresh_ready(now);
         }
     }
 
@@ -121,7 +128,7 @@ impl SingleSession {
     }
 
     /// Handles a handshake message and writes the answer to `reply`.
-    pub(crate) fn handshake(&mut self, message: &[u8], reply: &mut [u8]) -> Answered {
+    pub(crate) fn handshake(&mut self, now: Instant, message: &[u8], reply: &mut [u8]) -> Answered {
         if reply.len() < HANDSHAKE_BYTES {
             return Answered::Refused(Refusal::InvalidHandshake);
         }
@@ -129,7 +136,7 @@ impl SingleSession {
         if MessageKind::of(message).is_none() {
             return Answered::Refused(Refusal::Malformed);
         }
-        self.refresh();
+        self.refresh(now);
         let answered = match self.tunn.decapsulate(None, message, reply) {
             TunnResult::WriteToNetwork(answer) => {
                 match (MessageKind::of(answer), word(answer, 4)) {
@@ -150,18 +157,18 @@ impl SingleSession {
             }),
             _ => Answered::Refused(Refusal::InvalidHandshake),
         };
-        self.refresh_ready();
+        self.refresh_ready(now);
         answered
     }
 
     /// Starts a handshake, even when one is under way (a response to the earlier initiation is
     /// still accepted). Returns the length of the initiation in `message`, or 0 if it could not be
     /// made.
-    pub(crate) fn initiate(&mut self, message: &mut [u8]) -> usize {
+    pub(crate) fn initiate(&mut self, now: Instant, message: &mut [u8]) -> usize {
         if message.len() < HANDSHAKE_BYTES {
             return 0;
         }
-        self.refresh();
+        self.refresh(now);
         match self.tunn.format_handshake_initiation(message, true) {
             TunnResult::WriteToNetwork(initiation) => initiation.len(),
             _ => 0,
@@ -170,8 +177,8 @@ impl SingleSession {
 
     /// Seals an empty payload. Returns the length of the datagram in `message`, or 0 without a
     /// session.
-    pub(crate) fn keepalive(&mut self, message: &mut [u8]) -> usize {
-        if !self.ready || message.len() < HANDSHAKE_BYTES {
+    pub(crate) fn keepalive(&mut self, now: Instant, message: &mut [u8]) -> usize {
+        if !self.is_ready(now) || message.len() < HANDSHAKE_BYTES {
             return 0;
         }
         match self.tunn.encapsulate(&[], message) {
@@ -182,7 +189,7 @@ impl SingleSession {
 
     /// Advances the protocol timers. Call it a few times per second while there is a session or a
     /// handshake.
-    pub(crate) fn tick(&mut self, message: &mut [u8]) -> Tick {
+    pub(crate) fn tick(&mut self, now: Instant, message: &mut [u8]) -> Tick {
         if message.len() < HANDSHAKE_BYTES {
             return Tick::Quiet;
         }
@@ -194,19 +201,21 @@ impl SingleSession {
             TunnResult::Err(WireGuardError::ConnectionExpired) => Tick::Expired,
             _ => Tick::Quiet,
         };
-        self.refresh_ready();
+        self.refresh_ready(now);
         tick
     }
 
     /// Updates boringtun's clock and discards the message that its timers produce. Without this,
     /// boringtun would date a new session to the start of a long silence and end it at once.
-    fn refresh(&mut self) {
+    fn refresh(&mut self, now: Instant) {
         let mut unsent = [0; HANDSHAKE_BYTES];
         self.tunn.update_timers(&mut unsent);
-        self.refresh_ready();
+        self.refresh_ready(now);
     }
 
-    fn refresh_ready(&mut self) {
-        self.ready = self.tunn.time_since_last_handshake().is_some();
+    fn refresh_ready(&mut self, now: Instant) {
+        let age = self.tunn.time_since_last_handshake();
+        let left = age.and_then(|age| REJECT_AFTER.checked_sub(age));
+        self.ready_until = left.map(|left| now + left);
     }
 }

@@ -161,7 +161,7 @@ impl Bench {
         let probes = Probes::new(StaticSecret::from([2; 32]), 1);
         let node = [(path.public_key(), entry.clone())].into();
         probes.apply(&PeerTable { peers: node, ..PeerTable::default() });
-        path.apply(&PeerTable { peers: [(peer_key, entry)].into(), own });
+        path.apply(now, &PeerTable { peers: [(peer_key, entry)].into(), own });
         let peer = Session::new(&secrets, path.public_key(), None, 9);
         Self {
             now,
@@ -226,7 +226,7 @@ impl Bench {
 
     /// Receives packets that the peer sealed, coalesced as the kernel does or at wrong boundaries.
     fn sealed(&mut self, input: &mut Input<'_>) {
-        if !self.peer.is_ready() {
+        if !self.peer.is_ready(self.now) {
             return;
         }
         let count = input.below(64) + 1;
@@ -528,7 +528,7 @@ mod tests {
         bench.initiation();
         bench.inbound();
         bench.inbound();
-        assert!(bench.peer.is_ready(), "the handshake is complete");
+        assert!(bench.peer.is_ready(bench.now), "the handshake is complete");
         bench.sealed(&mut Input(&seeds()[0][4..]));
         let allowed = Coalesce::default();
         let Bench { now, path, received, writes, out, .. } = &mut bench;

@@ -92,7 +92,7 @@ impl Ends {
 
     /// Sends a few packets as one batch.
     fn data(&mut self, from: usize, input: &mut Input<'_>) {
-        if !self.ends[from].is_ready() {
+        if !self.ends[from].is_ready(self.world.now) {
             return;
         }
         let packets: Vec<Vec<u8>> = (0..=input.below(20))

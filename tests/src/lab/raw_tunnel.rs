@@ -104,7 +104,7 @@ impl RawTunnel {
 
     /// Seals an inner packet and sends it.
     pub fn send(&mut self, packet: &[u8]) -> anyhow::Result<()> {
-        if !self.session.is_ready() {
+        if !self.session.is_ready(Instant::now()) {
             bail!("the session with {} has expired", self.to);
         }
         let mut padded = packet.to_vec();

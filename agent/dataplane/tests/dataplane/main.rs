@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a panic is the report")]
 
 mod faults;
+mod sources;
 mod strangers;
 mod traffic;
 

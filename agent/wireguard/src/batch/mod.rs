@@ -24,5 +24,5 @@ mod symmetric;
 #[cfg(test)]
 mod tests;
 mod timers;
-mod timestamp;
+pub(crate) mod timestamp;
 mod transport;

@@ -18,7 +18,7 @@ use x25519_dalek::{PublicKey, StaticSecret};
 use super::macs::Cookies;
 use super::noise::{self, INITIATION_BYTES, Initiated, Pair, RESPONSE_BYTES};
 use super::timers::{REKEY_AFTER, REKEY_ATTEMPT, REKEY_ON_RECEIVE, REKEY_TIMEOUT, Timers, is_over};
-use super::timestamp::Timestamps;
+use super::timestamp::InitiationHistory;
 use super::transport::{Epoch, Epochs};
 use crate::message::word;
 use crate::{
@@ -38,9 +38,7 @@ pub(crate) struct BatchSession {
     pair: Option<Pair>,
     backend: Backend,
     cookies: Cookies,
-    timestamps: Timestamps,
-    /// Timestamp of the peer's last initiation. Zero before the first.
-    newest: [u8; noise::TIMESTAMP_BYTES],
+    history: InitiationHistory,
     /// 24-bit tunnel index: the upper bits of the index of each session.
     tunnel_index: u32,
     /// Lower bits of the last index that was used.
@@ -60,10 +58,15 @@ struct Initiation {
     sent: Instant,
 }
 
-/// Times of the first and of the last initiation of a handshake.
+/// Handshake that this node started and that is not answered yet.
 struct Attempt {
+    /// Time of the first initiation.
     started: Instant,
+    /// Time of the last initiation.
     sent: Instant,
+    /// True once an authentic data message of the peer arrived since the first initiation: the peer
+    /// is there, and has a session.
+    has_heard: bool,
 }
 
 impl BatchSession {
@@ -80,8 +83,7 @@ impl BatchSession {
             cookies: Cookies::new(&peer),
             pair: Pair::new(private, peer, psk.map_or([0; 32], |psk| psk.0)).ok(),
             backend,
-            timestamps: Timestamps::default(),
-            newest: [0; noise::TIMESTAMP_BYTES],
+            history: InitiationHistory::default(),
             tunnel_index: index << 8,
             last_index: 0,
             initiations: [None, None],
@@ -91,10 +93,21 @@ impl BatchSession {
         }
     }
 
+    /// Returns the timestamps of the last initiations.
+    pub(crate) fn history(&self) -> &InitiationHistory {
+        &self.history
+    }
+
+    /// Continues after the initiations of an earlier state with the same peer.
+    pub(crate) fn follow(&mut self, history: &InitiationHistory) {
+        self.history = history.clone();
+    }
+
     /// Returns whether there is a session to seal with.
     #[inline]
-    pub(crate) fn is_ready(&self) -> bool {
-        self.epochs.current().is_some_and(|epoch| !epoch.is_exhausted())
+    pub(crate) fn is_ready(&self, now: Instant) -> bool {
+        let current = self.epochs.current();
+        current.is_some_and(|epoch| !epoch.is_exhausted() && !epoch.is_expired(now))
     }
 
     /// Writes segments into `sink` until none is left or the sink is full, and notes them as
@@ -194,6 +207,9 @@ impl BatchSession {
             return;
         }
         epoch.has_received_data |= has_data;
+        if let Some(attempt) = &mut self.attempt {
+            attempt.has_heard = true;
+        }
         if has_data {
             self.timers.received_data(now);
         } else {
@@ -240,12 +256,12 @@ impl BatchSession {
         let pair = self.pair.as_ref().ok_or(Refusal::InvalidHandshake)?;
         let received = noise::receive(pair, message)?;
         let (remote, timestamp) = (received.remote, received.timestamp);
-        if timestamp <= self.newest {
+        if timestamp <= self.history.newest {
             return Err(Refusal::StaleHandshake);
         }
         let ephemeral = random_key(inputs).ok_or(Refusal::InvalidHandshake)?;
         let (keys, mut response) = noise::respond(pair, received, &ephemeral, index)?;
-        self.newest = timestamp;
+        self.history.newest = timestamp;
         self.last_index = index as u8;
         self.cookies.complete(index, &mut response, inputs.now);
         self.epochs.prepare(Epoch::new(&keys, self.backend, [index, remote], false, inputs.now));
@@ -290,7 +306,7 @@ impl BatchSession {
         let index = self.free_index();
         let Some(space) = message.get_mut(..HANDSHAKE_BYTES) else { return 0 };
         let (Some(pair), Some(ephemeral)) = (&self.pair, random_key(inputs)) else { return 0 };
-        let timestamp = self.timestamps.next(inputs.unix_time);
+        let timestamp = self.history.own.next(inputs.unix_time);
         let Ok((initiated, mut initiation)) = noise::initiate(pair, ephemeral, index, timestamp)
         else {
             return 0;
@@ -306,8 +322,8 @@ impl BatchSession {
         // An attempt that was not ticked to its end has ended too.
         let attempt = self.attempt.take();
         let attempt = attempt.filter(|attempt| !is_over(attempt.started, REKEY_ATTEMPT, now));
-        let started = attempt.map_or(now, |attempt| attempt.started);
-        self.attempt = Some(Attempt { started, sent: now });
+        let new = Attempt { started: now, sent: now, has_heard: false };
+        self.attempt = Some(Attempt { sent: now, ..attempt.unwrap_or(new) });
         self.timers.sent();
         INITIATION_BYTES
     }
@@ -343,8 +359,13 @@ impl BatchSession {
         }
         let is_due = match &self.attempt {
             Some(attempt) if is_over(attempt.started, REKEY_ATTEMPT, now) => {
+                let is_alive = attempt.has_heard && self.epochs.current().is_some();
                 self.give_up();
-                return Tick::Expired;
+                if !is_alive {
+                    self.forget();
+                    return Tick::Expired;
+                }
+                self.needs_handshake(now)
             }
             Some(attempt) => is_over(attempt.sent, REKEY_TIMEOUT, now),
             None => self.needs_handshake(now),
@@ -374,12 +395,16 @@ impl BatchSession {
             || self.timers.take_silence(now)
     }
 
-    /// Forgets every key of a session. The peer has not answered for so long that it has forgotten
-    /// them too.
+    /// Ends the handshake of this node that was not answered. The sessions stay: they end by age.
     fn give_up(&mut self) {
-        self.epochs.clear();
         self.initiations = [None, None];
         self.attempt = None;
+    }
+
+    /// Forgets every key of a session. The peer has been silent for so long that it has forgotten
+    /// them too, or it never had them.
+    fn forget(&mut self) {
+        self.epochs.clear();
         self.timers = Timers::default();
     }
 

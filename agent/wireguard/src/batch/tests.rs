@@ -101,6 +101,35 @@ fn an_initiation_is_repeated_and_given_up() {
 }
 
 #[test]
+fn a_handshake_that_fails_ends_no_session_on_which_the_peer_is_heard() {
+    let (mut world, [mut a, mut b]) = pair();
+    world.advance(60 * SECOND);
+    // No response arrives.
+    initiate(&mut world, &mut a);
+    let start = world.now;
+    while world.now < start + REKEY_ATTEMPT + SECOND {
+        assert!(matches!(send(&world, &mut b, &mut a), Opened::Packet { .. }));
+        let due = ticks(&mut world, &mut a, SECOND / 4);
+        assert!(due.iter().all(|(_, tick)| *tick != Tick::Expired), "{due:?}");
+    }
+    assert!(a.is_ready(world.now));
+    assert!(matches!(send(&world, &mut a, &mut b), Opened::Packet { .. }));
+    // The session ends when it is old, and then a failed handshake is the end.
+    let due = ticks(&mut world, &mut a, 3 * REKEY_ATTEMPT);
+    assert!(!a.is_ready(world.now));
+    assert_eq!(due.last().map(|(_, tick)| *tick), Some(Tick::Expired));
+}
+
+#[test]
+fn a_handshake_that_fails_ends_the_session_with_a_silent_peer() {
+    let (mut world, [mut a, _]) = pair();
+    initiate(&mut world, &mut a);
+    let due = ticks(&mut world, &mut a, REKEY_ATTEMPT);
+    assert_eq!(due.last().map(|(_, tick)| *tick), Some(Tick::Expired));
+    assert!(!a.is_ready(world.now));
+}
+
+#[test]
 fn an_attempt_that_was_not_ticked_ends_too() {
     let (mut world, [mut a, mut b]) = strangers();
     let initiation = initiate(&mut world, &mut a);
@@ -144,6 +173,27 @@ fn the_initiator_renews_a_session_that_it_only_receives_with() {
 }
 
 #[test]
+fn a_state_for_another_pre_shared_key_follows_the_initiations_of_before() {
+    let (mut world, [mut a, mut b]) = strangers();
+    let recorded = initiate(&mut world, &mut a);
+    assert!(matches!(answer(&mut world, &mut b, &recorded).0, Answered::Response { .. }));
+    let [mut next_a, mut next_b] = strangers().1;
+    next_a.follow(a.history().unwrap());
+    next_b.follow(b.history().unwrap());
+    let stale = Answered::Refused(Refusal::StaleHandshake);
+    assert_eq!(answer(&mut world, &mut next_b, &recorded).0, stale);
+    // The timestamps of this node increase although its clock was set back.
+    world.unix_time -= 60 * SECOND;
+    let initiation = initiate(&mut world, &mut next_a);
+    assert!(matches!(answer(&mut world, &mut next_b, &initiation).0, Answered::Response { .. }));
+    // A peer that started again may have an earlier clock.
+    let mut history = next_b.history().unwrap().clone();
+    history.forget_peer();
+    next_b.follow(&history);
+    assert!(matches!(answer(&mut world, &mut next_b, &recorded).0, Answered::Response { .. }));
+}
+
+#[test]
 fn a_silent_peer_is_asked_with_a_handshake() {
     let (mut world, [mut a, _]) = pair();
     seal(&mut a, world.now, &[packet()]);
@@ -176,9 +226,10 @@ fn a_session_ends_by_age() {
     assert_eq!(open(&mut b, world.now, &early[1..])[0].0, Opened::Refused(Refusal::NoSession));
     assert!(seal(&mut a, world.now, &[packet()]).is_empty());
     assert_eq!(a.keepalive(world.now, &mut [0; HANDSHAKE_BYTES]), 0);
+    assert!(!a.is_ready(world.now) && !b.is_ready(world.now), "before the next tick");
     for session in [&mut a, &mut b] {
         ticks(&mut world, session, SECOND / 4);
-        assert!(!session.is_ready());
+        assert!(!session.is_ready(world.now));
     }
 }
 
@@ -194,7 +245,7 @@ fn a_session_ends_by_count() {
     let epoch = a.batch().epochs().current_mut().unwrap();
     epoch.set_counter(REJECT_AFTER_MESSAGES - 1);
     let sealed = seal(&mut a, world.now, &[packet(), packet()]);
-    assert_eq!((sealed.len(), a.is_ready()), (1, false));
+    assert_eq!((sealed.len(), a.is_ready(world.now)), (1, false));
     assert!(matches!(open(&mut b, world.now, &sealed)[0].0, Opened::Packet { .. }));
 }
 

@@ -14,8 +14,27 @@ const HIDDEN: u32 = (1 << 24) - 1;
 /// Nanoseconds of a second.
 const SECOND: u32 = 1_000_000_000;
 
+/// Timestamps of the last initiations between this node and one peer. They outlive a change of the
+/// pre-shared key, because an initiation does not depend on that: a recorded one would be accepted
+/// again.
+#[derive(Debug, Clone, Default)]
+pub struct InitiationHistory {
+    /// Timestamps of the initiations of this node.
+    pub(crate) own: Timestamps,
+    /// Timestamp of the peer's last initiation. Zero before the first.
+    pub(crate) newest: [u8; TIMESTAMP_BYTES],
+}
+
+impl InitiationHistory {
+    /// Forgets the initiations of the peer, because it started again, perhaps with a clock that was
+    /// set back.
+    pub fn forget_peer(&mut self) {
+        self.newest = [0; TIMESTAMP_BYTES];
+    }
+}
+
 /// Timestamps of the initiations to one peer. They increase, also when the clock is set back.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Timestamps {
     /// Seconds and nanoseconds of the last one.
     last: (u64, u32),

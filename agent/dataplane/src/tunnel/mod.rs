@@ -13,6 +13,9 @@
 //! - A tunnel that was rebuilt (pre-shared key, boot epoch) uses the old session until the new one
 //!   is established, so there is no gap.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -29,8 +32,8 @@ use super::inner_traffic::InnerTraffic;
 use super::roaming::RoamReports;
 use super::runs::Run;
 use towline_wireguard::{
-    Answered, Buffers, HANDSHAKE_BYTES, Inputs, Message, MessageKind, Opened, Refusal, Secrets,
-    Segments, Session, Single, Tick,
+    Answered, Buffers, HANDSHAKE_BYTES, InitiationHistory, Inputs, Message, MessageKind, Opened,
+    Refusal, Secrets, Segments, Session, Single, Tick,
 };
 
 /// Rekey-After-Time (whitepaper section 6.1): age at which the initiator renews a session.
@@ -74,21 +77,22 @@ pub(super) struct Tunnel {
     /// Current WireGuard state. Created when it is first needed, because it takes several
     /// kilobytes.
     active: Option<Session>,
+    /// Initiations of the states before the last rebuild.
+    history: InitiationHistory,
     /// State from before a rebuild, and its tunnel index. Removed once it has no session.
     retired: Option<(Session, u32)>,
     /// Handshake that this node started. Cleared when it is answered or given up.
     initiation: Option<Initiation>,
-    /// Receiver index of a session that the peer initiated and has not used yet, and the path on which
-    /// its initiation was answered.
-    unconfirmed: Option<(u32, Path)>,
-    /// Time when the current session was established, and whether this node initiated it.
+    /// Session that the peer initiated and has not used yet.
+    unconfirmed: Option<Unconfirmed>,
+    /// Time when the session that seals was established, and whether this node initiated it.
     established: Option<(Instant, bool)>,
     /// Time when a datagram was last sent to the peer.
     last_sent: Option<Instant>,
     /// Packets that wait for a session, each with its arrival time.
     waiting: VecDeque<(Instant, Box<[u8]>)>,
-    /// True once [`Observation::Wanted`] was reported. Cleared when a handshake is completed, and when
-    /// the session expired and no handshake is under way.
+    /// True once [`Observation::Wanted`] was reported. Cleared when a handshake is completed or given
+    /// up, and when the session expired and nothing waits.
     wanted_reported: bool,
     /// Path over which the last handshake was completed, used while the core knows no endpoint.
     adopted: Option<Path>,
@@ -122,6 +126,18 @@ impl Initiation {
     }
 }
 
+/// Session that the peer initiated and has not used yet.
+#[derive(Debug)]
+struct Unconfirmed {
+    /// Receiver index of the session.
+    receiver: u32,
+    /// Path on which the initiation was answered.
+    answered: Path,
+    /// True once a session that this node initiated was established. The engines seal with that one
+    /// then, and use this one for receiving only.
+    is_replaced: bool,
+}
+
 impl Tunnel {
     pub(super) fn new(
         peer: WireguardKey,
@@ -135,6 +151,7 @@ impl Tunnel {
             psk,
             index,
             active: None,
+            history: InitiationHistory::default(),
             retired: None,
             initiation: None,
             unconfirmed: None,
@@ -163,9 +180,22 @@ impl Tunnel {
     }
 
     /// Replaces the pre-shared key and the index for future handshakes. Existing sessions stay
-    /// until the next handshake completes.
-    pub(super) fn rebuild(&mut self, psk: Option<PresharedKey>, index: u32) {
-        if let Some(active) = self.active.take().filter(|active| active.is_ready()) {
+    /// until the next handshake completes. Initiations of before stay stale, unless the peer has
+    /// started again: its clock may have been set back.
+    pub(super) fn rebuild(
+        &mut self,
+        now: Instant,
+        psk: Option<PresharedKey>,
+        index: u32,
+        has_restarted: bool,
+    ) {
+        if let Some(history) = self.active.as_ref().and_then(Session::history) {
+            self.history = history.clone();
+        }
+        if has_restarted {
+            self.history.forget_peer();
+        }
+        if let Some(active) = self.active.take().filter(|active| active.is_ready(now)) {
             self.retired = Some((active, self.index));
         }
         self.psk = psk;
@@ -184,9 +214,9 @@ impl Tunnel {
     }
 
     /// Returns whether there is a session to seal with.
-    pub(super) fn is_ready(&self) -> bool {
-        self.active.as_ref().is_some_and(|active| active.is_ready())
-            || self.retired.as_ref().is_some_and(|(retired, _)| retired.is_ready())
+    pub(super) fn is_ready(&self, now: Instant) -> bool {
+        self.active.as_ref().is_some_and(|active| active.is_ready(now))
+            || self.retired.as_ref().is_some_and(|(retired, _)| retired.is_ready(now))
     }
 
     /// Seals `segments` until none is left or `out` is full. Returns the number of bytes written.
@@ -200,7 +230,7 @@ impl Tunnel {
         now: Instant,
     ) -> usize {
         self.last_sent = Some(now);
-        if let Some(session) = self.sealing() {
+        if let Some(session) = self.sealing(now) {
             let sealed = session.seal(now, segments, &mut out.to(to));
             if sealed.lost > 0 {
                 drops.add(DropReason::NoSession, sealed.lost as u64);
@@ -297,12 +327,16 @@ impl Tunnel {
                 context.events.observe(self.peer, what);
             }
         }
-        if let Some((_, answered)) = self.unconfirmed.take_if(|(index, _)| *index == receiver) {
+        let confirmed = self.unconfirmed.take_if(|waiting| waiting.receiver == receiver);
+        if let Some(Unconfirmed { answered, is_replaced, .. }) = confirmed {
             // The peer received the response there. Its own datagram may have been redirected.
             if known.is_none() {
                 self.adopted = Some(answered);
             }
-            self.completed(answered, false, context);
+            if !is_replaced {
+                self.established = Some((context.now, false));
+            }
+            self.completed(answered, context);
         }
         self.seen(from, known, context);
         corrupted
@@ -329,7 +363,8 @@ impl Tunnel {
         match answered {
             Answered::Response { len, receiver } => {
                 context.counters.received(message.len());
-                self.unconfirmed = Some((receiver, from));
+                self.unconfirmed =
+                    Some(Unconfirmed { receiver, answered: from, is_replaced: false });
                 self.live_for(context.now, SESSION_GONE);
                 self.send(&reply[..len], from, context);
                 self.seen(from, known, context);
@@ -339,17 +374,19 @@ impl Tunnel {
                 let begun = self.initiation.take();
                 let is_proven = begun.is_some_and(|begun| begun.is_answered_by(&from));
                 self.live_for(context.now, SESSION_GONE);
+                self.established = Some((context.now, true));
+                if let Some(unconfirmed) = &mut self.unconfirmed {
+                    unconfirmed.is_replaced = true;
+                }
                 // The peer can use the session only after this datagram, so it takes the path that
                 // just worked.
                 self.send(&reply[..len], from, context);
+                // Where nothing was sent before, the core validates the address.
                 if is_proven || context.is_static {
                     if known.is_none() {
                         self.adopted = Some(from);
                     }
-                    self.completed(from, true, context);
-                } else {
-                    // Nothing was sent to this address before: the core validates it.
-                    self.established = Some((context.now, true));
+                    self.completed(from, context);
                 }
                 self.seen(from, known, context);
             }
@@ -381,7 +418,9 @@ impl Tunnel {
         keepalive: Option<Duration>,
         context: &mut TunnelContext<'_>,
     ) -> bool {
-        if !self.is_live(context.now) {
+        // A tunnel whose time is over is ticked once more. If ticks were missed (the process was
+        // stopped, the machine was paused), that one finds that its session or handshake ended.
+        if self.live_until.is_none() {
             return false;
         }
         while let Some((since, _)) = self.waiting.front()
@@ -393,23 +432,32 @@ impl Tunnel {
         if let Some(what) = self.inner_traffic.take_report(context.now) {
             context.events.observe(self.peer, what);
         }
-        let had_session = self.established.is_some();
         self.tick_engines(known, context);
-        if had_session && !self.is_ready() && self.initiation.is_none() {
-            self.ended(context);
+        if self.established.is_some() && !self.is_ready(context.now) && self.initiation.is_none() {
+            self.expired(context);
         }
         self.keep_alive(known, keepalive, context);
-        self.is_live(context.now)
+        if !self.is_live(context.now) {
+            self.live_until = None;
+        }
+        self.live_until.is_some()
     }
 
     fn tick_engines(&mut self, known: Option<Path>, context: &mut TunnelContext<'_>) {
         let mut message = [0; HANDSHAKE_BYTES];
         let mut renew = false;
+        // Once the new session is established, the old one is not renewed any more.
+        let is_followed = self.active.as_ref().is_some_and(|active| active.is_ready(context.now));
         if let Some((retired, _)) = &mut self.retired {
             let tick = Inputs::system(context.now, |inputs| retired.tick(inputs, &mut message));
-            renew = matches!(tick, Tick::Initiation(_));
-            if !retired.is_ready() {
+            if !retired.is_ready(context.now) {
                 self.retired = None;
+            }
+            match tick {
+                Tick::Initiation(_) => renew = !is_followed,
+                // The peer still sends on that session, and expects its answer there.
+                Tick::Keepalive(len) => self.send_keepalive(&message[..len], known, context),
+                Tick::Quiet | Tick::Expired => {}
             }
         }
         let repeated = self.initiation.as_ref().map(|initiation| {
@@ -446,12 +494,24 @@ impl Tunnel {
                 };
                 self.initiated(&message[..len], to, context);
             }
-            Tick::Keepalive(len) => {
-                if let Some(to) = self.endpoint(known) {
-                    self.send(&message[..len], to, context);
-                }
+            Tick::Keepalive(len) => self.send_keepalive(&message[..len], known, context),
+            // boringtun repeats this at every tick until the next handshake.
+            Tick::Expired if self.established.is_some() || self.initiation.is_some() => {
+                self.given_up(context);
             }
-            Tick::Expired => self.ended(context),
+            Tick::Expired => {}
+        }
+    }
+
+    /// Sends a keepalive that an engine has made, if the path to the peer is known.
+    fn send_keepalive(
+        &mut self,
+        keepalive: &[u8],
+        known: Option<Path>,
+        context: &mut TunnelContext<'_>,
+    ) {
+        if let Some(to) = self.endpoint(known) {
+            self.send(keepalive, to, context);
         }
     }
 
@@ -475,7 +535,7 @@ impl Tunnel {
         }
         let Some(to) = self.endpoint(known) else { return };
         let mut message = [0; HANDSHAKE_BYTES];
-        if let Some(session) = self.sealing() {
+        if let Some(session) = self.sealing(context.now) {
             let len = session.keepalive(context.now, &mut message);
             self.send(&message[..len], to, context);
         }
@@ -496,14 +556,18 @@ impl Tunnel {
     }
 
     fn active(&mut self) -> &mut Session {
-        let Self { secrets, peer, psk, index, .. } = self;
-        self.active.get_or_insert_with(|| Session::new(secrets, *peer, psk.as_ref(), *index))
+        let Self { secrets, peer, psk, index, history, .. } = self;
+        self.active.get_or_insert_with(|| {
+            let mut session = Session::new(secrets, *peer, psk.as_ref(), *index);
+            session.follow(history);
+            session
+        })
     }
 
-    fn sealing(&mut self) -> Option<&mut Session> {
+    fn sealing(&mut self, now: Instant) -> Option<&mut Session> {
         match &mut self.active {
-            Some(active) if active.is_ready() => Some(active),
-            _ => self.retired.as_mut().map(|(retired, _)| retired).filter(|r| r.is_ready()),
+            Some(active) if active.is_ready(now) => Some(active),
+            _ => self.retired.as_mut().map(|(retired, _)| retired).filter(|r| r.is_ready(now)),
         }
     }
 
@@ -519,8 +583,7 @@ impl Tunnel {
     }
 
     /// Records a completed handshake and sends the waiting packets.
-    fn completed(&mut self, from: Path, ours: bool, context: &mut TunnelContext<'_>) {
-        self.established = Some((context.now, ours));
+    fn completed(&mut self, from: Path, context: &mut TunnelContext<'_>) {
         self.wanted_reported = false;
         context.counters.handshake(context.started, context.now);
         context.events.observe(self.peer, Observation::Handshake { from });
@@ -541,16 +604,25 @@ impl Tunnel {
         }
     }
 
-    /// Resets the tunnel after its session expired and no handshake is under way.
-    fn ended(&mut self, context: &mut TunnelContext<'_>) {
+    /// Reports that the session expired while no handshake of this node is under way. What has begun
+    /// since stays: packets that wait, and a session that the peer initiated.
+    fn expired(&mut self, context: &mut TunnelContext<'_>) {
         self.established = None;
+        self.wanted_reported = !self.waiting.is_empty();
+        context.events.observe(self.peer, Observation::SessionExpired);
+    }
+
+    /// Resets the tunnel after a handshake was given up, with which the engine has forgotten its
+    /// sessions.
+    fn given_up(&mut self, context: &mut TunnelContext<'_>) {
         self.initiation = None;
         self.unconfirmed = None;
-        self.live_until = None;
-        self.wanted_reported = false;
         context.drops.add(DropReason::QueueExpired, self.waiting.len() as u64);
         self.waiting.clear();
-        context.events.observe(self.peer, Observation::SessionExpired);
+        if !self.is_ready(context.now) {
+            self.live_until = None;
+        }
+        self.expired(context);
     }
 
     /// Records that an authentic datagram came by the path `from`, and reports a change.
@@ -571,212 +643,5 @@ impl Tunnel {
         } else {
             context.drops.count(DropReason::SendBufferFull);
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::testing::Side;
-    use towline_wireguard::{Aead, Engine, EngineChoice};
-    use x25519_dalek::StaticSecret;
-
-    const KEEPALIVE: Option<Duration> = Some(Duration::from_secs(25));
-
-    /// Returns two sides that know each other's key. The first has boringtun, the second the batch
-    /// engine.
-    fn pair() -> [Side; 2] {
-        let batch = Engine::select(EngineChoice::Batch, Aead::Auto);
-        let secrets = [(1, Engine::BORINGTUN), (2, batch)].map(|(byte, engine)| {
-            Arc::new(Secrets::with_engine(StaticSecret::from([byte; 32]), engine))
-        });
-        [0, 1].map(|me| {
-            let address = Path::direct(([192, 0, 2, me as u8], 51830).into());
-            Side::new(&secrets[me], secrets[1 - me].public_key(), 100 + me as u32, address)
-        })
-    }
-
-    /// Receives datagrams from `from`, which is also the known endpoint.
-    fn take_all(side: &mut Side, now: Instant, from: Path, datagrams: &[Vec<u8>]) {
-        datagrams.iter().for_each(|datagram| side.take(now, from, from, datagram));
-    }
-
-    /// Delivers sent datagrams in both directions until neither side sends any.
-    fn deliver(now: Instant, [a, b]: &mut [Side; 2]) {
-        loop {
-            let (to_b, to_a) = (a.sent(), b.sent());
-            if to_b.is_empty() && to_a.is_empty() {
-                return;
-            }
-            take_all(b, now, a.address, &to_b);
-            take_all(a, now, b.address, &to_a);
-        }
-    }
-
-    /// Returns two sides with a session that the first initiated.
-    fn connected_pair() -> ([Side; 2], Instant) {
-        let mut sides = pair();
-        let now = sides[0].started;
-        let to = vec![sides[1].address];
-        sides[0].with(now, |tunnel, context| tunnel.initiate(to, context));
-        deliver(now, &mut sides);
-        assert!(sides.iter().all(|side| side.tunnel.is_ready()));
-        (sides, now)
-    }
-
-    fn tick(side: &mut Side, now: Instant, keepalive: Option<Duration>) -> Vec<MessageKind> {
-        let known = Some(Path::direct(([192, 0, 2, 77], 51830).into()));
-        side.with(now, |tunnel, context| tunnel.tick(known, keepalive, context));
-        side.sent().iter().map(|datagram| MessageKind::of(datagram).unwrap()).collect()
-    }
-
-    #[test]
-    fn who_initiated_renews_a_session_that_only_keepalives_hold_open() {
-        let ([mut initiator, mut responder], start) = connected_pair();
-        let due = start + REKEY_AFTER;
-        let initiates = |sent: &[MessageKind]| sent.contains(&MessageKind::Initiation);
-        assert!(!initiates(&tick(&mut initiator, due - Duration::from_secs(1), KEEPALIVE)));
-        assert!(
-            !initiates(&tick(&mut responder, due, KEEPALIVE)),
-            "the responder must not initiate"
-        );
-        assert!(!initiates(&tick(&mut initiator, due, None)), "no renewal without keepalives");
-        assert!(initiates(&tick(&mut initiator, due, KEEPALIVE)));
-        let again = tick(&mut initiator, due + Duration::from_secs(1), KEEPALIVE);
-        assert!(!initiates(&again), "a handshake is under way");
-    }
-
-    #[test]
-    fn a_keepalive_waits_until_nothing_was_sent_for_long() {
-        let ([mut side, _], start) = connected_pair();
-        let second = Duration::from_secs(1);
-        assert!(tick(&mut side, start + 24 * second, KEEPALIVE).is_empty());
-        let busy = start + 24 * second;
-        let to = side.address;
-        let Side { tunnel, out, drops, .. } = &mut side;
-        tunnel.seal(&mut Single::new(&[0x45; 32]), &to.into(), out, drops, busy);
-        side.sent();
-        assert!(
-            tick(&mut side, busy + 24 * second, KEEPALIVE).is_empty(),
-            "the tunnel is not idle"
-        );
-        let sent = tick(&mut side, busy + 25 * second, KEEPALIVE);
-        assert!(matches!(sent[..], [MessageKind::Data { .. }]), "{sent:?}");
-        assert!(tick(&mut side, busy + 26 * second, KEEPALIVE).is_empty());
-    }
-
-    #[test]
-    fn without_a_session_a_keepalive_starts_nothing() {
-        let [mut side, _] = pair();
-        let now = side.started;
-        assert!(tick(&mut side, now + Duration::from_secs(100), KEEPALIVE).is_empty());
-        assert!(side.observations().is_empty());
-    }
-
-    #[test]
-    fn a_session_is_reported_when_both_have_it() {
-        let mut sides = pair();
-        let now = sides[0].started;
-        let [a, b] = &mut sides;
-        let address = b.address;
-        a.with(now, |tunnel, context| tunnel.initiate(vec![address], context));
-        let initiation = a.sent();
-        take_all(b, now, a.address, &initiation);
-        assert!(!b.tunnel.is_ready() && b.observations().is_empty(), "not confirmed yet");
-        deliver(now, &mut sides);
-        let [a, b] = &mut sides;
-        assert_eq!(a.observations(), [Observation::Handshake { from: b.address }]);
-        assert_eq!(b.observations(), [Observation::Handshake { from: a.address }]);
-    }
-
-    #[test]
-    fn an_answer_from_where_nothing_was_sent_completes_no_handshake() {
-        let [mut a, mut b] = pair();
-        let (now, home) = (a.started, b.address);
-        let elsewhere = Path::direct(([192, 0, 2, 99], 1).into());
-        a.with(now, |tunnel, context| tunnel.enqueue(&[0x45; 32], context));
-        a.with(now, |tunnel, context| tunnel.initiate(vec![home], context));
-        let initiation = a.sent();
-        take_all(&mut b, now, a.address, &initiation);
-        for response in b.sent() {
-            a.take(now, elsewhere, home, &response);
-        }
-        let roamed = Observation::Roamed { from: elsewhere };
-        assert_eq!(a.observations(), [Observation::Wanted, roamed]);
-        assert_eq!(a.tunnel.waiting(), 1, "no packet goes there");
-    }
-
-    #[test]
-    fn an_answer_to_the_initiation_before_the_last_completes_the_handshake() {
-        let [mut a, mut b] = pair();
-        let (now, home) = (a.started, b.address);
-        let elsewhere = Path::direct(([192, 0, 2, 99], 1).into());
-        a.with(now, |tunnel, context| tunnel.initiate(vec![home], context));
-        let initiation = a.sent();
-        take_all(&mut b, now, a.address, &initiation);
-        let response = b.sent();
-        a.with(now, |tunnel, context| tunnel.initiate(vec![elsewhere], context));
-        take_all(&mut a, now, home, &response);
-        assert!(a.observations().contains(&Observation::Handshake { from: home }));
-    }
-
-    #[test]
-    fn a_handshake_is_reported_for_the_path_on_which_it_was_answered() {
-        let [mut a, mut b] = pair();
-        let (now, home) = (a.started, a.address);
-        let elsewhere = Path::direct(([192, 0, 2, 99], 1).into());
-        let to = vec![b.address];
-        a.with(now, |tunnel, context| tunnel.initiate(to, context));
-        let initiation = a.sent();
-        take_all(&mut b, now, home, &initiation);
-        let response = b.sent();
-        take_all(&mut a, now, b.address, &response);
-        for confirmation in a.sent() {
-            b.take(now, elsewhere, home, &confirmation);
-        }
-        let handshake = Observation::Handshake { from: home };
-        assert_eq!(b.observations(), [handshake, Observation::Roamed { from: elsewhere }]);
-    }
-
-    #[test]
-    fn the_same_command_twice_is_one_initiation() {
-        let [mut side, other] = pair();
-        let now = side.started;
-        let both = vec![other.address, side.address];
-        let mut initiate = |now, to: &[Path]| {
-            side.with(now, |tunnel, context| tunnel.initiate(to.to_vec(), context));
-            side.sent().len()
-        };
-        assert_eq!(initiate(now, &both), 2);
-        assert_eq!(initiate(now, &both[..1]), 0);
-        assert_eq!(initiate(now, &[Path::direct(([192, 0, 2, 9], 1).into())]), 1);
-        assert_eq!(initiate(now + SAME_COMMAND, &both), 2);
-    }
-
-    #[test]
-    fn what_nobody_asked_for_is_refused() {
-        let ([mut side, mut other], now) = connected_pair();
-        let forged = [[2, 0, 0, 0].as_slice(), &[7; 88]].concat();
-        let reply = [[3, 0, 0, 0].as_slice(), &[7; 60]].concat();
-        take_all(&mut side, now, other.address, &[forged, reply]);
-        assert_eq!(side.drops.get(DropReason::InvalidHandshake), 2);
-        assert!(
-            side.observations().iter().all(|what| matches!(what, Observation::Handshake { .. }))
-        );
-        assert!(other.sent().is_empty());
-    }
-
-    #[test]
-    fn packets_wait_no_longer_than_they_are_good_for() {
-        let [mut side, _] = pair();
-        let now = side.started;
-        side.with(now, |tunnel, context| tunnel.enqueue(&[0x45; 32], context));
-        assert_eq!(side.observations(), [Observation::Wanted]);
-        let late = now + WAITING_TIME - Duration::from_millis(1);
-        tick(&mut side, late, None);
-        assert_eq!(side.drops.get(DropReason::QueueExpired), 0);
-        side.with(late, |tunnel, context| tunnel.enqueue(&[0x45; 32], context));
-        tick(&mut side, now + WAITING_TIME, None);
-        assert_eq!(side.drops.get(DropReason::QueueExpired), 1);
     }
 }
