@@ -95,7 +95,7 @@ impl Watch {
 
 /// Clock ticks of all processors since the boot, from `/proc/stat`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Ticks {
+pub(super) struct Ticks {
     all: u64,
     idle: u64,
     /// Taken by the hypervisor for other machines.
@@ -103,7 +103,7 @@ struct Ticks {
 }
 
 impl Ticks {
-    fn read() -> anyhow::Result<Self> {
+    pub(super) fn read() -> anyhow::Result<Self> {
         let text = fs::read_to_string("/proc/stat").context("cannot read /proc/stat")?;
         Self::parse(&text).context("/proc/stat has no line of all processors")
     }
@@ -126,6 +126,17 @@ impl Ticks {
         let all = self.all.saturating_sub(begin.all).max(1);
         self.idle.saturating_sub(begin.idle) as f64 / all as f64
     }
+
+    /// Returns the processor time in seconds that the machine worked, in all programs and the kernel.
+    pub(super) fn worked_since(&self, begin: &Self) -> f64 {
+        let worked = |ticks: &Self| ticks.all.saturating_sub(ticks.idle + ticks.stolen);
+        worked(self).saturating_sub(worked(begin)) as f64 / ticks_per_second()
+    }
+}
+
+/// Returns the number of clock ticks of a second of processor time.
+fn ticks_per_second() -> f64 {
+    sysconf(SysconfVar::CLK_TCK).ok().flatten().unwrap_or(100) as f64
 }
 
 /// A process: its parent, and the clock ticks of it and of its children that ended.
@@ -176,12 +187,11 @@ impl Sample {
 
     /// Returns the share of the machine that others used.
     fn others_since(&self, begin: &Self) -> f64 {
-        let per_second = sysconf(SysconfVar::CLK_TCK).ok().flatten().unwrap_or(100);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let used =
             self.others.saturating_sub(begin.others) + self.stolen.saturating_sub(begin.stolen);
         let length = self.at.duration_since(begin.at).as_secs_f64();
-        used as f64 / (per_second as f64 * cores as f64 * length).max(1.0)
+        used as f64 / (ticks_per_second() * cores as f64 * length).max(1.0)
     }
 }
 
@@ -217,6 +227,7 @@ mod tests {
         assert_eq!(ticks, Ticks { all: 100, idle: 74, stolen: 8 });
         let later = Ticks { all: 200, idle: 164, stolen: 8 };
         assert_eq!(later.idle_since(&ticks), 0.9);
+        assert_eq!(later.worked_since(&ticks), 10.0 / ticks_per_second());
         assert_eq!(Ticks::parse("intr 1 2\n"), None);
         assert_eq!(Ticks::parse("cpu  1 2\n"), None);
     }
