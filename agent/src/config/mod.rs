@@ -132,6 +132,10 @@ pub struct WireguardConfig {
     pub engine: WireguardEngine,
     /// Implementation of the cipher that the engine `batch` uses.
     pub aead: WireguardAead,
+    /// Longest time in microseconds for which a worker that moves packets looks for more of them before
+    /// it sleeps, 0 to 1,000. It shortens latency, most of all in virtual machines, and takes processor
+    /// time only while packets follow one another closely. 0: it sleeps at once.
+    pub spin_us: u32,
     /// True if `wg show` is answered, at `/run/wireguard/LINK.sock`.
     pub uapi: bool,
 }
@@ -438,6 +442,7 @@ impl Default for WireguardConfig {
             copy_dscp: false,
             engine: WireguardEngine::Auto,
             aead: WireguardAead::Auto,
+            spin_us: 20,
             uapi: true,
         }
     }
@@ -520,6 +525,10 @@ impl Config {
         if !(1..=16).contains(&self.wireguard.workers) {
             let workers = self.wireguard.workers;
             return Err(("wireguard.workers", format!("{workers} is outside 1 to 16")));
+        }
+        if self.wireguard.spin_us > 1000 {
+            let spin = self.wireguard.spin_us;
+            return Err(("wireguard.spin_us", format!("{spin} is outside 0 to 1000")));
         }
         let routing = &self.routing;
         // The next two tables are used too, so they must not be the kernel's either.

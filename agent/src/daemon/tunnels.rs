@@ -1,5 +1,7 @@
 //! The running data plane, and how it is started again after a fault.
 
+use std::time::Duration;
+
 use anyhow::Context as _;
 use tokio::sync::{mpsc, watch};
 use towline_core::peer_table::PeerTable;
@@ -107,6 +109,7 @@ fn start_data_plane(
         link: None,
         copy_dscp: config.wireguard.copy_dscp,
         engine: Engine::select(config.wireguard.engine.into(), config.wireguard.aead.into()),
+        spin: Duration::from_micros(config.wireguard.spin_us.into()),
     };
     let data_plane = match purpose {
         Purpose::Node => {
