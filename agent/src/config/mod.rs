@@ -193,6 +193,20 @@ pub struct LinkConfig {
     /// MTU in bytes, 1,280 to 65,455. The default leaves room for the tunnel's 80 bytes in a packet
     /// of 1,500.
     pub mtu: Mtu,
+    /// Queueing discipline of the link.
+    pub queueing: LinkQueueing,
+}
+
+/// Queueing discipline of the TUN link. One that another program set, with `tc` for example, stays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LinkQueueing {
+    /// The kernel's `fq`, which paces senders with BBR at less cost than their own timers. The kernel's
+    /// default where it has no `fq`, or with several workers.
+    #[default]
+    Fq,
+    /// The kernel's default (`net.core.default_qdisc`).
+    Default,
 }
 
 /// Numbers and names for routing and nftables. No other program may use the same ones.
@@ -450,7 +464,7 @@ impl Default for WireguardConfig {
 
 impl Default for LinkConfig {
     fn default() -> Self {
-        Self { name: "towline0".into(), mtu: Mtu::DEFAULT }
+        Self { name: "towline0".into(), mtu: Mtu::DEFAULT, queueing: LinkQueueing::Fq }
     }
 }
 
