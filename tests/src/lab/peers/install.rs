@@ -81,6 +81,44 @@ fn wireguard_go() -> Result<Installed, String> {
     }
 }
 
+/// Builds Tailscale's fork of wireguard-go from Go's module cache. Downloads nothing.
+pub(super) fn tailscale() -> Result<Installed, String> {
+    let modules = Command::new("go")
+        .args(["env", "GOMODCACHE"])
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| format!("cannot start `go`: {error}: install Go"))?;
+    let modules = PathBuf::from(String::from_utf8_lossy(&modules.stdout).trim());
+    let module = newest(&modules.join("github.com/tailscale"), "wireguard-go@").ok_or(
+        "its module is not in Go's module cache: run `go install github.com/tailscale/wireguard-go@latest`, or name \
+         a program with --peer-binary tailscale=PATH",
+    )?;
+    let version = module.to_string_lossy().rsplit('@').next().unwrap_or_default().to_owned();
+    let path = cache()?.join(format!("bin/tailscale-wireguard-go-{version}"));
+    let date = date_in(&version);
+    let installed = Installed { which: WireGuard::Go, path, version, date };
+    if installed.path.exists() {
+        return Ok(installed);
+    }
+    line("building Tailscale's fork of wireguard-go");
+    run(Command::new("go")
+        .args(["build", "-trimpath", "-mod=readonly", "-o"])
+        .arg(&installed.path)
+        .arg(".")
+        .current_dir(module)
+        .env("GOPROXY", "off"))?;
+    Ok(installed)
+}
+
+/// Returns the last entry of a directory, by its name, that starts with `prefix`. Names of versions without
+/// a tag start with their date, so it is the newest.
+fn newest(directory: &Path, prefix: &str) -> Option<PathBuf> {
+    let names =
+        std::fs::read_dir(directory).ok()?.filter_map(|entry| Some(entry.ok()?.file_name()));
+    let names = names.filter(|name| name.to_str().is_some_and(|name| name.starts_with(prefix)));
+    names.max().map(|name| directory.join(name))
+}
+
 fn crates_io(release: Release) -> Result<Installed, String> {
     let Release { which, package, program, version, date } = release;
     let root = cache()?.join(format!("{package}-{version}"));
@@ -129,4 +167,26 @@ fn run(command: &mut Command) -> Result<(), String> {
     let text = String::from_utf8_lossy(&output.stderr);
     let last = text.trim_end().lines().last().unwrap_or("it printed no error");
     Err(format!("`{name}` failed: {last}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_version_of_a_module_is_found() {
+        let modules = tempfile::tempdir().unwrap();
+        for name in [
+            "wireguard-go@v0.0.0-20250716170648-1d0488a3d7da",
+            "wireguard-go@v0.0.0-20260801100000-0123456789ab",
+            "wireguard-go",
+            "wf@v0.0.0-20270101000000-0123456789ab",
+        ] {
+            std::fs::create_dir(modules.path().join(name)).unwrap();
+        }
+        let found = newest(modules.path(), "wireguard-go@").unwrap();
+        assert!(found.ends_with("wireguard-go@v0.0.0-20260801100000-0123456789ab"));
+        assert_eq!(newest(modules.path(), "netstack@"), None);
+        assert_eq!(newest(&modules.path().join("absent"), "wireguard-go@"), None);
+    }
 }

@@ -115,6 +115,12 @@ fn date_in(version: &str) -> Option<String> {
     })
 }
 
+/// Takes Tailscale's fork of wireguard-go from the cache, or builds it if its module is at hand. It is
+/// started like wireguard-go. The error is one line that says why it is not available.
+pub fn tailscale() -> Result<Installed, String> {
+    install::tailscale()
+}
+
 /// Returns a link name that no other lab on this machine uses, since the sockets of all links share
 /// one directory.
 pub fn link_name() -> String {

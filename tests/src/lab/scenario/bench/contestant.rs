@@ -11,7 +11,7 @@ use super::subject::{Agents, Outer, Subject};
 use super::{BEFORE, NOW, NOW_BATCH, NOW_BORINGTUN, Options};
 use crate::lab::binaries::Binaries;
 use crate::lab::mesh::COMMAND_LIMIT;
-use crate::lab::peers::{Installed, WireGuard};
+use crate::lab::peers::{Installed, WireGuard, tailscale};
 use crate::lab::process::Program;
 use crate::lab::scenario::Setting;
 use crate::lab::topology::Lab;
@@ -91,6 +91,8 @@ impl Range {
     }
 }
 
+/// Name of Tailscale's fork of wireguard-go.
+const TAILSCALE: &str = "tailscale";
 /// Name of the bare limit.
 const LIMIT: &str = "limit";
 /// Name of the bare limit without encryption.
@@ -140,8 +142,9 @@ pub(super) fn gather(
         }
     }
     for (name, program) in programs(options, &wanted, lab) {
-        // Further implementations take part in the main cases only, so that a run does not get long.
-        let all = program.as_ref().is_ok_and(|program| program.which == WireGuard::Go);
+        // The others take part in the main cases only, so that a run does not get long.
+        let is_given = options.peer_binaries.iter().any(|given| given.name == name);
+        let all = is_given || name == WireGuard::Go.name();
         let range = if all || options.full { Range::All } else { Range::Main };
         let over_v6 = range == Range::All && cases.contains(&Case::OuterV6);
         let started = program.and_then(|program| {
@@ -201,7 +204,9 @@ fn programs(
         let name: &'static str = given.name.clone().leak();
         (name, given.install(WireGuard::Go, lab))
     });
-    known.chain(further).collect()
+    let is_fork_built = wanted(TAILSCALE) && given(TAILSCALE).is_none();
+    let fork = is_fork_built.then(|| (TAILSCALE, tailscale()));
+    known.chain(further).chain(fork).collect()
 }
 
 impl PeerBinary {

@@ -60,7 +60,7 @@ pub struct Options {
     #[arg(long = "case", num_args = 1.., value_delimiter = ',', value_enum)]
     pub cases: Vec<Case>,
     /// Measure only these subjects: towline, towline-batch, towline-boringtun, wireguard-go, gotatun,
-    /// boringtun, and the bounds limit, null, raw.
+    /// boringtun, tailscale, and the bounds limit, null, raw.
     #[arg(long = "subject", num_args = 1.., value_delimiter = ',')]
     pub subjects: Vec<String>,
     /// Compare with the release build of another checkout, the subject `before`. The other subjects
