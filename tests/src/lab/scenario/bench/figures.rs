@@ -373,7 +373,7 @@ impl Figures for Bench {
         }
         let _ =
             writeln!(text, "reordered: {} of {} datagrams", self.reordered, self.ordered_datagrams);
-        let Quiet { waited_s, begun_busy, repeated, disturbed } = &self.quiet;
+        let Quiet { waited_s, begun_busy, repeated, disturbed, .. } = &self.quiet;
         let _ = writeln!(
             text,
             "waited {waited_s} s for an idle machine; windows disturbed by other programs: {repeated} measured \

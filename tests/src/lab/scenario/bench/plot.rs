@@ -120,7 +120,6 @@ fn text(svg: &mut String, x: f64, y: f64, size: u32, anchor: &str, what: &str) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::case::Case;
     use super::*;
 
     #[test]

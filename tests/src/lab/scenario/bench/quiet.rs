@@ -31,6 +31,11 @@ const ATTEMPTS: u32 = 4;
 pub struct Quiet {
     /// Time in seconds that the run waited for an idle machine.
     pub waited_s: f64,
+    /// Least share of the machine that was idle right before a window. `None` without windows.
+    pub least_idle: Option<f64>,
+    /// Largest share of the machine that other programs used in a window whose figure counts. `None`
+    /// without windows.
+    pub most_others: Option<f64>,
     /// Number of windows that began while the machine was not idle, since the patience was used up.
     pub begun_busy: u32,
     /// Number of windows that were measured again because other programs ran in them.
@@ -57,11 +62,11 @@ impl Watch {
             self.await_idle()?;
             let begin = Sample::take()?;
             let outcome = window()?;
-            if Sample::take()?.others_since(&begin) <= OTHERS {
-                return Ok(outcome);
-            }
-            if attempt == ATTEMPTS {
-                self.quiet.disturbed += 1;
+            let others = Sample::take()?.others_since(&begin);
+            if others <= OTHERS || attempt == ATTEMPTS {
+                self.quiet.disturbed += u32::from(others > OTHERS);
+                let most = self.quiet.most_others.unwrap_or_default();
+                self.quiet.most_others = Some(round(others).max(most));
                 return Ok(outcome);
             }
             self.quiet.repeated += 1;
@@ -79,11 +84,12 @@ impl Watch {
         loop {
             let begin = Ticks::read()?;
             sleep(LOOK)?;
-            if Ticks::read()?.idle_since(&begin) >= IDLE {
-                break;
-            }
-            if self.waited + began.elapsed() >= PATIENCE {
-                self.quiet.begun_busy += 1;
+            let idle = Ticks::read()?.idle_since(&begin);
+            let is_idle = idle >= IDLE;
+            if is_idle || self.waited + began.elapsed() >= PATIENCE {
+                self.quiet.begun_busy += u32::from(!is_idle);
+                let least = self.quiet.least_idle.unwrap_or(1.0);
+                self.quiet.least_idle = Some(round(idle).min(least));
                 break;
             }
         }
