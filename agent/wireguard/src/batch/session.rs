@@ -329,7 +329,7 @@ impl BatchSession {
         let Some(epoch) = epoch else { return 0 };
         let Some(counter) = epoch.take_counter() else { return 0 };
         let packet = Packet { start: DATA_HEADER, len: 0, counter };
-        let Some(header) = message.first_chunk_mut() else { return 0 };
+        let Some(header) = message.first_chunk_mut::<DATA_HEADER>() else { return 0 };
         *header = data_header(epoch.remote, counter);
         if epoch.sending().seal(message, &[packet]).is_err() {
             return 0;

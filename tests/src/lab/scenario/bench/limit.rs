@@ -30,7 +30,7 @@ pub struct Limit {
     /// Address and port of the other end.
     #[arg(long)]
     to: SocketAddr,
-    /// Do not encrypt.
+    /// Do not encrypt the packets.
     #[arg(long)]
     null: bool,
 }
