@@ -220,6 +220,7 @@ fn pair_with(offloads: Offloads, outer: [&str; 2], workers: usize) -> [Node; 2] 
                 link: None,
                 copy_dscp: false,
                 engine: Engine::select(choice, Aead::Auto),
+                spin: Duration::from_micros(20),
             };
             (DataPlane::start(config, queues.zip(sockets), sender).unwrap(), events)
         });

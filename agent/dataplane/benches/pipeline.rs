@@ -171,7 +171,8 @@ impl End {
         let private_key = StaticSecret::from([number; 32]);
         let probes = Probes::new(private_key.clone(), 1);
         let engine = Engine::select(EngineChoice::Auto, Aead::Auto);
-        let config = Config { private_key, probes, link: None, copy_dscp: false, engine };
+        let spin = Duration::ZERO;
+        let config = Config { private_key, probes, link: None, copy_dscp: false, engine, spin };
         let plane = DataPlane::start(config, [(link, wire)], sender).expect("a data plane");
         Self { plane, host, events, address: address(number) }
     }

@@ -14,6 +14,16 @@ pub fn add(sum: u64, bytes: &[u8]) -> u64 {
     sum + u64::from(wide(bytes))
 }
 
+/// Copies `from` to `to`, which is as long, and returns what [`add`] returns for it. Each byte is read once.
+#[inline]
+pub fn copy_and_add(sum: u64, from: &[u8], to: &mut [u8]) -> u64 {
+    if from.len() < 128 {
+        to.copy_from_slice(from);
+        return sum + u64::from(narrow(from));
+    }
+    sum + u64::from(copy_wide(from, to))
+}
+
 /// Folds a sum to 16 bits. Its complement is the checksum.
 #[inline]
 pub fn fold(sum: u64) -> u16 {
@@ -81,8 +91,28 @@ fn wide(bytes: &[u8]) -> u16 {
     }
 }
 
+#[cfg(not(target_arch = "x86_64"))]
+fn copy_wide(from: &[u8], to: &mut [u8]) -> u16 {
+    copy_lanes(from, to)
+}
+
+#[cfg(target_arch = "x86_64")]
+fn copy_wide(from: &[u8], to: &mut [u8]) -> u16 {
+    #[target_feature(enable = "avx2")]
+    fn copy_lanes_avx2(from: &[u8], to: &mut [u8]) -> u16 {
+        copy_lanes(from, to)
+    }
+    if is_x86_feature_detected!("avx2") {
+        // SAFETY: the processor supports AVX2.
+        unsafe { copy_lanes_avx2(from, to) }
+    } else {
+        copy_lanes(from, to)
+    }
+}
+
 /// Sums 32-bit words in 64-bit lanes, which the compiler places in wide registers. The sum does not
-/// depend on the byte order of the words if it is swapped once at the end (RFC 1071 section 2).
+/// depend on the byte order of the words if it is swapped once at the end (RFC 1071 section 2). A lane
+/// cannot overflow before 2^32 words. Checks for that would keep the compiler from using wide registers.
 #[inline(always)]
 fn lanes(bytes: &[u8]) -> u16 {
     const LANES: usize = 16;
@@ -91,10 +121,34 @@ fn lanes(bytes: &[u8]) -> u16 {
     for block in blocks {
         let (words, _) = block.as_chunks::<4>();
         for (lane, word) in lanes.iter_mut().zip(words) {
-            *lane += u64::from(u32::from_ne_bytes(*word));
+            *lane = lane.wrapping_add(u32::from_ne_bytes(*word).into());
         }
     }
     let sum = fold(lanes.iter().map(|lane| (lane >> 32) + (lane & 0xffff_ffff)).sum());
+    fold(u64::from(u16::from_be(sum)) + u64::from(narrow(rest)))
+}
+
+/// Copies and sums words of 64 bits, each half in a lane of its own, so that one read serves both.
+#[inline(always)]
+fn copy_lanes(from: &[u8], to: &mut [u8]) -> u16 {
+    const WORDS: usize = 8;
+    let (mut low, mut high) = ([0u64; WORDS], [0u64; WORDS]);
+    let (blocks, rest) = from.as_chunks::<{ WORDS * 8 }>();
+    let (copies, rest_copy) = to.as_chunks_mut::<{ WORDS * 8 }>();
+    for (block, copy) in blocks.iter().zip(copies) {
+        let (words, _) = block.as_chunks::<8>();
+        let (copies, _) = copy.as_chunks_mut::<8>();
+        let lanes = low.iter_mut().zip(&mut high);
+        for ((word, copy), (low, high)) in words.iter().zip(copies).zip(lanes) {
+            *copy = *word;
+            let word = u64::from_ne_bytes(*word);
+            *low = low.wrapping_add(word & 0xffff_ffff);
+            *high = high.wrapping_add(word >> 32);
+        }
+    }
+    rest_copy.copy_from_slice(rest);
+    let lanes = low.iter().chain(&high);
+    let sum = fold(lanes.map(|lane| (lane >> 32) + (lane & 0xffff_ffff)).sum());
     fold(u64::from(u16::from_be(sum)) + u64::from(narrow(rest)))
 }
 
@@ -120,6 +174,9 @@ mod tests {
         let bytes = vec![0xff; 65_535];
         assert!(same(fold(add(0, &bytes)), slow_sum(&bytes)));
         assert!(same(lanes(&bytes), slow_sum(&bytes)));
+        let mut copy = vec![0; bytes.len()];
+        assert!(same(copy_lanes(&bytes, &mut copy), slow_sum(&bytes)));
+        assert_eq!(copy, bytes);
     }
 
     proptest! {
@@ -130,6 +187,12 @@ mod tests {
         ) {
             prop_assert!(same(fold(add(0, &bytes)), slow_sum(&bytes)));
             prop_assert!(same(lanes(&bytes), slow_sum(&bytes)), "without wide registers");
+            let mut copy = vec![0; bytes.len()];
+            prop_assert!(same(fold(copy_and_add(0, &bytes, &mut copy)), slow_sum(&bytes)));
+            prop_assert!(copy == bytes);
+            copy.fill(0);
+            prop_assert!(same(copy_lanes(&bytes, &mut copy), slow_sum(&bytes)));
+            prop_assert!(copy == bytes, "without wide registers");
             let mut even = bytes;
             even.truncate(even.len() & !1);
             let sum = add(add(0, &even), &more);

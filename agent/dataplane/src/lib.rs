@@ -63,6 +63,7 @@ mod pipeline;
 mod probes;
 mod roaming;
 mod runs;
+mod spin;
 pub mod split;
 mod steering;
 pub mod switch;
@@ -130,6 +131,9 @@ pub struct Config {
     pub copy_dscp: bool,
     /// WireGuard engine of all tunnels.
     pub engine: Engine,
+    /// Longest time for which a worker that moves packets looks for more of them before it sleeps.
+    /// Zero: it sleeps at once.
+    pub spin: Duration,
 }
 
 impl std::fmt::Debug for Config {
@@ -347,7 +351,7 @@ impl DataPlane {
                 started,
             );
             pipeline.set_copy_dscp(config.copy_dscp);
-            workers.push(Worker::new(
+            let mut worker = Worker::new(
                 tun,
                 udp,
                 pipeline,
@@ -355,7 +359,9 @@ impl DataPlane {
                 inbox.clone(),
                 drops.clone(),
                 fault_state.clone(),
-            )?);
+            )?;
+            worker.set_spin(config.spin);
+            workers.push(worker);
             running.inboxes.push(inbox);
             running.drops.push(drops);
         }

@@ -5,8 +5,9 @@
 //! in the order of the stream. Each is a whole IP packet with correct checksums, padded for
 //! WireGuard. Hostile or inconsistent headers give an error, never a panic.
 //!
-//! A super-packet is split in place: the headers of each segment overwrite the end of the previous
-//! payload, which is encrypted by then. Only headers are copied.
+//! Segments are written to another buffer, and the checksum of a payload is computed while it is copied;
+//! or, for an engine that copies while it encrypts, a super-packet is split in place: the headers of each
+//! segment overwrite the end of the previous payload, which is encrypted by then.
 
 #![deny(clippy::indexing_slicing)]
 
@@ -150,6 +151,26 @@ impl<'a> Split<'a> {
         padding.fill(0);
         Some((start, padded))
     }
+
+    /// Writes the next segment with its padding to the start of `to`. Returns its length. `None` if
+    /// there is none, or if `to` is too short.
+    fn copy_next(&mut self, to: &mut [u8]) -> Option<usize> {
+        let len = match &mut self.state {
+            State::Whole(len) => {
+                let packet = self.bytes.get(HEADROOM..HEADROOM + *len)?;
+                to.get_mut(..*len)?.copy_from_slice(packet);
+                *len
+            }
+            State::SuperPacket(super_packet) => super_packet.copy_next(self.bytes, to)?,
+            State::Done => return None,
+        };
+        let padded = padded(len, self.mtu);
+        to.get_mut(len..padded)?.fill(0);
+        if !matches!(&self.state, State::SuperPacket(rest) if rest.next < rest.end) {
+            self.state = State::Done;
+        }
+        Some(padded)
+    }
 }
 
 impl Segments for Split<'_> {
@@ -169,6 +190,13 @@ impl Segments for Split<'_> {
             return &[];
         };
         self.bytes.get(start..start + len).unwrap_or_default()
+    }
+
+    fn write(&mut self, to: &mut [u8]) -> usize {
+        self.copy_next(to).unwrap_or_else(|| {
+            self.state = State::Done;
+            0
+        })
     }
 }
 
@@ -261,18 +289,45 @@ impl SuperPacket {
         self.size.min(self.end - self.next)
     }
 
-    /// Writes the headers of the next segment before its payload. Returns the offset of the segment
-    /// and its length.
+    /// Writes the headers of the next segment before its payload, in place. Returns the offset of the
+    /// segment and its length.
     fn write_next(&mut self, bytes: &mut [u8]) -> Option<(usize, usize)> {
-        let Layout { network, transport, protocol, len: headers_len, .. } = self.layout;
-        self.covered.restore(bytes.get_mut(self.next..)?)?;
-
-        let (payload_start, payload_len) = (self.next, self.next_payload());
-        let start = payload_start.checked_sub(headers_len)?;
-        let len = headers_len + payload_len;
+        self.uncover(bytes)?;
+        let headers_len = self.layout.len;
+        let start = self.next.checked_sub(headers_len)?;
+        let len = headers_len + self.next_payload();
         let segment = bytes.get_mut(start..start + len)?;
         let (headers, payload) = segment.split_at_mut_checked(headers_len)?;
         let payload_sum = checksum::add(self.transport_sum, payload);
+        self.write_headers(headers, payload_sum)?;
+        Some((start, len))
+    }
+
+    /// Writes the next segment to the start of `to`. Returns its length.
+    fn copy_next(&mut self, bytes: &mut [u8], to: &mut [u8]) -> Option<usize> {
+        self.uncover(bytes)?;
+        let headers_len = self.layout.len;
+        let len = headers_len + self.next_payload();
+        let payload = bytes.get(self.next..self.next + self.next_payload())?;
+        let (headers, copy) = to.get_mut(..len)?.split_at_mut_checked(headers_len)?;
+        let payload_sum = checksum::copy_and_add(self.transport_sum, payload, copy);
+        self.write_headers(headers, payload_sum)?;
+        Some(len)
+    }
+
+    /// Restores the payload bytes that the padding of the previous segment overwrote.
+    fn uncover(&mut self, bytes: &mut [u8]) -> Option<()> {
+        self.covered.restore(bytes.get_mut(self.next..)?)?;
+        self.covered.len = 0;
+        Some(())
+    }
+
+    /// Writes the headers of the next segment, and goes on to the segment after it. `payload_sum` is
+    /// the partial checksum of the transport header and the payload.
+    fn write_headers(&mut self, headers: &mut [u8], payload_sum: u64) -> Option<()> {
+        let Layout { network, transport, protocol, len: headers_len, .. } = self.layout;
+        let (payload_start, payload_len) = (self.next, self.next_payload());
+        let len = headers_len + payload_len;
         headers.copy_from_slice(self.headers.get(..headers_len)?);
 
         self.ip.write(headers.get_mut(network.at..)?, network.is_v4(), payload_len)?;
@@ -319,7 +374,7 @@ impl SuperPacket {
         self.sequence = self.sequence.wrapping_add(payload_len as u32);
         self.next += payload_len;
         self.first = false;
-        Some((start, len))
+        Some(())
     }
 }
 
@@ -433,7 +488,62 @@ mod tests {
             segments.push(segment[..inner.total_len].to_vec());
         }
         assert!(split.take().is_empty());
+        assert_eq!(copied(packet, header, mtu)?, segments, "copied instead of split in place");
         Ok(segments)
+    }
+
+    /// Returns the same as [`split`], with segments that are written to another buffer.
+    fn copied(packet: &[u8], header: &VnetHeader, mtu: usize) -> Result<Vec<Vec<u8>>, DropReason> {
+        let mut bytes = [&[0xaa; HEADROOM][..], packet, &[0xaa; TAILROOM][..]].concat();
+        let mut split = Split::new(&mut bytes, packet.len(), header, mtu)?;
+        let mut segments = Vec::new();
+        while let Some(len) = split.next_len() {
+            let mut to = vec![0x55; len + 1];
+            assert_eq!(split.write(&mut to), len);
+            assert_eq!(to[len], 0x55, "nothing after the segment is written");
+            let inner = IpHeader::parse(&to).expect("a packet");
+            assert!(to[inner.total_len..len].iter().all(|byte| *byte == 0));
+            segments.push(to[..inner.total_len].to_vec());
+        }
+        assert_eq!(split.write(&mut [0; 64]), 0);
+        Ok(segments)
+    }
+
+    #[test]
+    fn segments_in_place_and_copied_ones_may_alternate() {
+        let recipe = Recipe {
+            source: [10, 0, 0, 1].into(),
+            destination: [10, 0, 0, 2].into(),
+            ports: (1, 2),
+            tcp: Some(Tcp {
+                sequence: 7,
+                acknowledged: 8,
+                flags: TCP_PSH,
+                window: 9,
+                options: Vec::new(),
+            }),
+            identification: 3,
+            traffic_class: 0,
+            hops: 64,
+            payload: (0..250u8).cycle().take(5_000).collect(),
+        };
+        let (packet, header) = super_packet(&recipe, 1_001);
+        let expected = split(&packet, &header, 1_420).unwrap();
+        let mut bytes = [&[0; HEADROOM][..], &packet[..], &[0; TAILROOM][..]].concat();
+        let mut split = Split::new(&mut bytes, packet.len(), &header, 1_420).unwrap();
+        for (number, segment) in expected.iter().enumerate() {
+            let mut to = [0; 1_500];
+            let written = if number % 2 == 0 {
+                let taken = split.take();
+                to[..taken.len()].copy_from_slice(taken);
+                taken.len()
+            } else {
+                split.write(&mut to)
+            };
+            assert!(written >= segment.len());
+            assert_eq!(&to[..segment.len()], segment, "segment {number}");
+        }
+        assert_eq!(split.next_len(), None);
     }
 
     fn addresses() -> impl Strategy<Value = (std::net::IpAddr, std::net::IpAddr)> {
@@ -601,6 +711,12 @@ mod tests {
             if let Ok(mut split) = Split::new(&mut buffer, packet.len(), &header, 1420) {
                 while split.next_len().is_some() {
                     split.take();
+                }
+            }
+            let mut to = vec![0; buffer.len()];
+            if let Ok(mut split) = Split::new(&mut buffer, packet.len(), &header, 1420) {
+                while split.next_len().is_some() {
+                    split.write(&mut to);
                 }
             }
         }

@@ -25,6 +25,7 @@ use super::batch_delay::BatchDelay;
 use super::drops::{DropReason, Drops};
 use super::events::{Fault, FaultState};
 use super::pipeline::{Coalesced, Pipeline, RECEIVE_SLOTS};
+use super::spin::Spin;
 use super::tun::TunIo;
 use super::udp::{Ready, TooBig, Udp, UdpIo};
 
@@ -175,6 +176,7 @@ pub(super) struct Worker<T, U> {
     read: TunBatch,
     out: SendBatch,
     batch_delay: BatchDelay,
+    spin: Spin,
 }
 
 /// Epoll token of the inbox.
@@ -219,7 +221,13 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
             read: TunBatch::new(TUN_LARGE, TUN_PACKETS),
             out: SendBatch::new(SEND_BYTES, SEND_GSO_BATCHES),
             batch_delay,
+            spin: Spin::new(Duration::ZERO),
         })
+    }
+
+    /// Sets for how long the worker looks for more packets before it sleeps.
+    pub(super) fn set_spin(&mut self, longest: Duration) {
+        self.spin = Spin::new(longest);
     }
 
     /// Runs the loop until [`Inbox::stop`] is called or a fault occurs.
@@ -236,7 +244,7 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
         self.refresh_mtu();
         loop {
             let mut ready = [EpollEvent::empty(); READY];
-            let ready = match self.epoll.wait(&mut ready, timeout(next_tick)) {
+            let ready = match self.wait(&mut ready, next_tick) {
                 Ok(count) => &ready[..count],
                 Err(nix::errno::Errno::EINTR) => continue,
                 Err(error) => return Err(error),
@@ -261,6 +269,7 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
                 let (packets, bytes) = (self.read.packets().len(), self.read.bytes());
                 self.batch_delay.wait(BatchDelay::due(packets, bytes, || now.elapsed()));
             }
+            self.spin.record_work(!sockets.is_empty() || is_ready(TUN));
             if !ready.is_empty() && next_tick.is_none() {
                 next_tick = Some(now + TICK);
             }
@@ -281,6 +290,31 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
                 }
             }
         }
+    }
+
+    /// Waits for input, but not longer than until the next tick. Returns the number of descriptors that
+    /// are ready.
+    fn wait(&mut self, ready: &mut [EpollEvent], next_tick: Option<Instant>) -> nix::Result<usize> {
+        let began = Instant::now();
+        let longest = self.spin.due();
+        if !longest.is_zero() {
+            loop {
+                let count = self.epoll.wait(ready, EpollTimeout::ZERO)?;
+                if count > 0 {
+                    self.spin.record_looks(true);
+                    return Ok(count);
+                }
+                if began.elapsed() >= longest {
+                    break;
+                }
+                // Without this the thread that sends the next packet may not run at all.
+                std::thread::yield_now();
+            }
+            self.spin.record_looks(false);
+        }
+        let count = self.epoll.wait(ready, timeout(next_tick, began))?;
+        self.spin.record_sleep(began.elapsed());
+        Ok(count)
     }
 
     fn run_commands(&mut self, now: Instant) -> nix::Result<()> {
@@ -401,9 +435,9 @@ fn errno(error: std::io::Error) -> nix::errno::Errno {
     nix::errno::Errno::from_raw(error.raw_os_error().unwrap_or(0))
 }
 
-fn timeout(next_tick: Option<Instant>) -> EpollTimeout {
+fn timeout(next_tick: Option<Instant>, now: Instant) -> EpollTimeout {
     let Some(tick) = next_tick else { return EpollTimeout::NONE };
     // The time is rounded up, because a wake-up that is too early causes a second one.
-    let left = tick.saturating_duration_since(Instant::now()) + Duration::from_micros(999);
+    let left = tick.saturating_duration_since(now) + Duration::from_micros(999);
     EpollTimeout::try_from(left).unwrap_or(EpollTimeout::ZERO)
 }

@@ -37,6 +37,7 @@ pub use monitor::{Group, Monitor, Notified};
 pub use route::{MAIN_TABLE, MainTables, NextHop, Route, RouteChange, RouteKind, RouteLookup};
 pub use rule::{Rule, RuleAction};
 pub use socket_owner::SocketOwners;
+pub use traffic_control::QueueingDiscipline;
 
 /// Address family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

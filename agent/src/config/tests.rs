@@ -26,6 +26,7 @@ fn values_out_of_bounds_say_what_would_be_right() {
         ("[link]\nmtu = 1000", "MTU 1000 is outside 1280"),
         ("[link]\nname = \"a-name-that-is-too-long\"", "15"),
         ("[wireguard]\nport = 0", "port"),
+        ("[wireguard]\nspin_us = 1001", "0 to 1000"),
         ("[routing]\ntable = 254", "kernel"),
         ("[routing]\nmark = 0x100", "mask"),
         ("[routing]\nmark = 0x30", "at least one bit"),

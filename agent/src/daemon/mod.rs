@@ -42,6 +42,7 @@ mod metrics_server;
 mod observer;
 mod prober;
 mod problem;
+mod queueing;
 mod reload;
 mod removals;
 mod report;

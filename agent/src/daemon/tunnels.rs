@@ -1,11 +1,13 @@
 //! The running data plane, and how it is started again after a fault.
 
+use std::time::Duration;
+
 use anyhow::Context as _;
 use tokio::sync::{mpsc, watch};
 use towline_core::peer_table::PeerTable;
 use towline_dataplane::{self as dataplane, DataPlane, Engine, HostTunnels, Probes};
 
-use super::Purpose;
+use super::{Purpose, queueing};
 use crate::config::Config;
 use crate::keys::Wireguard;
 use crate::{reserved_port, tun_owner};
@@ -107,10 +109,12 @@ fn start_data_plane(
         link: None,
         copy_dscp: config.wireguard.copy_dscp,
         engine: Engine::select(config.wireguard.engine.into(), config.wireguard.aead.into()),
+        spin: Duration::from_micros(config.wireguard.spin_us.into()),
     };
     let data_plane = match purpose {
         Purpose::Node => {
             let queues = tun_owner::open(&config.link.name, offloads, config.wireguard.workers)?;
+            queueing::apply(&config.link.name, config.link.queueing);
             let sockets = dataplane::open_udp_group(port, mark, offloads, queues.len())
                 .map_err(reserved_port::not_opened)?;
             let queues = queues.into_iter().map(|tun| tun.with_host_tunnels(host_tunnels.clone()));

@@ -10,6 +10,15 @@ pub trait Segments {
     fn next_len(&self) -> Option<usize>;
     /// Returns the next segment with its padding. Empty if there is none.
     fn take(&mut self) -> &[u8];
+
+    /// Writes the next segment with its padding to the start of `to`. Returns its length: 0 if there is
+    /// none, or if `to` is shorter, which loses the segment.
+    fn write(&mut self, to: &mut [u8]) -> usize {
+        let segment = self.take();
+        let Some(space) = to.get_mut(..segment.len()) else { return 0 };
+        space.copy_from_slice(segment);
+        segment.len()
+    }
 }
 
 /// Single segment, which is padded already.

@@ -195,6 +195,14 @@ pub fn require_commit(commit: &str) -> anyhow::Result<()> {
     Err(Forbidden { what: why, remedy }.into())
 }
 
+/// Returns the commit of this checkout, with `-dirty` if its files differ. `None` without git or its
+/// repository.
+pub fn head() -> Option<String> {
+    let output = git().args(["describe", "--always", "--dirty", "--abbrev=12"]).output().ok()?;
+    let commit = String::from_utf8(output.stdout).ok()?.trim().to_owned();
+    (output.status.success() && !commit.is_empty()).then_some(commit)
+}
+
 /// Returns a command of git in this checkout.
 fn git() -> Command {
     let mut command = Command::new("git");

@@ -88,7 +88,8 @@ impl Faulty {
         let private_key = StaticSecret::from([1; 32]);
         let probes = Probes::new(private_key.clone(), 1);
         let engine = Engine::BORINGTUN;
-        let config = Config { private_key, probes, link: None, copy_dscp: false, engine };
+        let spin = Duration::ZERO;
+        let config = Config { private_key, probes, link: None, copy_dscp: false, engine, spin };
         let plane = DataPlane::start(config, shards, sender).unwrap();
         Self { plane, host, reading, events }
     }
@@ -173,7 +174,8 @@ fn orders_that_a_worker_does_not_take_are_bounded_and_counted() {
     let private_key = StaticSecret::from([1; 32]);
     let probes = Probes::new(private_key.clone(), 1);
     let engine = Engine::BORINGTUN;
-    let config = Config { private_key, probes, link: None, copy_dscp: false, engine };
+    let spin = Duration::ZERO;
+    let config = Config { private_key, probes, link: None, copy_dscp: false, engine, spin };
     let plane = DataPlane::start(config, [shard], sender).unwrap();
     host.send(&[0x45; 20]);
     let deadline = Instant::now() + TIMEOUT;

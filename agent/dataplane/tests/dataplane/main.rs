@@ -75,6 +75,7 @@ impl End {
             link: None,
             copy_dscp: false,
             engine: engine_of(number),
+            spin: Duration::from_micros(20),
         };
         let plane =
             DataPlane::start(config, [(tun, network.bind(address).unwrap())], sender).unwrap();

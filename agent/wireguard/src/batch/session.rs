@@ -124,18 +124,24 @@ impl BatchSession {
         let mut has_data = false;
         while let Some(len) = segments.next_len() {
             let Some(space) = sink.place(len + DATA_OVERHEAD) else { break };
-            let segment = segments.take();
+            let space = space.get_mut(..DATA_HEADER + len);
+            let parts = space.and_then(|space| space.split_first_chunk_mut::<DATA_HEADER>());
+            let Some((header, payload)) = parts else {
+                segments.take();
+                sealed.lost += 1;
+                continue;
+            };
+            let len = segments.write(payload);
             let written = epoch.as_mut().and_then(|epoch| {
                 let counter = epoch.take_counter()?;
-                let message = space.get_mut(..segment.len() + DATA_OVERHEAD)?;
-                write_data(message, epoch.remote, counter, segment)?;
+                *header = data_header(epoch.remote, counter);
                 Some((epoch.sending(), counter))
             });
             let Some((key, counter)) = written else {
                 sealed.lost += 1;
                 continue;
             };
-            let (len, (start, unsealed)) = (segment.len(), sink.unsealed());
+            let (start, unsealed) = sink.unsealed();
             unsealed.push(key, Packet { start: start + DATA_HEADER, len, counter });
             sink.commit(len + DATA_OVERHEAD);
             sealed.bytes += len + DATA_OVERHEAD;
@@ -339,8 +345,9 @@ impl BatchSession {
         let Some(epoch) = epoch else { return 0 };
         let Some(counter) = epoch.take_counter() else { return 0 };
         let packet = Packet { start: DATA_HEADER, len: 0, counter };
-        let written = write_data(message, epoch.remote, counter, &[]);
-        if written.is_none() || epoch.sending().seal(message, &[packet]).is_err() {
+        let Some(header) = message.first_chunk_mut::<DATA_HEADER>() else { return 0 };
+        *header = data_header(epoch.remote, counter);
+        if epoch.sending().seal(message, &[packet]).is_err() {
             return 0;
         }
         self.timers.sent();
@@ -433,15 +440,14 @@ fn random_key(inputs: &mut Inputs<'_>) -> Option<StaticSecret> {
     (inputs.random)().map(StaticSecret::from)
 }
 
-/// Writes the header and the payload of a data message, which has room for its tag.
+/// Returns the header of a data message.
 #[inline]
-fn write_data(message: &mut [u8], receiver: u32, counter: u64, payload: &[u8]) -> Option<()> {
-    let (header, rest) = message.split_first_chunk_mut::<DATA_HEADER>()?;
+fn data_header(receiver: u32, counter: u64) -> [u8; DATA_HEADER] {
+    let mut header = [0; DATA_HEADER];
     header[..4].copy_from_slice(&4u32.to_le_bytes());
     header[4..8].copy_from_slice(&receiver.to_le_bytes());
     header[8..].copy_from_slice(&counter.to_le_bytes());
-    rest.get_mut(..payload.len())?.copy_from_slice(payload);
-    Some(())
+    header
 }
 
 /// Reads the header of a data message for `receiver`. Returns the position of its payload.

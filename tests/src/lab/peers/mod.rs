@@ -44,6 +44,8 @@ pub struct Installed {
     pub path: PathBuf,
     /// Version of the program, and its origin.
     pub version: String,
+    /// Date of the version, as in `2026-05-22`. `None` where it is not known.
+    pub date: Option<String>,
 }
 
 /// A running implementation. Dropping it kills the process and removes its socket.
@@ -74,11 +76,49 @@ impl WireGuard {
         }
     }
 
+    /// Returns a program that somebody else built, to be started like this implementation. `version`
+    /// is what the program says about itself.
+    pub fn given(self, path: &Path, version: String) -> Installed {
+        Installed {
+            which: self,
+            path: path.to_owned(),
+            date: date_in(&version).or_else(|| self.date_of(&version)),
+            version,
+        }
+    }
+
     /// Takes the program from the cache, or builds it, which may take minutes and needs the
     /// network. The error is one line that says why the program is not available.
     pub fn install(self) -> Result<Installed, String> {
         install::install(self)
     }
+
+    /// Returns the date of a version that this lab knows.
+    fn date_of(self, version: &str) -> Option<String> {
+        let number = version.split_whitespace().next_back()?;
+        install::RELEASES
+            .into_iter()
+            .find(|release| release.which == self && release.version == number)
+            .map(|release| release.date.to_owned())
+    }
+}
+
+/// Returns the date in a version such as `v0.0.0-20260522210424-ecfc5a8d5446` or `0.0.20260522`, as
+/// `2026-05-22`. `None` if there is none.
+fn date_in(version: &str) -> Option<String> {
+    version.split(|c: char| !c.is_ascii_digit()).find_map(|digits| {
+        let date = digits.get(..8).filter(|_| [8, 14].contains(&digits.len()))?;
+        let (year, rest) = date.split_at(4);
+        let (month, day) = rest.split_at(2);
+        let is_date = year.starts_with("20") && ("01"..="12").contains(&month);
+        (is_date && ("01"..="31").contains(&day)).then(|| format!("{year}-{month}-{day}"))
+    })
+}
+
+/// Takes Tailscale's fork of wireguard-go from the cache, or builds it if its module is at hand. It is
+/// started like wireguard-go. The error is one line that says why it is not available.
+pub fn tailscale() -> Result<Installed, String> {
+    install::tailscale()
 }
 
 /// Returns a link name that no other lab on this machine uses, since the sockets of all links share
@@ -137,5 +177,27 @@ impl Drop for Peer {
         // Fails only if the process has already ended. A killed process leaves its socket behind.
         let _ = self.daemon.kill();
         let _ = std::fs::remove_file(uapi::socket(&self.link));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_version_may_contain_its_date() {
+        let date = date_in;
+        assert_eq!(date("v0.0.0-20260522210424-ecfc5a8d5446").as_deref(), Some("2026-05-22"));
+        assert_eq!(date("wireguard-go v0.0.20250515").as_deref(), Some("2025-05-15"));
+        assert_eq!(date("boringtun-cli 0.7.1"), None);
+        assert_eq!(date("0.20269922.1"), None, "no month");
+        assert_eq!(date("1234567890"), None, "another number");
+    }
+
+    #[test]
+    fn the_date_of_a_given_program_is_that_of_its_release() {
+        let given = |version: &str| WireGuard::Boringtun.given(Path::new("b"), version.to_owned());
+        assert!(given("boringtun-cli 0.7.1").date.is_some());
+        assert_eq!(given("boringtun-cli 0.0.1").date, None);
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use towline_netlink::OverlayKind;
 
-use super::load::{self, Carried, Congestion, Window};
+use super::load::{self, Carried, Congestion, Cpu, Window};
 use super::subject::Subject;
 use crate::lab::ping;
 use crate::lab::traffic::Pattern;
@@ -75,9 +75,8 @@ pub enum Case {
 pub(super) struct Outcome {
     /// Measured value in [`Case::unit`].
     pub(super) value: f64,
-    /// CPU-seconds of both daemons for each gigabit of payload. `None` if the case does not measure
-    /// it.
-    pub(super) cpu: Option<f64>,
+    /// Processor time for each gigabit of payload. `None` if the case does not measure it.
+    pub(super) cpu: Option<Cpu>,
     /// Counters of the traffic.
     pub(super) carried: Carried,
 }

@@ -1,7 +1,8 @@
 //! The bare limit: the framing and offloads of the data plane, with ChaCha20-Poly1305 in place,
 //! between two ends that are configured with each other's address. It has no peers, routes,
 //! sessions, replay window or timers. The rest is what a userspace tunnel of this design cannot do
-//! without.
+//! without. With `--null` nothing is encrypted either: what remains is the cost of the way through
+//! the kernel.
 
 use std::net::SocketAddr;
 use std::time::Instant;
@@ -29,12 +30,17 @@ pub struct Limit {
     /// Address and port of the other end.
     #[arg(long)]
     to: SocketAddr,
+    /// Do not encrypt the packets.
+    #[arg(long)]
+    null: bool,
 }
 
 /// Fixed key of both ends. It is public, so this tunnel protects nothing.
 const KEY: [u8; 32] = [0x42; 32];
 /// Number of receive buffers.
 const SLOTS: usize = 8;
+/// Length of the authentication tag in bytes.
+const TAG: usize = 16;
 /// MTU of the TUN link in bytes, the same as for all subjects.
 pub(super) const MTU: usize = 1420;
 
@@ -45,7 +51,7 @@ impl Limit {
         let mut udp = open_udp(self.port, 0)?;
         let key = UnboundKey::new(&CHACHA20_POLY1305, &KEY)
             .map_err(|_| anyhow::anyhow!("cannot create a key from 32 bytes"))?;
-        let key = LessSafeKey::new(key);
+        let key = (!self.null).then(|| LessSafeKey::new(key));
         let drops = Drops::default();
         let (mut received, mut writes) = (RecvBatch::new(SLOTS), WriteBatch::new(SLOTS));
         let mut read = TunBatch::new(4, 256);
@@ -73,7 +79,7 @@ impl Limit {
                 received.swap(&mut writes);
                 for datagrams in received.received() {
                     for (at, len) in datagrams.places() {
-                        open(&key, &mut writes, at, len, &mut coalescer);
+                        open(key.as_ref(), &mut writes, at, len, &mut coalescer);
                     }
                 }
                 coalescer.finish(&mut writes);
@@ -96,7 +102,7 @@ impl Limit {
                             out.clear();
                             continue;
                         };
-                        seal(&key, counter, segments.take(), spare);
+                        seal(key.as_ref(), counter, segments.take(), spare);
                         counter += 1;
                         out.commit(&to, len + DATA_OVERHEAD);
                     }
@@ -115,23 +121,25 @@ fn nonce(counter: u64) -> Nonce {
     Nonce::assume_unique_for_key(nonce)
 }
 
-/// Seals a segment into `to`, in the format of a WireGuard data message.
-fn seal(key: &LessSafeKey, counter: u64, segment: &[u8], to: &mut [u8]) {
+/// Seals a segment into `to`, in the format of a WireGuard data message. Without a key it stays in
+/// clear, with space for a tag.
+fn seal(key: Option<&LessSafeKey>, counter: u64, segment: &[u8], to: &mut [u8]) {
     let (header, rest) = to.split_at_mut(DATA_HEADER);
     header[..4].copy_from_slice(&4u32.to_le_bytes());
     header[4..8].fill(0);
     header[8..].copy_from_slice(&counter.to_le_bytes());
     let (text, rest) = rest.split_at_mut(segment.len());
     text.copy_from_slice(segment);
+    let Some(key) = key else { return };
     if let Ok(tag) = key.seal_in_place_separate_tag(nonce(counter), Aad::empty(), text) {
-        rest[..16].copy_from_slice(tag.as_ref());
+        rest[..TAG].copy_from_slice(tag.as_ref());
     }
 }
 
 /// Opens the datagram in the bytes `at..at + len` of the block, and adds its inner packet to the
 /// coalescer.
 fn open(
-    key: &LessSafeKey,
+    key: Option<&LessSafeKey>,
     writes: &mut WriteBatch,
     at: usize,
     len: usize,
@@ -141,10 +149,12 @@ fn open(
     let Some((header, text)) = datagram.split_first_chunk_mut::<DATA_HEADER>() else { return };
     let mut counter = [0; 8];
     counter.copy_from_slice(&header[8..]);
-    let Ok(plain) = key.open_in_place(nonce(u64::from_le_bytes(counter)), Aad::empty(), text)
-    else {
-        return;
+    let nonce = nonce(u64::from_le_bytes(counter));
+    let plain = match key {
+        Some(key) => key.open_in_place(nonce, Aad::empty(), text).ok(),
+        None => text.split_last_chunk_mut::<TAG>().map(|(plain, _)| plain),
     };
+    let Some(plain) = plain else { return };
     if let Some(inner) = IpHeader::parse(plain) {
         coalescer.add(writes, at + DATA_HEADER, &inner);
     }

@@ -19,6 +19,7 @@ use towline_dataplane::arena::{RecvBatch, SendBatch};
 use towline_dataplane::drops::Drops;
 use towline_dataplane::{Offloads, Ready, Udp, UdpIo, open_udp_with};
 
+use super::quiet::Ticks;
 use crate::lab::interrupt::sleep;
 use crate::lab::namespace::Namespace;
 use crate::lab::process::processor_time;
@@ -73,6 +74,17 @@ pub(super) struct Carried {
     pub(super) seconds: f64,
     /// Processor time of the daemons in seconds.
     pub(super) cpu_seconds: f64,
+    /// Processor time of the whole machine in seconds: daemons, senders, receivers and the kernel.
+    pub(super) machine_seconds: f64,
+}
+
+/// Processor time for the traffic of a window.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Cpu {
+    /// CPU-seconds of both daemons for each gigabit of payload.
+    pub(super) daemons: f64,
+    /// CPU-seconds of the whole machine for each gigabit of payload.
+    pub(super) machine: f64,
 }
 
 impl Carried {
@@ -86,9 +98,10 @@ impl Carried {
         self.datagrams as f64 / 1e6 / self.seconds
     }
 
-    /// Returns the CPU-seconds of the daemons for each gigabit of payload.
-    pub(super) fn cpu_per_gbit(&self) -> f64 {
-        self.cpu_seconds / (self.bytes as f64 * 8e-9)
+    /// Returns the processor time for each gigabit of payload.
+    pub(super) fn cpu_per_gbit(&self) -> Cpu {
+        let gbit = self.bytes as f64 * 8e-9;
+        Cpu { daemons: self.cpu_seconds / gbit, machine: self.machine_seconds / gbit }
     }
 }
 
@@ -125,6 +138,7 @@ impl Counters {
                 bytes.load(Ordering::Relaxed),
                 datagrams.load(Ordering::Relaxed),
                 cpu?,
+                Ticks::read()?,
             ))
         };
         let before = sample()?;
@@ -139,6 +153,7 @@ impl Counters {
             datagrams: after.2 - before.2,
             seconds: (after.0 - before.0).as_secs_f64(),
             cpu_seconds: (after.3 - before.3).as_secs_f64(),
+            machine_seconds: after.4.worked_since(&before.4),
             ..Carried::default()
         })
     }

@@ -8,12 +8,18 @@
 //!
 //! A window begins once the machine is idle, and is measured again if other programs ran in it ([`quiet`]).
 //!
+//! Three subjects are bounds: the cable without a tunnel, the bare limit without encryption, and the
+//! bare limit. They are measured with each congestion control, because BBR reaches less than CUBIC on any
+//! of them. Towline with its other WireGuard engine is a subject too.
+//!
 //! With `--against DIR`, the build of another checkout is a subject too, named `before`. For each
 //! case the report has the median of the ratios with its confidence interval ([`interval`]). A ratio is
 //! made of two rounds, so that either build is measured first once.
 
 mod case;
+mod contestant;
 mod figures;
+mod history;
 mod interval;
 pub mod limit;
 mod load;
@@ -27,22 +33,22 @@ use std::time::Duration;
 use anyhow::Context;
 
 pub use case::Case;
+pub use contestant::PeerBinary;
 pub use figures::Bench;
 
 use super::Setting;
 use crate::lab::binaries::Binaries;
 use crate::lab::interrupt;
-use crate::lab::mesh::COMMAND_LIMIT;
-use crate::lab::peers::WireGuard;
 use crate::lab::privilege::Rank;
-use crate::lab::process::{Program, peak_resident_mb};
-use crate::lab::report::{Promises, Skipped};
+use crate::lab::process::peak_resident_mb;
+use crate::lab::report::{Promises, Skipped, WrongUsage};
 use crate::lab::topology::Lab;
 use crate::lab::traffic::{Pattern, tcp_both_ways};
+use contestant::gather;
 use figures::Machine;
 use load::Window;
 use quiet::Watch;
-use subject::{Outer, Subject};
+use subject::Subject;
 
 /// Command line options of the scenario.
 #[derive(Debug, Clone, clap::Args)]
@@ -53,7 +59,8 @@ pub struct Options {
     /// Run only these cases.
     #[arg(long = "case", num_args = 1.., value_delimiter = ',', value_enum)]
     pub cases: Vec<Case>,
-    /// Measure only these subjects: towline, limit, wireguard-go, gotatun, boringtun.
+    /// Measure only these subjects: towline, towline-batch, towline-boringtun, wireguard-go, gotatun,
+    /// boringtun, tailscale, and the bounds limit, null, raw.
     #[arg(long = "subject", num_args = 1.., value_delimiter = ',')]
     pub subjects: Vec<String>,
     /// Compare with the release build of another checkout, the subject `before`. The other subjects
@@ -64,6 +71,13 @@ pub struct Options {
     /// of 10 million datagrams.
     #[arg(long)]
     pub full: bool,
+    /// Measure this program too, as the subject NAME. A name of another implementation replaces its
+    /// program; any other program is started like wireguard-go.
+    #[arg(long = "peer-binary", value_name = "NAME=PATH")]
+    pub peer_binaries: Vec<PeerBinary>,
+    /// Append the ratios and medians to this file, as one line of JSON.
+    #[arg(long, value_name = "FILE")]
+    pub history: Option<PathBuf>,
     /// Write a chart to this file, as SVG.
     #[arg(long, value_name = "FILE")]
     pub plot: Option<PathBuf>,
@@ -86,35 +100,26 @@ const ROUNDS: u16 = 3;
 /// Number of rounds with `--full`.
 const FULL_ROUNDS: u16 = 7;
 
-/// A program to measure, with its running tunnels.
-struct Contestant {
-    name: &'static str,
-    /// Tunnel that most cases use.
-    subject: Subject,
-    /// Tunnel over IPv6. Built only if a case needs it.
-    over_v6: Option<Subject>,
-    /// Tunnel between agents with 1,000 peers. Built only if a case needs it.
-    crowded: Option<Subject>,
-    /// Tunnel between agents with two workers. Built only if a case or the check of the order needs
-    /// it.
-    shared: Option<Subject>,
-    /// True if all cases are measured, false if only the main ones.
-    all: bool,
-}
-
 /// Name of the subject that is built from this checkout.
 const NOW: &str = "towline";
 /// Name of the subject that is built from another checkout.
 const BEFORE: &str = "before";
+/// Name of the subject of this checkout with the batch engine, where it would choose the other.
+const NOW_BATCH: &str = "towline-batch";
+/// Name of the subject of this checkout with the engine boringtun, where it would choose the other.
+const NOW_BORINGTUN: &str = "towline-boringtun";
 
 /// Runs the scenario and returns its results.
 pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Bench> {
+    for (number, given) in options.peer_binaries.iter().enumerate() {
+        let name = given.name();
+        if options.peer_binaries.iter().take(number).any(|other| other.name() == name) {
+            return Err(WrongUsage(format!("--peer-binary names {name} twice")).into());
+        }
+    }
     let mut bench = Bench {
         rootless: setting.rank == Rank::Rootless,
-        machine: Machine {
-            kernel: nix::sys::utsname::uname()?.release().to_string_lossy().into_owned(),
-            cores: std::thread::available_parallelism().map_or(1, usize::from),
-        },
+        machine: Machine::this()?,
         ..Bench::default()
     };
     let mut promises = Promises::new();
@@ -131,6 +136,9 @@ pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Bench> {
         format!("no datagram is reordered: {} were", bench.reordered)
     });
     bench.failed = promises.into_failed();
+    if let Some(path) = &options.history {
+        history::append(&bench, path)?;
+    }
     if let Some(path) = &options.plot {
         std::fs::write(path, plot::chart(&bench))
             .with_context(|| format!("cannot write {}", path.display()))?;
@@ -209,7 +217,7 @@ fn measure(
     {
         watch_order(setting, options, shared, bench)?;
     }
-    for contestant in &contestants {
+    for contestant in contestants.iter().filter(|one| !one.subject.daemons.is_empty()) {
         let peaks = contestant
             .subject
             .daemons
@@ -241,118 +249,4 @@ fn watch_order(
     bench.reordered += carried.reordered;
     bench.ordered_datagrams += carried.arrived;
     Ok(())
-}
-
-/// Starts all subjects that are measured.
-fn gather(
-    setting: &Setting,
-    options: &Options,
-    before: Option<&Binaries>,
-    cases: &[Case],
-    lab: &mut Lab,
-    bench: &mut Bench,
-) -> anyhow::Result<Vec<Contestant>> {
-    let named = |name: &str| options.subjects.iter().any(|subject| subject == name);
-    let wanted = |name: &str| named(name) || options.subjects.is_empty() && before.is_none();
-    let outer_v6 = cases.contains(&Case::OuterV6);
-    let mut contestants = Vec::new();
-    if wanted(NOW) || before.is_some() {
-        setting.output.step("starting a controller and two agents");
-        let binaries = &setting.binaries;
-        contestants.push(Contestant::towline(NOW, binaries, options, cases, lab)?);
-        bench.subjects.insert(NOW, env!("CARGO_PKG_VERSION").to_owned());
-    }
-    if let Some(binaries) = before {
-        setting.output.step("starting a controller and two agents of the other checkout");
-        contestants.push(Contestant::towline(BEFORE, binaries, options, cases, lab)?);
-        let output = Program::new(&binaries.towline)
-            .arg("--version")
-            .run_ok(lab.internet(), COMMAND_LIMIT)?;
-        let version = output.split_whitespace().next_back().unwrap_or_default();
-        bench.subjects.insert(BEFORE, version.to_owned());
-    }
-    for which in WireGuard::ALL.into_iter().filter(|which| wanted(which.name())) {
-        let name = which.name();
-        let all = which == WireGuard::Go || options.full;
-        let started = which.install().and_then(|program| {
-            setting.output.step(&format!("starting two instances of {name}"));
-            let subject =
-                Subject::other(lab, &program, Outer::V4).map_err(|error| format!("{error:#}"))?;
-            let over_v6 = (outer_v6 && all)
-                .then(|| Subject::other(lab, &program, Outer::V6))
-                .transpose()
-                .map_err(|error| format!("{error:#}"))?;
-            Ok((subject, over_v6, program.version))
-        });
-        match started {
-            Ok((subject, over_v6, version)) => {
-                bench.subjects.insert(name, version);
-                contestants.push(Contestant {
-                    name,
-                    subject,
-                    over_v6,
-                    crowded: None,
-                    shared: None,
-                    all,
-                });
-            }
-            Err(why) => bench.skipped.push(Skipped { name: name.to_owned(), why }),
-        }
-    }
-    if wanted("limit") {
-        setting.output.step("starting the bare limit");
-        let subject = Subject::limit(setting, lab)?;
-        let (name, all) = ("limit", options.full);
-        let (over_v6, crowded, shared) = (None, None, None);
-        contestants.push(Contestant { name, subject, over_v6, crowded, shared, all });
-        bench.subjects.insert("limit", env!("CARGO_PKG_VERSION").to_owned());
-    }
-    Ok(contestants)
-}
-
-impl Contestant {
-    /// Starts a build of Towline with all tunnels that the cases need.
-    fn towline(
-        name: &'static str,
-        binaries: &Binaries,
-        options: &Options,
-        cases: &[Case],
-        lab: &mut Lab,
-    ) -> anyhow::Result<Self> {
-        let mut subject = |kind: &str, outer, peers, workers| {
-            Subject::towline(binaries, lab, &format!("{name}{kind}"), outer, peers, workers)
-                .with_context(|| format!("{name}{kind}"))
-        };
-        let two = [Case::Tcp4Workers2, Case::PingWorkers2];
-        let is_shared = two.iter().any(|case| cases.contains(case));
-        Ok(Self {
-            name,
-            subject: subject("", Outer::V4, 1, 1)?,
-            over_v6: cases
-                .contains(&Case::OuterV6)
-                .then(|| subject("6", Outer::V6, 1, 1))
-                .transpose()?,
-            crowded: cases
-                .contains(&Case::Peers1000)
-                .then(|| subject("-many", Outer::V4, 1000, 1))
-                .transpose()?,
-            shared: (is_shared || name == NOW && ordered(options))
-                .then(|| subject("-two", Outer::V4, 1, 2))
-                .transpose()?,
-            all: true,
-        })
-    }
-
-    /// Returns the tunnel that a case uses, or `None` if this contestant does not run the case.
-    fn for_case(&self, case: Case) -> Option<&Subject> {
-        match case {
-            Case::Tcp1 | Case::Tcp4 | Case::UdpSmall | Case::Udp1200 | Case::Ping => {
-                Some(&self.subject)
-            }
-            Case::OuterV6 => self.over_v6.as_ref(),
-            Case::Peers1000 => self.crowded.as_ref(),
-            Case::Tcp4Workers2 | Case::PingWorkers2 => self.shared.as_ref(),
-            _ => self.all.then_some(&self.subject),
-        }
-    }
 }

@@ -31,6 +31,11 @@ const ATTEMPTS: u32 = 4;
 pub struct Quiet {
     /// Time in seconds that the run waited for an idle machine.
     pub waited_s: f64,
+    /// Least share of the machine that was idle right before a window. `None` without windows.
+    pub least_idle: Option<f64>,
+    /// Largest share of the machine that other programs used in a window whose figure counts. `None`
+    /// without windows.
+    pub most_others: Option<f64>,
     /// Number of windows that began while the machine was not idle, since the patience was used up.
     pub begun_busy: u32,
     /// Number of windows that were measured again because other programs ran in them.
@@ -57,11 +62,11 @@ impl Watch {
             self.await_idle()?;
             let begin = Sample::take()?;
             let outcome = window()?;
-            if Sample::take()?.others_since(&begin) <= OTHERS {
-                return Ok(outcome);
-            }
-            if attempt == ATTEMPTS {
-                self.quiet.disturbed += 1;
+            let others = Sample::take()?.others_since(&begin);
+            if others <= OTHERS || attempt == ATTEMPTS {
+                self.quiet.disturbed += u32::from(others > OTHERS);
+                let most = self.quiet.most_others.unwrap_or_default();
+                self.quiet.most_others = Some(round(others).max(most));
                 return Ok(outcome);
             }
             self.quiet.repeated += 1;
@@ -79,11 +84,12 @@ impl Watch {
         loop {
             let begin = Ticks::read()?;
             sleep(LOOK)?;
-            if Ticks::read()?.idle_since(&begin) >= IDLE {
-                break;
-            }
-            if self.waited + began.elapsed() >= PATIENCE {
-                self.quiet.begun_busy += 1;
+            let idle = Ticks::read()?.idle_since(&begin);
+            let is_idle = idle >= IDLE;
+            if is_idle || self.waited + began.elapsed() >= PATIENCE {
+                self.quiet.begun_busy += u32::from(!is_idle);
+                let least = self.quiet.least_idle.unwrap_or(1.0);
+                self.quiet.least_idle = Some(round(idle).min(least));
                 break;
             }
         }
@@ -95,7 +101,7 @@ impl Watch {
 
 /// Clock ticks of all processors since the boot, from `/proc/stat`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Ticks {
+pub(super) struct Ticks {
     all: u64,
     idle: u64,
     /// Taken by the hypervisor for other machines.
@@ -103,7 +109,7 @@ struct Ticks {
 }
 
 impl Ticks {
-    fn read() -> anyhow::Result<Self> {
+    pub(super) fn read() -> anyhow::Result<Self> {
         let text = fs::read_to_string("/proc/stat").context("cannot read /proc/stat")?;
         Self::parse(&text).context("/proc/stat has no line of all processors")
     }
@@ -126,6 +132,17 @@ impl Ticks {
         let all = self.all.saturating_sub(begin.all).max(1);
         self.idle.saturating_sub(begin.idle) as f64 / all as f64
     }
+
+    /// Returns the processor time in seconds that the machine worked, in all programs and the kernel.
+    pub(super) fn worked_since(&self, begin: &Self) -> f64 {
+        let worked = |ticks: &Self| ticks.all.saturating_sub(ticks.idle + ticks.stolen);
+        worked(self).saturating_sub(worked(begin)) as f64 / ticks_per_second()
+    }
+}
+
+/// Returns the number of clock ticks of a second of processor time.
+fn ticks_per_second() -> f64 {
+    sysconf(SysconfVar::CLK_TCK).ok().flatten().unwrap_or(100) as f64
 }
 
 /// A process: its parent, and the clock ticks of it and of its children that ended.
@@ -176,12 +193,11 @@ impl Sample {
 
     /// Returns the share of the machine that others used.
     fn others_since(&self, begin: &Self) -> f64 {
-        let per_second = sysconf(SysconfVar::CLK_TCK).ok().flatten().unwrap_or(100);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let used =
             self.others.saturating_sub(begin.others) + self.stolen.saturating_sub(begin.stolen);
         let length = self.at.duration_since(begin.at).as_secs_f64();
-        used as f64 / (per_second as f64 * cores as f64 * length).max(1.0)
+        used as f64 / (ticks_per_second() * cores as f64 * length).max(1.0)
     }
 }
 
@@ -217,6 +233,7 @@ mod tests {
         assert_eq!(ticks, Ticks { all: 100, idle: 74, stolen: 8 });
         let later = Ticks { all: 200, idle: 164, stolen: 8 };
         assert_eq!(later.idle_since(&ticks), 0.9);
+        assert_eq!(later.worked_since(&ticks), 10.0 / ticks_per_second());
         assert_eq!(Ticks::parse("intr 1 2\n"), None);
         assert_eq!(Ticks::parse("cpu  1 2\n"), None);
     }

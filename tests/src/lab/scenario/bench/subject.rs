@@ -31,8 +31,8 @@ pub(super) struct Subject {
     inner: [[IpAddr; 2]; 2],
     /// Name of the tunnel's link at each end.
     links: [String; 2],
-    /// Process ids of the two tunnel programs.
-    pub(super) daemons: [Pid; 2],
+    /// Process ids of the two tunnel programs. Empty without a tunnel.
+    pub(super) daemons: Vec<Pid>,
     /// Programs of the subject. They are only kept to be stopped when the subject is dropped.
     _running: Running,
 }
@@ -44,6 +44,26 @@ enum Running {
     Towline(Vec<Node>, Controller),
     Others([Peer; 2]),
     Limit([Daemon; 2]),
+    Nothing,
+}
+
+/// Configuration of Towline's agents.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Agents {
+    /// Address family that carries the tunnel.
+    pub(super) outer: Outer,
+    /// Number of peers, all of which except for the other agent send nothing.
+    pub(super) peers: u32,
+    /// Number of workers.
+    pub(super) workers: u32,
+    /// WireGuard engine. `None` for a build that has no such setting, or for the default.
+    pub(super) engine: Option<&'static str>,
+}
+
+impl Default for Agents {
+    fn default() -> Self {
+        Self { outer: Outer::V4, peers: 1, workers: 1, engine: None }
+    }
 }
 
 /// Address family that carries the tunnel.
@@ -63,6 +83,8 @@ const MTU: u32 = super::limit::MTU as u32;
 const OVERLAY_MTU: u32 = MTU - 50;
 /// Prefix of the name of a link for a tunnel inside the tunnel.
 const OVERLAY_LINK: &str = "inside0";
+/// Name of the link to the cable in each host.
+const CABLE: &str = "eth0";
 /// Name of the nftables table that drops datagrams.
 const LOSS_TABLE: &str = "loss";
 
@@ -77,20 +99,19 @@ impl Outer {
 }
 
 impl Subject {
-    /// Starts a controller and two agents that join it, all of one build. Each agent has this
-    /// number of `peers`, all of which except for the other agent send nothing, and this number of
-    /// `workers`.
+    /// Starts a controller and two agents that join it, all of one build.
     pub(super) fn towline(
         binaries: &Binaries,
         lab: &mut Lab,
         name: &str,
-        outer: Outer,
-        peers: u32,
-        workers: u32,
+        agents: Agents,
     ) -> anyhow::Result<Self> {
+        let Agents { outer, peers, workers, engine } = agents;
         let names = [format!("{name}-1"), format!("{name}-2")];
         let hosts = lab.pair([&names[0], &names[1]], outer.net())?;
-        let more = format!("[wireguard]\nworkers = {workers}\n{}", silent_peers(peers - 1));
+        let engine = engine.map(|engine| format!("engine = {engine:?}\n")).unwrap_or_default();
+        let silent = silent_peers(peers - 1);
+        let more = format!("[wireguard]\nworkers = {workers}\n{engine}{silent}");
         let controller = Controller::start(lab, &hosts[0], binaries)?;
         let mut nodes = Vec::new();
         for (host, name) in hosts.iter().zip(&names) {
@@ -114,17 +135,22 @@ impl Subject {
             hosts,
             inner: [inner[0], inner[1]],
             links: ["towline0".to_owned(), "towline0".to_owned()],
-            daemons: [daemons[0], daemons[1]],
+            daemons,
             _running: Running::Towline(nodes, controller),
         }
         .ready()
     }
 
-    /// Starts two instances of another implementation.
-    pub(super) fn other(lab: &mut Lab, program: &Installed, outer: Outer) -> anyhow::Result<Self> {
+    /// Starts two instances of another implementation on hosts of this name.
+    pub(super) fn other(
+        lab: &mut Lab,
+        name: &str,
+        program: &Installed,
+        outer: Outer,
+    ) -> anyhow::Result<Self> {
         let name = match outer {
-            Outer::V4 => program.which.name().to_owned(),
-            Outer::V6 => format!("{}6", program.which.name()),
+            Outer::V4 => name.to_owned(),
+            Outer::V6 => format!("{name}6"),
         };
         let names = [format!("{name}-1"), format!("{name}-2")];
         let hosts = lab.pair([&names[0], &names[1]], outer.net())?;
@@ -151,13 +177,13 @@ impl Subject {
         };
         let mut peers = [start(0)?, start(1)?];
         let [one, two] = &mut peers;
-        let daemons = [one.daemon().pid(), two.daemon().pid()];
+        let daemons = vec![one.daemon().pid(), two.daemon().pid()];
         Self { hosts, inner, links, daemons, _running: Running::Others(peers) }.ready()
     }
 
-    /// Starts two ends of the bare limit.
-    pub(super) fn limit(setting: &Setting, lab: &mut Lab) -> anyhow::Result<Self> {
-        let names = ["limit-1", "limit-2"];
+    /// Starts two ends of the bare limit. With `null` they do not encrypt.
+    pub(super) fn limit(setting: &Setting, lab: &mut Lab, null: bool) -> anyhow::Result<Self> {
+        let names = if null { ["null-1", "null-2"] } else { ["limit-1", "limit-2"] };
         let hosts = lab.pair(names, Outer::V4.net())?;
         let lab_program =
             setting.binaries.lab.as_ref().context("the lab's own program was not built")?;
@@ -170,6 +196,7 @@ impl Subject {
             let mut daemon = Program::new(lab_program)
                 .args(["limit", "--link", link, "--port", &PORT.to_string()])
                 .args(["--to", &to.to_string()])
+                .args(null.then_some("--null"))
                 .start(hosts[end].namespace(), names[end], &log)?;
             wait_for("link of the bare limit", LINK_LIMIT, || {
                 daemon.check()?;
@@ -179,9 +206,24 @@ impl Subject {
             anyhow::Ok(daemon)
         };
         let ends = [start(0)?, start(1)?];
-        let daemons = [ends[0].pid(), ends[1].pid()];
+        let daemons = ends.iter().map(Daemon::pid).collect();
         let links = [link.to_owned(), link.to_owned()];
         Self { hosts, inner, links, daemons, _running: Running::Limit(ends) }.ready()
+    }
+
+    /// Builds two hosts whose traffic takes the cable itself, without a tunnel.
+    pub(super) fn raw(lab: &mut Lab) -> anyhow::Result<Self> {
+        let hosts = lab.pair(["raw-1", "raw-2"], Outer::V4.net())?;
+        let inner = inner();
+        for (end, host) in hosts.iter().enumerate() {
+            host.namespace().run(|| {
+                let mut netlink = Rtnetlink::open()?;
+                let index = netlink.link_index(CABLE)?;
+                address(&mut netlink, index, inner[end], inner[1 - end])
+            })?;
+        }
+        let links = [CABLE.to_owned(), CABLE.to_owned()];
+        Self { hosts, inner, links, daemons: Vec::new(), _running: Running::Nothing }.ready()
     }
 
     /// Waits until both inner address families work.
@@ -254,11 +296,11 @@ impl Subject {
                     // A rule would drop a whole batch of segments, so every datagram is sent
                     // separately.
                     let mut netlink = Rtnetlink::open()?;
-                    let index = netlink.link_index("eth0")?;
+                    let index = netlink.link_index(CABLE)?;
                     netlink.set_gso_max_segs(index, segments)?;
                     let mut nft = Nft::open()?;
                     if lossy {
-                        let rule = Rule::new().input("eth0").chance(permille, 1000).drop();
+                        let rule = Rule::new().input(CABLE).chance(permille, 1000).drop();
                         let chain = Chain::base(ChainKind::Filter, Hook::Prerouting, -400);
                         nft.load(
                             &Table::new(TableFamily::Inet, LOSS_TABLE)
@@ -310,11 +352,21 @@ fn configure(
         let index = netlink.link_index(link)?;
         netlink.set_mtu(index, MTU)?;
         netlink.set_up(index, true)?;
-        for (own, far) in own.into_iter().zip(far) {
-            let options = AddressOptions { no_dad: true, ..Default::default() };
-            netlink.add_address(index, own.into(), options)?;
-            netlink.add_route(&towline_netlink::Route::new(far.into()).dev(index))?;
-        }
-        Ok(())
+        address(&mut netlink, index, own, far)
     })
+}
+
+/// Adds the inner addresses of an end to a link, and routes to those of the other end.
+fn address(
+    netlink: &mut Rtnetlink,
+    index: u32,
+    own: [IpAddr; 2],
+    far: [IpAddr; 2],
+) -> anyhow::Result<()> {
+    for (own, far) in own.into_iter().zip(far) {
+        let options = AddressOptions { no_dad: true, ..Default::default() };
+        netlink.add_address(index, own.into(), options)?;
+        netlink.add_route(&towline_netlink::Route::new(far.into()).dev(index))?;
+    }
+    Ok(())
 }

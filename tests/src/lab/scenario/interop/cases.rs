@@ -1,7 +1,7 @@
 //! Cases that each pair of Towline and another implementation runs.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -9,6 +9,7 @@ use anyhow::{Context as _, bail, ensure};
 
 use super::flood;
 use super::pair::{NAT_TIMEOUT, Opponent, Pair, Side, Terms, Wiring};
+use crate::lab::capture::{Tap, udp_payload};
 use crate::lab::interrupt::{sleep, wait_for};
 use crate::lab::namespace::join;
 use crate::lab::ping::Ticker;
@@ -27,7 +28,7 @@ pub(super) enum Outcome {
 pub(super) type Judge = fn(&Setting, &Opponent<'_>) -> anyhow::Result<Outcome>;
 
 /// All cases, by name.
-pub(super) const CASES: [(&str, Judge); 12] = [
+pub(super) const CASES: [(&str, Judge); 14] = [
     ("we_initiate", |setting, opponent| initiate(setting, opponent, Side::Ours)),
     ("they_initiate", |setting, opponent| initiate(setting, opponent, Side::Theirs)),
     ("preshared_key", preshared_key),
@@ -40,6 +41,8 @@ pub(super) const CASES: [(&str, Judge); 12] = [
     ("wg_show", wg_show),
     ("rekey_we_initiated", |setting, opponent| rekey(setting, opponent, Side::Ours)),
     ("rekey_they_initiated", |setting, opponent| rekey(setting, opponent, Side::Theirs)),
+    ("rekey_old_keys_ours", |setting, opponent| old_keys(setting, opponent, Side::Ours)),
+    ("rekey_old_keys_theirs", |setting, opponent| old_keys(setting, opponent, Side::Theirs)),
 ];
 
 /// Limit for the first handshake.
@@ -55,6 +58,10 @@ const REKEY_GAP: Duration = Duration::from_secs(1);
 const REKEY_WATCH: Duration = Duration::from_secs(132);
 /// Size of a transfer in each direction, in bytes.
 const BYTES: u64 = 4_000_000;
+/// Number of datagrams that are recorded to be repeated later.
+const RECORDED: usize = 10;
+/// First byte of a WireGuard data message.
+const DATA: u8 = 4;
 /// Interval between two echo requests.
 const PACE: Duration = Duration::from_millis(20);
 
@@ -187,6 +194,56 @@ fn rekey(setting: &Setting, opponent: &Opponent<'_>, caller: Side) -> anyhow::Re
     ensure!(gap < REKEY_GAP, "no echo replies for {:.1} s", gap.as_secs_f64());
     pair.exchange(caller, BYTES)?;
     held([("gap_ms", millis(gap))])
+}
+
+/// Checks that data of an earlier session changes nothing when a stranger repeats it to `side`, which has
+/// a newer session by then: it is not opened again, and it does not move the peer's endpoint.
+fn old_keys(setting: &Setting, opponent: &Opponent<'_>, side: Side) -> anyhow::Result<Outcome> {
+    let caller = side.other();
+    let pair = Pair::start(setting, opponent, Wiring::Plain, Terms::called_by(caller))?;
+    let target = pair.outer(side)?;
+    pair.ping_ok(caller, HANDSHAKE_LIMIT)?;
+    let mut tap = Tap::open(pair.host(side), "eth0")?;
+    for _ in 0..RECORDED {
+        pair.ping_ok(caller, HANDSHAKE_LIMIT)?;
+    }
+    let mut recorded = Vec::new();
+    tap.find(HANDSHAKE_LIMIT, |frame| {
+        let (to, datagram) = udp_payload(frame)?;
+        if to == target.ip() && datagram.first() == Some(&DATA) {
+            recorded.push(datagram.to_vec());
+        }
+        (recorded.len() >= RECORDED).then_some(())
+    })?
+    .context("too few datagrams with data were recorded")?;
+
+    ticking(&pair, caller, || {
+        let begun = Instant::now();
+        sleep(REKEY_WATCH)?;
+        Ok((begun, Duration::ZERO))
+    })?;
+    let age = pair.handshake_age()?;
+    ensure!(age < Duration::from_secs(60), "no re-key in {} s", REKEY_WATCH.as_secs());
+
+    let refused = |pair: &Pair| -> anyhow::Result<u64> {
+        // The session before is kept for a while. Of one that is gone, nothing is known.
+        ["replayed", "no_session", "unknown_index"].iter().map(|reason| pair.drops(reason)).sum()
+    };
+    let before = refused(&pair)?;
+    let stranger = pair.stranger.namespace().run(|| Ok(UdpSocket::bind("0.0.0.0:0")?))?;
+    for datagram in &recorded {
+        stranger.send_to(datagram, target)?;
+    }
+    if side == Side::Ours {
+        wait_for("refusal of data of an earlier session", HANDSHAKE_LIMIT, || {
+            let refused = refused(&pair)? - before;
+            Ok((refused >= recorded.len() as u64).then_some(()))
+        })?;
+    }
+    // A side that had followed the stranger would send its request there.
+    pair.ping_ok(side, ROAM_LIMIT).context("echo to the caller after the repeated data")?;
+    pair.exchange(caller, BYTES)?;
+    held([("repeated", recorded.len() as f64)])
 }
 
 /// Sends echo requests from `side` while `act` runs. `act` returns the start of the measurement,

@@ -1,9 +1,9 @@
 //! `cargo lab interop`: tests Towline with other WireGuard implementations as plain peers, without
 //! a controller.
 //!
-//! Every implementation runs the same cases ([`cases`]), each in its own lab. The re-key cases take
-//! two minutes of real time, because the clocks of the other implementations cannot be changed. The
-//! other cases run during that time.
+//! Every implementation runs the same cases ([`cases`]), each in its own lab, with each of Towline's
+//! WireGuard engines. The re-key cases take two minutes of real time, because the clocks of the other
+//! implementations cannot be changed. The other cases run during that time.
 
 mod cases;
 pub(super) mod flood;
@@ -15,10 +15,11 @@ use std::time::Instant;
 
 use clap::builder::PossibleValuesParser;
 use serde::Serialize;
+use towline_wireguard::{Aead, Engine, EngineChoice};
 
 use super::Setting;
 use crate::lab::interrupt;
-use crate::lab::peers::WireGuard;
+use crate::lab::peers::{Installed, WireGuard};
 use crate::lab::privilege::Rank;
 use crate::lab::report::{Figures, Forbidden, Skipped, round};
 use cases::{CASES, Judge, Outcome};
@@ -29,17 +30,22 @@ use pair::Opponent;
 pub struct Interop {
     /// True if the lab ran in a user namespace, without root rights on this machine.
     pub rootless: bool,
-    /// Towline's WireGuard engine, as it was configured.
+    /// Towline's WireGuard engine in [`Self::peers`], as it was configured.
     pub engine: String,
     /// Version of each implementation, by its name.
     pub versions: BTreeMap<&'static str, String>,
     /// Results by implementation and case.
-    pub peers: BTreeMap<&'static str, BTreeMap<&'static str, Case>>,
+    pub peers: Peers,
+    /// Results with the other engine, by its name.
+    pub further_engines: BTreeMap<&'static str, Peers>,
     /// Implementations and cases that could not run.
     pub skipped: Vec<Skipped>,
     /// Promises that did not hold.
     pub failed: Vec<String>,
 }
+
+/// Results by implementation and case.
+pub type Peers = BTreeMap<&'static str, BTreeMap<&'static str, Case>>;
 
 /// Result of one case.
 #[derive(Debug, Serialize)]
@@ -62,9 +68,37 @@ pub struct Options {
     /// Run only these implementations and cases.
     #[arg(value_parser = PossibleValuesParser::new(names()))]
     pub only: Vec<String>,
-    /// WireGuard engine of Towline.
-    #[arg(long, default_value = "auto", value_parser = ["auto", "batch", "boringtun"])]
-    pub engine: String,
+    /// WireGuard engine of Towline. `both`: one after the other.
+    #[arg(long, value_enum, default_value_t = Engines::Both)]
+    pub engine: Engines,
+}
+
+/// WireGuard engines of Towline to run the cases with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Engines {
+    /// The engine that Towline chooses on this machine.
+    Auto,
+    /// The batch engine.
+    Batch,
+    /// The engine on boringtun.
+    Boringtun,
+    /// Both engines, that which Towline chooses first.
+    Both,
+}
+
+impl Engines {
+    /// Returns the engines in the order of their runs, as the configuration names them.
+    fn names(self) -> Vec<&'static str> {
+        match self {
+            Self::Auto => vec!["auto"],
+            Self::Batch => vec!["batch"],
+            Self::Boringtun => vec!["boringtun"],
+            Self::Both => match Engine::select(EngineChoice::Auto, Aead::Auto).name() {
+                "batch" => vec!["batch", "boringtun"],
+                _ => vec!["boringtun", "batch"],
+            },
+        }
+    }
 }
 
 /// Returns the names of all implementations and cases.
@@ -89,8 +123,8 @@ pub fn run(setting: &Setting, Options { only, engine }: &Options) -> anyhow::Res
             remedy: "run as root".into(),
         },
     )?;
-    let (rootless, engine) = (setting.rank == Rank::Rootless, engine.as_str());
-    let mut interop = Interop { rootless, engine: engine.into(), ..Interop::default() };
+    let engines = engine.names();
+    let mut interop = Interop { rootless: setting.rank == Rank::Rootless, ..Interop::default() };
     let chosen = |name: &str, among: &[&str]| {
         let named = only.iter().any(|only| among.contains(&only.as_str()));
         !named || only.iter().any(|only| only == name)
@@ -104,32 +138,12 @@ pub fn run(setting: &Setting, Options { only, engine }: &Options) -> anyhow::Res
             Err(why) => interop.skipped.push(Skipped { name: which.name().into(), why }),
         }
     }
-    setting.output.step("running all cases, each in its own lab (about three minutes)");
     let cases: Vec<_> = CASES.into_iter().filter(|(name, _)| chosen(name, &case_names)).collect();
-    let tried = std::thread::scope(|scope| {
-        let threads: Vec<_> = programs
-            .iter()
-            .map(|program| {
-                let opponent = Opponent { program, engine };
-                let cases = &cases;
-                (program, scope.spawn(move || try_all(setting, &opponent, cases)))
-            })
-            .collect();
-        let results = threads
-            .into_iter()
-            .map(|(program, thread)| (program, thread.join().unwrap_or_else(|_| Vec::new())));
-        results.collect::<Vec<_>>()
-    });
-    interrupt::check()?;
-    for (program, results) in tried {
-        let which = program.which.name();
-        interop.versions.insert(which, program.version.clone());
-        if results.len() < cases.len() {
-            interop.failed.push(format!("{which}: a thread of the lab panicked"));
-        }
-        for (name, took_s, result) in results {
-            interop.note(which, name, took_s, result);
-        }
+    for engine in engines {
+        setting.output.step(&format!(
+            "running all cases with the engine {engine}, each in its own lab (about three minutes)"
+        ));
+        interop.meet(setting, &programs, engine, &cases)?;
     }
     Ok(interop)
 }
@@ -149,8 +163,8 @@ fn try_all(
         let result = judge(setting, opponent);
         let which = opponent.program.which.name();
         setting.output.note(&match &result {
-            Ok(_) => format!("{which}: {name} done"),
-            Err(error) => format!("{which}: {name}: {error:#}"),
+            Ok(_) => format!("{which}: {name} with {} done", opponent.engine),
+            Err(error) => format!("{which}: {name} with {}: {error:#}", opponent.engine),
         });
         (name, round(begun.elapsed().as_secs_f64()), result)
     };
@@ -165,9 +179,48 @@ fn try_all(
 }
 
 impl Interop {
+    /// Runs the cases with one engine of Towline, and records their results.
+    fn meet(
+        &mut self,
+        setting: &Setting,
+        programs: &[Installed],
+        engine: &'static str,
+        cases: &[(&'static str, Judge)],
+    ) -> anyhow::Result<()> {
+        let tried = std::thread::scope(|scope| {
+            let threads: Vec<_> = programs
+                .iter()
+                .map(|program| {
+                    let opponent = Opponent { program, engine };
+                    (program, scope.spawn(move || try_all(setting, &opponent, cases)))
+                })
+                .collect();
+            let results = threads
+                .into_iter()
+                .map(|(program, thread)| (program, thread.join().unwrap_or_else(|_| Vec::new())));
+            results.collect::<Vec<_>>()
+        });
+        interrupt::check()?;
+        if self.engine.is_empty() {
+            self.engine = engine.to_owned();
+        }
+        for (program, results) in tried {
+            let which = program.which.name();
+            self.versions.insert(which, program.version.clone());
+            if results.len() < cases.len() {
+                self.failed.push(format!("{which} with {engine}: a thread of the lab panicked"));
+            }
+            for (name, took_s, result) in results {
+                self.note(engine, which, name, took_s, result);
+            }
+        }
+        Ok(())
+    }
+
     /// Records the result of a case.
     fn note(
         &mut self,
+        engine: &'static str,
         which: &'static str,
         name: &'static str,
         took_s: f64,
@@ -176,15 +229,23 @@ impl Interop {
         let (ok, why, figures) = match result {
             Ok(Outcome::Held(figures)) => (true, None, figures),
             Ok(Outcome::Impossible(why)) => {
-                self.skipped.push(Skipped { name: format!("{which}/{name}"), why });
+                let name = format!("{which}/{name}");
+                if !self.skipped.iter().any(|skipped| skipped.name == name) {
+                    self.skipped.push(Skipped { name, why });
+                }
                 return;
             }
             Err(error) => (false, Some(format!("{error:#}")), BTreeMap::new()),
         };
         if let Some(why) = &why {
-            self.failed.push(format!("{which}/{name}: {why}"));
+            self.failed.push(format!("{which}/{name} with {engine}: {why}"));
         }
-        self.peers.entry(which).or_default().insert(name, Case { ok, why, took_s, figures });
+        let peers = if self.engine == engine {
+            &mut self.peers
+        } else {
+            self.further_engines.entry(engine).or_default()
+        };
+        peers.entry(which).or_default().insert(name, Case { ok, why, took_s, figures });
     }
 }
 
@@ -195,9 +256,12 @@ impl Figures for Interop {
 
     fn for_people(&self) -> String {
         let mut text = String::new();
-        for (which, cases) in &self.peers {
+        let further = self.further_engines.iter().map(|(engine, peers)| (*engine, peers));
+        let engines = [(self.engine.as_str(), &self.peers)].into_iter().chain(further);
+        let each = engines.flat_map(|(engine, peers)| peers.iter().map(move |peer| (engine, peer)));
+        for (engine, (which, cases)) in each {
             let version = self.versions.get(which).map_or("", String::as_str);
-            let _ = writeln!(text, "{which} {version}:");
+            let _ = writeln!(text, "{which} {version}, engine {engine}:");
             for (name, case) in cases {
                 let ok = if case.ok { "ok" } else { "FAILED" };
                 let _ = write!(text, "  {name:<24}{ok:<8}{:>6.1} s", case.took_s);

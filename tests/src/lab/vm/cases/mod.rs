@@ -375,7 +375,7 @@ pub const CASES: &[Case] = &[
     },
     Case {
         name: "wireguard-peer",
-        about: "the kernel's WireGuard as a static peer: preshared key, both ways, roaming",
+        about: "the kernel's WireGuard as a static peer of both engines: preshared key, roaming",
         kernels: Kernels::All,
         is_quick: false,
         disks: Disks::Joined,
