@@ -50,6 +50,25 @@ fn a_victim_whose_address_many_peers_advertise_gets_a_bounded_number_of_datagram
 }
 
 #[test]
+fn a_network_of_which_many_peers_advertise_addresses_gets_a_bounded_number_of_datagrams() {
+    let mut us = Us::new(1);
+    for number in 0..60u16 {
+        let last = |index: u16| (number * 32 + index) % 256;
+        let candidates: Vec<String> =
+            (0..32).map(|index| format!("198.51.100.{}:51830", last(index))).collect();
+        let candidates: Vec<&str> = candidates.iter().map(String::as_str).collect();
+        us.upsert(numbered_node(number).candidates(&candidates));
+    }
+    let outputs = us.run(Duration::from_secs(9));
+    let sent = pings(&outputs).len() + handshakes(&outputs).iter().map(Vec::len).sum::<usize>();
+    assert!((500..=1_000).contains(&sent), "{sent}");
+    // Nodes elsewhere are tried all the same.
+    us.upsert(numbered_node(61).candidates(&[OTHER]));
+    let outputs = us.run(Duration::from_secs(1));
+    assert!(pings(&outputs).iter().any(|(to, _)| *to == path(OTHER)));
+}
+
+#[test]
 fn pings_that_are_replayed_from_elsewhere_leave_the_path_in_use_its_answers() {
     let mut us = Us::up(PUBLIC);
     let ping = Probe::Ping { transaction: 7 };
