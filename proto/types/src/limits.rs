@@ -62,8 +62,8 @@ pub const EPHEMERAL_AFTER: (Duration, Duration) =
 /// Bytes in a signal that the controller forwards from one node to another. A sealed
 /// [`CallMe`](crate::frame::Probe::CallMe) with [`CANDIDATES`] candidates fits.
 pub const SIGNAL_BYTES: usize = 1024;
-/// Tombstones that a client may send when it starts a watch. At up to 220 bytes each they fit in
-/// one message of [`MESSAGE_BYTES`].
+/// Tombstones that a client may send when it starts a watch. At up to 254 bytes each, with the one
+/// WireGuard key that a grant has, they fit in one message of [`MESSAGE_BYTES`].
 pub const TOMBSTONES: usize = 4_000;
 /// Nodes in a mesh.
 pub const NODES: usize = 10_000;
