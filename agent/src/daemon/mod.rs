@@ -617,6 +617,10 @@ impl Daemon {
                     self.tunnels.data_plane().handshake(peer, to);
                 }
                 Output::PeerTable(table) => self.peer_table(&table),
+                Output::PeerPath { peer, path } => {
+                    self.tunnels.data_plane().apply_path(&peer, path);
+                    self.api_servers_changed();
+                }
                 Output::ForwardingTable(table) => {
                     self.tunnels.data_plane().apply_forwarding(&table);
                 }
