@@ -482,6 +482,69 @@ fn systemd_finds_nothing_wrong_with_the_units() {
 }
 
 #[test]
+fn a_release_is_verified_only_as_it_was_signed_and_with_the_key_that_is_known() {
+    if Command::new("ssh-keygen").arg("-?").output().is_err() {
+        return eprintln!("skipped: ssh-keygen is not installed");
+    }
+    let root = tempfile::tempdir().unwrap();
+    let at = |name: &str| root.path().join(name);
+    let run = |program: &str, arguments: &[&Path]| {
+        let mut command = Command::new(program);
+        command.args(arguments).current_dir(root.path()).stdin(std::process::Stdio::null());
+        let output = command.output().unwrap();
+        (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let script = |name: &str, first: &Path| {
+        let script = deploy(&format!("release/{name}.sh"));
+        run("sh", &[&script, first, &at("release")])
+    };
+    for key in ["known", "other"] {
+        let made = Command::new("ssh-keygen")
+            .args(["-q", "-t", "ed25519", "-N", "", "-C", key, "-f"])
+            .arg(at(key))
+            .output()
+            .unwrap();
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    }
+    let public = std::fs::read_to_string(at("known.pub")).unwrap();
+    let line = format!("release@towline namespaces=\"towline-release\" {public}");
+    std::fs::write(at("signers"), line).unwrap();
+    std::fs::create_dir(at("release")).unwrap();
+    let write = |name: &str, text: &str| std::fs::write(at("release").join(name), text).unwrap();
+    // The checksum of `abc`.
+    let sum = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+    write("towline.deb", "abc");
+    write("SHA256SUMS", &format!("{sum}  towline.deb\n"));
+
+    let (known, other, signers) = (at("known"), at("other"), at("signers"));
+    let verified = || script("verify", &signers);
+    let signed = |key: &Path| script("sign", key);
+    assert!(!verified().0, "it has no signature yet");
+    assert_eq!(signed(&known), (true, String::new()));
+    assert!(verified().0, "{}", verified().1);
+
+    write("towline.deb", "abd");
+    assert!(!verified().0, "another file");
+    assert!(!signed(&known).0, "what does not fit its checksums is not signed");
+    write("towline.deb", "abc");
+    assert!(verified().0, "{}", verified().1);
+    write("SHA256SUMS", &format!("{sum}  towline.deb\n{sum}  more.deb\n"));
+    assert!(!verified().0, "other checksums");
+    write("SHA256SUMS", &format!("{sum}  towline.deb\n"));
+    assert_eq!(signed(&other), (true, String::new()));
+    assert!(!verified().0, "another key");
+    assert_eq!(signed(&known), (true, String::new()));
+    assert!(verified().0, "{}", verified().1);
+
+    // A release of which nothing is there is not verified either.
+    std::fs::remove_file(at("release/towline.deb")).unwrap();
+    assert!(!verified().0, "no file");
+    for name in ["sign", "verify"] {
+        parses_as_shell(&read(&format!("release/{name}.sh")));
+    }
+}
+
+#[test]
 fn the_terraform_example_is_hcl_and_marks_its_secrets() {
     let text = read("terraform/main.tf");
     let body: hcl_edit::structure::Body = text.parse().unwrap_or_else(|error| panic!("{error}"));
