@@ -234,6 +234,10 @@ pub struct TrustConfig {
     /// Networks that other nodes may announce although they contain a controller, or a gateway or DNS
     /// server that this machine had when it joined.
     pub accepted_networks: Vec<IpNet>,
+    /// True if this machine must not be used as a node while its kernel cannot drop packets that come from
+    /// outside the tunnel with a source of the mesh: the agent does not become ready, so the kubelet does not
+    /// start, and `towline wait` fails. Otherwise `towline status` names the problem.
+    pub require_inverse_guard: bool,
 }
 
 /// Setting of the mesh that lets its traffic travel in clear.
@@ -259,6 +263,7 @@ impl Default for TrustConfig {
             allow_in_clear: vec![ClearSetting::TrustedSites],
             refused_networks: Vec::new(),
             accepted_networks: Vec::new(),
+            require_inverse_guard: false,
         }
     }
 }
@@ -680,7 +685,7 @@ impl Config {
         host: HostAddresses,
         controllers: &[ControllerAddress],
     ) -> LocalLimits {
-        let TrustConfig { allow_in_clear, refused_networks, accepted_networks } = &self.trust;
+        let TrustConfig { allow_in_clear, refused_networks, accepted_networks, .. } = &self.trust;
         let literal =
             |controller: &ControllerAddress| controller.as_str().parse::<SocketAddr>().ok();
         let controllers = controllers.iter().filter_map(literal);

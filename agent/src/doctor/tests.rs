@@ -184,7 +184,7 @@ fn healthy_hosts_of_many_shapes_have_no_warning() {
 #[test]
 fn each_broken_host_gets_the_code_of_its_fault() {
     use CheckState::{Failed, Warning};
-    let broken: [(&str, Subject, CheckState, Change); 26] = [
+    let broken: [(&str, Subject, CheckState, Change); 27] = [
         ("clock-wrong", Subject::Clock, Failed, |facts| facts.host.now = NOW - 2 * DAY),
         ("clock-set-back", Subject::Clock, Warning, |facts| {
             facts.host.last_written = Some(NOW + 3_600);
@@ -207,6 +207,12 @@ fn each_broken_host_gets_the_code_of_its_fault() {
         }),
         ("node-removed", Subject::Agent, Failed, |facts| {
             answers(facts).status.problem_details = vec![detail("node-removed")];
+        }),
+        ("nftables-guard-reduced", Subject::Guards, Failed, |facts| {
+            let status = &mut answers(facts).status;
+            status.problem_details = vec![detail("nftables-guard-reduced")];
+            status.applied = Some(false);
+            status.applied_reason_code = "nftables-guard-reduced".into();
         }),
         ("link-missing", Subject::Guards, Failed, |facts| {
             let status = &mut answers(facts).status;
