@@ -13,7 +13,7 @@
 //! | [`Change::Host`] | | | all |
 //! | [`Change::Path`] | | the path of that peer | |
 //! | [`Change::Carrier`] | | yes | |
-//! | [`Change::OwnRemoval`] | | yes | |
+//! | [`Change::Usability`] | | yes | |
 
 use std::collections::BTreeSet;
 
@@ -37,8 +37,9 @@ pub(crate) enum Change {
     Path(PeerId),
     /// A node that shares networks with others went down or came back: another one carries them.
     Carrier,
-    /// This node was removed from the mesh. Who holds what stays, and so do routes and guards.
-    OwnRemoval,
+    /// This node was removed from the mesh, or its map got too old or was confirmed again. Who holds what stays,
+    /// and so do routes and guards.
+    Usability,
 }
 
 /// A peer of the data plane.
@@ -95,7 +96,7 @@ impl Changes {
             Change::OwnNetworks => (self.plan, self.table) = (Scope::All, TableScope::All),
             Change::Host => self.plan = Scope::All,
             Change::Path(peer) => self.table.add(peer),
-            Change::Carrier | Change::OwnRemoval => self.table = TableScope::All,
+            Change::Carrier | Change::Usability => self.table = TableScope::All,
         }
     }
 

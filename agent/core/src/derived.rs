@@ -63,7 +63,7 @@ impl Derived {
         let link = input.link_mtu();
         let (key, path) = match peer {
             PeerId::Node(id) => {
-                let peer = input.peers.get(id).filter(|_| !input.roster.is_removed())?;
+                let peer = input.peers.get(id).filter(|_| input.roster.is_usable())?;
                 input.roster.claim(id).filter(|claim| claim.key_holder.is_none())?;
                 (peer.key(), path_of(peer, link))
             }
@@ -83,10 +83,11 @@ fn path_of(peer: &Peer, link: Mtu) -> PeerPath {
     PeerPath { endpoint: peer.endpoint(), mtu, fragment, is_single: peer.is_single() }
 }
 
-/// All peers that hold their key. A node that was removed from the mesh has static peers only.
+/// All peers that hold their key. A node that was removed from the mesh, or whose map is too old, has static
+/// peers only.
 fn peer_table(input: &RoutingInput<'_>) -> PeerTable {
     let link = input.link_mtu();
-    let nodes = input.peers.iter().filter(|_| !input.roster.is_removed());
+    let nodes = input.peers.iter().filter(|_| input.roster.is_usable());
     let entries = nodes.filter_map(|peer| {
         let claim = input.roster.claim(peer.id()).filter(|claim| claim.key_holder.is_none())?;
         let PeerPath { endpoint, mtu, fragment, is_single } = path_of(peer, link);

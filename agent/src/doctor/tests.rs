@@ -319,7 +319,7 @@ fn a_check_of_many_peers_stays_short() {
 
 #[test]
 fn the_true_cause_of_a_peers_state_is_named() {
-    let cases: [(&str, Option<&str>, Verdict, Change); 19] = [
+    let cases: [(&str, Option<&str>, Verdict, Change); 20] = [
         ("healthy", None, Verdict::Healthy, |_| {}),
         ("the peer is away", Some("no-answer"), Verdict::Down, |facts| {
             answers(facts).peers[0] = peer("node-b", "down", "", "no-answer");
@@ -350,6 +350,11 @@ fn the_true_cause_of_a_peers_state_is_named() {
         ("removed", Some("node-removed"), Verdict::Down, |facts| {
             answers(facts).peers[0] = peer("node-b", "down", "", "no-answer");
             answers(facts).status.problem_details = vec![detail("node-removed")];
+        }),
+        ("an old map", Some("map-expired"), Verdict::Down, |facts| {
+            answers(facts).peers[0] = peer("node-b", "down", "", "no-answer");
+            answers(facts).status.problem_details = vec![detail("map-expired")];
+            away(facts, "controller-unreachable");
         }),
         ("controller away", Some("controller-unreachable"), Verdict::Down, |facts| {
             answers(facts).peers = vec![peer("node-b", "down", "", "no-candidates")];
