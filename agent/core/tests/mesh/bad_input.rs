@@ -69,6 +69,17 @@ fn a_network_of_which_many_peers_advertise_addresses_gets_a_bounded_number_of_da
 }
 
 #[test]
+fn a_network_around_a_peers_address_does_not_keep_it_from_being_tried() {
+    let mut us = Us::new(1);
+    us.upsert(peer(2).candidates(&["192.168.50.9:51830"]));
+    us.upsert(peer(3).prefixes(&["192.168.50.0/24"]));
+    let outputs = us.run(Duration::from_secs(1));
+    assert!(us.guards("192.168.50.9"), "what others send there enters the tunnel or is dropped");
+    let tried = pings(&outputs);
+    assert!(tried.iter().any(|(to, _)| *to == path("192.168.50.9:51830")), "{tried:?}");
+}
+
+#[test]
 fn pings_that_are_replayed_from_elsewhere_leave_the_path_in_use_its_answers() {
     let mut us = Us::up(PUBLIC);
     let ping = Probe::Ping { transaction: 7 };
