@@ -41,6 +41,9 @@ pub const OVERLAY_ADDRESSES: usize = 2;
 pub const VERSION_BYTES: usize = 64;
 /// Bytes in one signed body.
 pub const SIGNED_BODY_BYTES: usize = 32 * 1024;
+/// Bytes in a record that a node publishes: [`PREFIXES`] and [`CANDIDATES`] of IPv6 have about 6.5 KiB. Records that
+/// an earlier version stored may be longer.
+pub const RECORD_BYTES: usize = 8 * 1024;
 /// Bytes in a certificate signing request.
 pub const CSR_BYTES: usize = 4 * 1024;
 /// Bytes in one certificate of a chain.
