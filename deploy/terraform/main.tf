@@ -1,20 +1,16 @@
-# One join token for each worker, made by the controller's own command line and kept in encrypted
-# state. The machine that runs Terraform holds the administrator's credential, as
+# One join token for each worker, made by the controller's own command line. The token is written into
+# the worker's cloud-init, in a directory that only this user can read; neither plan nor state has it.
+# `terraform destroy`, or taking a worker out of the list, revokes its token and removes its node.
+#
+# The machine that runs Terraform needs jq. It holds the administrator's credential, as
 # `towline-controller` writes it beside its CA (/var/lib/towline-controller/admin.*), and reaches
 # TCP 7443: set TOWLINE_CONTROLLER=HOST:PORT here and `remote_admin = true` in the controller's configuration. On the
 # controller's own machine neither is needed.
 terraform {
   required_version = ">= 1.7"
-  required_providers {
-    external = {
-      source  = "hashicorp/external"
-      version = "~> 2.3"
-    }
-  }
-  # State holds the tokens: keep it where it is encrypted. (OpenTofu can encrypt it itself, with an
-  # `encryption` block.)
+  # State has names and networks. (OpenTofu can encrypt it itself, with an `encryption` block.)
   backend "s3" {
-    key     = "towline/tokens.tfstate"
+    key     = "towline/workers.tfstate"
     encrypt = true
   }
 }
@@ -28,38 +24,47 @@ variable "workers" {
   }
 }
 
-variable "state_dir" {
-  description = "Directory with the administrator's credential."
+variable "directory" {
+  description = "Directory for the cloud-init of each worker, on encrypted storage."
   type        = string
-  default     = "/var/lib/towline-controller"
+  default     = "/var/lib/towline-workers"
 }
 
-# Every plan asks for a token; those that are not kept below are used by nobody and expire.
-data "external" "token" {
-  for_each = var.workers
-  program = [
-    "sh", "-c",
-    "towline-controller token create -o json --ttl 24h --name \"$1\" --prefix \"$2\" --state-dir \"$3\" | jq '{token, id}'",
-    "token", each.key, each.value, var.state_dir,
-  ]
-}
-
-# Kept from the first apply on: a machine's token does not change under it. Another name or network
-# makes another one.
-resource "terraform_data" "token" {
+# Created once: a machine's token does not change under it. Another name or network makes another one.
+resource "terraform_data" "worker" {
   for_each         = var.workers
   triggers_replace = [each.key, each.value]
-  input            = sensitive(data.external.token[each.key].result.token)
-  lifecycle {
-    ignore_changes = [input]
+  input = {
+    script    = abspath("${path.module}/../tokens/worker.sh")
+    name      = each.key
+    network   = each.value
+    directory = var.directory
+  }
+
+  provisioner "local-exec" {
+    command = "\"$SCRIPT\" create \"$NAME\" \"$NETWORK\" \"$DIRECTORY\""
+    environment = {
+      SCRIPT    = self.input.script
+      NAME      = self.input.name
+      NETWORK   = self.input.network
+      DIRECTORY = self.input.directory
+    }
+  }
+
+  provisioner "local-exec" {
+    when    = destroy
+    command = "\"$SCRIPT\" destroy \"$NAME\" \"$DIRECTORY\""
+    environment = {
+      SCRIPT    = self.input.script
+      NAME      = self.input.name
+      DIRECTORY = self.input.directory
+    }
   }
 }
 
-output "user_data" {
-  description = "cloud-init of each worker."
-  sensitive   = true
-  value = {
-    for name, kept in terraform_data.token :
-    name => replace(file("${path.module}/../cloud-init/worker.yaml"), "content: TOKEN", "content: ${kept.output}")
-  }
+# For a PXE server or the seed image of each machine. What a cloud's own resource gets as user data is in its
+# state: write the token to the cloud's secret store there, and let cloud-init read it.
+output "user_data_files" {
+  description = "File with the cloud-init of each worker."
+  value       = { for name, worker in terraform_data.worker : name => "${worker.output.directory}/${name}.yaml" }
 }

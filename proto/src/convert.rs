@@ -369,6 +369,10 @@ impl TryFrom<pb::Tombstone> for Tombstone {
             node_id: id(&tombstone.node_id)?,
             name: NodeName::try_from(tombstone.name)?,
             identity_key: id(&tombstone.identity_key)?,
+            wireguard_keys: match tombstone.wireguard_keys.as_slice() {
+                [] => Vec::new(),
+                keys => wireguard_keys(keys)?,
+            },
             removed_at: tombstone.removed_at,
         })
     }
@@ -381,6 +385,7 @@ impl From<&Tombstone> for pb::Tombstone {
             node_id: tombstone.node_id.0.to_vec(),
             name: tombstone.name.to_string(),
             identity_key: tombstone.identity_key.0.to_vec(),
+            wireguard_keys: tombstone.wireguard_keys.iter().map(|key| key.0.to_vec()).collect(),
             removed_at: tombstone.removed_at,
         }
     }
@@ -575,6 +580,26 @@ mod tests {
             let parsed = Grant::try_from(grant(decision)).unwrap();
             assert_eq!(parsed.relay, role);
             assert_eq!(pb::Grant::from(&parsed).relay, decision);
+        }
+    }
+
+    #[test]
+    fn a_tombstone_names_the_keys_of_its_node_and_one_of_an_earlier_version_names_none() {
+        let tombstone = |wireguard_keys| pb::Tombstone {
+            mesh_id: vec![1; 16],
+            node_id: vec![1; 16],
+            name: "a".into(),
+            identity_key: vec![1; 32],
+            removed_at: 5,
+            wireguard_keys,
+        };
+        for keys in [vec![], vec![vec![2; 32]], vec![vec![2; 32]; limits::WIREGUARD_KEYS]] {
+            let parsed = Tombstone::try_from(tombstone(keys.clone())).unwrap();
+            assert_eq!(parsed.wireguard_keys.len(), keys.len());
+            assert_eq!(pb::Tombstone::from(&parsed).wireguard_keys, keys);
+        }
+        for wrong in [vec![vec![2; 31]], vec![vec![2; 32]; limits::WIREGUARD_KEYS + 1]] {
+            assert!(Tombstone::try_from(tombstone(wrong)).is_err());
         }
     }
 

@@ -482,15 +482,147 @@ fn systemd_finds_nothing_wrong_with_the_units() {
 }
 
 #[test]
-fn the_terraform_example_is_hcl_and_marks_its_secrets() {
+fn a_release_is_verified_only_as_it_was_signed_and_with_the_key_that_is_known() {
+    if Command::new("ssh-keygen").arg("-?").output().is_err() {
+        return eprintln!("skipped: ssh-keygen is not installed");
+    }
+    let root = tempfile::tempdir().unwrap();
+    let at = |name: &str| root.path().join(name);
+    let run = |program: &str, arguments: &[&Path]| {
+        let mut command = Command::new(program);
+        command.args(arguments).current_dir(root.path()).stdin(std::process::Stdio::null());
+        let output = command.output().unwrap();
+        (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let script = |name: &str, first: &Path| {
+        let script = deploy(&format!("release/{name}.sh"));
+        run("sh", &[&script, first, &at("release")])
+    };
+    for key in ["known", "other"] {
+        let made = Command::new("ssh-keygen")
+            .args(["-q", "-t", "ed25519", "-N", "", "-C", key, "-f"])
+            .arg(at(key))
+            .output()
+            .unwrap();
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    }
+    let public = std::fs::read_to_string(at("known.pub")).unwrap();
+    let line = format!("release@towline namespaces=\"towline-release\" {public}");
+    std::fs::write(at("signers"), line).unwrap();
+    std::fs::create_dir(at("release")).unwrap();
+    let write = |name: &str, text: &str| std::fs::write(at("release").join(name), text).unwrap();
+    // The checksum of `abc`.
+    let sum = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+    write("towline.deb", "abc");
+    write("SHA256SUMS", &format!("{sum}  towline.deb\n"));
+
+    let (known, other, signers) = (at("known"), at("other"), at("signers"));
+    let verified = || script("verify", &signers);
+    let signed = |key: &Path| script("sign", key);
+    assert!(!verified().0, "it has no signature yet");
+    assert_eq!(signed(&known), (true, String::new()));
+    assert!(verified().0, "{}", verified().1);
+
+    write("towline.deb", "abd");
+    assert!(!verified().0, "another file");
+    assert!(!signed(&known).0, "what does not fit its checksums is not signed");
+    write("towline.deb", "abc");
+    assert!(verified().0, "{}", verified().1);
+    write("SHA256SUMS", &format!("{sum}  towline.deb\n{sum}  more.deb\n"));
+    assert!(!verified().0, "other checksums");
+    write("SHA256SUMS", &format!("{sum}  towline.deb\n"));
+    assert_eq!(signed(&other), (true, String::new()));
+    assert!(!verified().0, "another key");
+    assert_eq!(signed(&known), (true, String::new()));
+    assert!(verified().0, "{}", verified().1);
+
+    // A release of which nothing is there is not verified either.
+    std::fs::remove_file(at("release/towline.deb")).unwrap();
+    assert!(!verified().0, "no file");
+    for name in ["sign", "verify"] {
+        parses_as_shell(&read(&format!("release/{name}.sh")));
+    }
+}
+
+#[test]
+fn the_terraform_example_is_hcl_and_keeps_tokens_out_of_plan_and_state() {
     let text = read("terraform/main.tf");
     let body: hcl_edit::structure::Body = text.parse().unwrap_or_else(|error| panic!("{error}"));
-    let blocks: Vec<String> =
+    // What a data source or an output has is in the state.
+    assert_eq!(body.get_blocks("data").count(), 0);
+    let outputs: Vec<String> =
         body.get_blocks("output").map(|block| block.body.to_string()).collect();
-    assert!(!blocks.is_empty());
-    assert!(blocks.iter().all(|block| block.contains("sensitive   = true")));
-    assert!(text.contains("encrypt = true"));
+    assert!(outputs.iter().all(|output| output.contains(".yaml")), "names of files: {outputs:?}");
+    let workers: Vec<String> =
+        body.get_blocks("resource").map(|block| block.body.to_string()).collect();
+    for command in ["create", "destroy"] {
+        let command = format!("$SCRIPT\\\" {command} ");
+        assert!(workers.iter().any(|worker| worker.contains(&command)), "{workers:?}");
+    }
+    assert!(workers.iter().any(|worker| worker.contains("when    = destroy")));
     assert!(read("cloud-init/worker.yaml").contains("content: TOKEN\n"));
+}
+
+#[test]
+fn a_worker_that_is_destroyed_has_neither_a_token_nor_a_node_left() {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    if Command::new("jq").arg("--version").output().is_err() {
+        return eprintln!("skipped: jq is not installed");
+    }
+    let root = tempfile::tempdir().unwrap();
+    let at = |name: &str| root.path().join(name);
+    // A controller that writes down what it is asked, and has a used and an open token of the name.
+    let controller = r#"#!/bin/sh
+        echo "$*" >>"$CALLS"
+        case "$1 $2" in
+        "$FAILS") exit 1 ;;
+        'token create') echo '{"token": "tl1-x&y", "id": "0004"}' ;;
+        'token list') echo '[{"id": "0001", "name": "gpu-1", "state": "used"},
+            {"id": "0002", "name": "gpu-1", "state": "open"},
+            {"id": "0003", "name": "gpu-2", "state": "open"}]' ;;
+        'node list') echo '[{"name": "gpu-1"}]' ;;
+        esac
+    "#;
+    std::fs::create_dir(at("bin")).unwrap();
+    std::fs::write(at("bin/towline-controller"), controller).unwrap();
+    let mode = std::fs::Permissions::from_mode(0o755);
+    std::fs::set_permissions(at("bin/towline-controller"), mode).unwrap();
+    let path = format!("{}:{}", at("bin").display(), std::env::var("PATH").unwrap());
+    let run = |arguments: &[&str], fails: &str| {
+        let _ = std::fs::remove_file(at("calls"));
+        let mut command = Command::new("sh");
+        command.arg(deploy("tokens/worker.sh")).args(arguments).arg(at("out"));
+        command.env("PATH", &path).env("CALLS", at("calls")).env("FAILS", fails);
+        let succeeds = command.output().unwrap().status.success();
+        let calls = std::fs::read_to_string(at("calls")).unwrap_or_default();
+        (succeeds, calls.lines().map(ToOwned::to_owned).collect::<Vec<_>>())
+    };
+
+    let (succeeds, calls) = run(&["create", "gpu-1", "10.244.1.0/24"], "");
+    assert!(succeeds);
+    let create = "token create -o json --ttl 24h --name gpu-1 --prefix 10.244.1.0/24";
+    assert_eq!(calls, ["token list -o json", "token revoke 0002", create]);
+    let file = at("out/gpu-1.yaml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    assert_eq!(text, read("cloud-init/worker.yaml").replace("content: TOKEN", "content: tl1-x&y"));
+    assert_eq!(file.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    assert_eq!(at("out").metadata().unwrap().permissions().mode() & 0o777, 0o700);
+
+    // Where the controller cannot be asked, nothing counts as removed.
+    for fails in ["token list", "token revoke", "node list", "node remove"] {
+        assert!(!run(&["destroy", "gpu-1"], fails).0, "{fails}");
+        assert!(file.exists(), "{fails}");
+    }
+    let (succeeds, calls) = run(&["destroy", "gpu-1"], "");
+    assert!(succeeds && !file.exists());
+    let asked = ["token list -o json", "token revoke 0002", "node list -o json"];
+    assert_eq!(calls, [&asked[..], &["node remove gpu-1"]].concat());
+    // Also of a worker that never joined.
+    let (succeeds, calls) = run(&["destroy", "gpu-3"], "");
+    assert!(succeeds);
+    assert_eq!(calls, ["token list -o json", "node list -o json"]);
+    parses_as_shell(&read("tokens/worker.sh"));
 }
 
 #[test]
@@ -498,7 +630,10 @@ fn the_pulumi_example_and_the_falco_rules_parse() {
     let package: Value = serde_json::from_str(&read("pulumi/package.json")).unwrap();
     assert!(package["dependencies"]["@pulumi/command"].is_string());
     assert!(yaml(&read("pulumi/Pulumi.yaml"))["runtime"] == "nodejs");
-    assert!(read("pulumi/index.ts").contains("pulumi.secret("));
+    let program = read("pulumi/index.ts");
+    for command in ["create: '\"$SCRIPT\" create ", "delete: '\"$SCRIPT\" destroy "] {
+        assert!(program.contains(command), "{command}");
+    }
     let rules = yaml(&read("falco/towline_rules.yaml"));
     let rules: Vec<&Value> =
         rules.as_array().unwrap().iter().filter(|item| !item["rule"].is_null()).collect();

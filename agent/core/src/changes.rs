@@ -11,12 +11,13 @@
 //! | [`Change::Routes`] | | | of that node |
 //! | [`Change::OwnNetworks`] | | yes | all |
 //! | [`Change::Host`] | | | all |
-//! | [`Change::Endpoint`] | | yes | |
-//! | [`Change::OwnRemoval`] | | yes | |
+//! | [`Change::Path`] | | the path of that peer | |
+//! | [`Change::Carrier`] | | yes | |
+//! | [`Change::Usability`] | | yes | |
 
 use std::collections::BTreeSet;
 
-use towline_types::id::NodeId;
+use towline_types::id::{NodeId, WireguardKey};
 
 /// A change of what claims, peer table and plan follow from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,10 +33,31 @@ pub(crate) enum Change {
     OwnNetworks,
     /// What the plan alone takes from host and configuration: node IPs, outer traffic.
     Host,
-    /// Where datagrams of a peer go, or the path MTU that the data plane applies.
-    Endpoint,
-    /// This node was removed from the mesh. Who holds what stays, and so do routes and guards.
-    OwnRemoval,
+    /// Where datagrams of this peer go, or the path MTU that the data plane applies.
+    Path(PeerId),
+    /// A node that shares networks with others went down or came back: another one carries them.
+    Carrier,
+    /// This node was removed from the mesh, or its map got too old or was confirmed again. Who holds what stays,
+    /// and so do routes and guards.
+    Usability,
+}
+
+/// A peer of the data plane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum PeerId {
+    /// A node of the mesh.
+    Node(NodeId),
+    /// A peer of the configuration.
+    Static(WireguardKey),
+}
+
+/// How much of the peer table has to be derived again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum TableScope {
+    /// Everything.
+    All,
+    /// The paths of these peers. A table with 10,000 peers is not built again for a peer that roams.
+    Paths(BTreeSet<PeerId>),
 }
 
 /// How much has to be derived again.
@@ -54,14 +76,14 @@ pub(crate) struct Changes {
     claims: Scope,
     /// Part of the plan to build again. Cleared by [`Self::take_plan`].
     plan: Scope,
-    /// True if the peer table has to be built again. Cleared by [`Self::take_table`].
-    table: bool,
+    /// Part of the peer table to build again. Cleared by [`Self::take_table`].
+    table: TableScope,
 }
 
 impl Changes {
     /// Everything has to be derived: nothing was so far.
     pub(crate) fn all() -> Self {
-        Self { claims: Scope::All, plan: Scope::All, table: true }
+        Self { claims: Scope::All, plan: Scope::All, table: TableScope::All }
     }
 
     /// Records a change for the next derivation.
@@ -71,16 +93,17 @@ impl Changes {
             // Its routes follow once its claims are resolved.
             Change::Record(node) => self.claims.add(node),
             Change::Routes(node) => self.plan.add(node),
-            Change::OwnNetworks => (self.plan, self.table) = (Scope::All, true),
+            Change::OwnNetworks => (self.plan, self.table) = (Scope::All, TableScope::All),
             Change::Host => self.plan = Scope::All,
-            Change::Endpoint | Change::OwnRemoval => self.table = true,
+            Change::Path(peer) => self.table.add(peer),
+            Change::Carrier | Change::Usability => self.table = TableScope::All,
         }
     }
 
     /// Returns which claims to resolve again, if any. The peer table shows them, so it follows.
     pub(crate) fn take_claims(&mut self) -> Option<Scope> {
         let scope = self.claims.take()?;
-        self.table = true;
+        self.table = TableScope::All;
         Some(scope)
     }
 
@@ -89,9 +112,19 @@ impl Changes {
         self.plan.take()
     }
 
-    /// Returns whether the peer table has to be built again.
-    pub(crate) fn take_table(&mut self) -> bool {
-        std::mem::take(&mut self.table)
+    /// Returns which part of the peer table to build again, if any.
+    pub(crate) fn take_table(&mut self) -> Option<TableScope> {
+        let nothing = TableScope::Paths(BTreeSet::new());
+        let taken = std::mem::replace(&mut self.table, nothing.clone());
+        (taken != nothing).then_some(taken)
+    }
+}
+
+impl TableScope {
+    fn add(&mut self, peer: PeerId) {
+        if let Self::Paths(peers) = self {
+            peers.insert(peer);
+        }
     }
 }
 
@@ -119,7 +152,7 @@ mod tests {
         let mut changes = Changes::all();
         assert_eq!(changes.take_claims(), Some(Scope::All));
         assert_eq!(changes.take_plan(), Some(Scope::All));
-        assert!(changes.take_table());
+        assert_eq!(changes.take_table(), Some(TableScope::All));
         changes
     }
 
@@ -127,18 +160,29 @@ mod tests {
     fn a_change_marks_all_that_follows_from_it_once() {
         let mut changes = nothing_marked();
         assert_eq!((changes.take_claims(), changes.take_plan()), (None, None));
-        assert!(!changes.take_table());
+        assert_eq!(changes.take_table(), None);
 
         changes.mark(Change::Record(NODE));
         assert_eq!(changes.take_claims(), Some(Scope::Nodes([NODE].into())));
-        assert!(changes.take_table(), "the peer table shows the claims");
+        assert_eq!(changes.take_table(), Some(TableScope::All), "it shows the claims");
         assert_eq!(changes.take_claims(), None);
 
         changes.mark(Change::Routes(NODE));
         changes.mark(Change::Host);
         changes.mark(Change::Routes(NODE));
         assert_eq!(changes.take_plan(), Some(Scope::All), "all of it includes each node");
-        assert!(!changes.take_table());
+        assert_eq!(changes.take_table(), None);
+
+        let (first, second) = (PeerId::Node(NODE), PeerId::Static(WireguardKey([2; 32])));
+        changes.mark(Change::Path(second));
+        changes.mark(Change::Path(first));
+        changes.mark(Change::Path(second));
+        assert_eq!(changes.take_table(), Some(TableScope::Paths([first, second].into())));
+        changes.mark(Change::Path(first));
+        changes.mark(Change::Carrier);
+        changes.mark(Change::Path(second));
+        assert_eq!(changes.take_table(), Some(TableScope::All), "all of it includes each path");
+        assert_eq!(changes.take_plan(), None);
     }
 
     #[test]
@@ -147,6 +191,6 @@ mod tests {
         changes.mark(Change::Ownership);
         assert_eq!(changes.take_claims(), Some(Scope::All));
         assert_eq!(changes.take_plan(), Some(Scope::All));
-        assert!(changes.take_table());
+        assert_eq!(changes.take_table(), Some(TableScope::All));
     }
 }

@@ -71,6 +71,7 @@ impl Effects {
             | Output::Train { .. }
             | Output::Stun { .. }
             | Output::PeerTable(_)
+            | Output::PeerPath { .. }
             | Output::ForwardingTable(_)
             | Output::ReportChannels
             | Output::Plan(_)

@@ -56,7 +56,7 @@
 //!   at [`Mesh::poll_timeout`](mesh::Mesh::poll_timeout), and at that time (or later) call
 //!   [`Mesh::handle_timeout`](mesh::Mesh::handle_timeout).
 //! - The peer table, the forwarding table and the plan come whole and are comparable: each replaces
-//!   the last one.
+//!   the last one. The path of one peer also comes by itself, and changes the last peer table.
 //! - Decisions are traced at debug level, in a span for each peer. A trace carries no time of the
 //!   core's own, and costs nothing while nobody listens.
 

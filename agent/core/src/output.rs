@@ -10,7 +10,7 @@ use towline_types::node::Candidate;
 use crate::forwarding::ForwardingTable;
 use crate::path::Path;
 use crate::peer_history::PathChange;
-use crate::peer_table::PeerTable;
+use crate::peer_table::{PeerPath, PeerTable};
 use crate::plan::Plan;
 use crate::status::PeerState;
 
@@ -68,6 +68,13 @@ pub enum Output {
     },
     /// Apply this peer table: it replaces the last one.
     PeerTable(Arc<PeerTable>),
+    /// Apply this path to one peer of the table: all else of the table stays.
+    PeerPath {
+        /// Peer whose path changed.
+        peer: WireguardKey,
+        /// Path of the peer from now on.
+        path: PeerPath,
+    },
     /// Apply this forwarding table: it replaces the last one. It comes only from a node that relays.
     ForwardingTable(Arc<ForwardingTable>),
     /// Report which channels of the forwarding table carried something since the last report. The

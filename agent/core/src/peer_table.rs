@@ -77,6 +77,39 @@ impl Default for PeerEntry {
     }
 }
 
+impl PeerEntry {
+    /// Returns how datagrams reach the peer.
+    pub fn path(&self) -> PeerPath {
+        PeerPath {
+            endpoint: self.endpoint,
+            mtu: self.mtu,
+            fragment: self.fragment,
+            is_single: self.is_single,
+        }
+    }
+
+    /// Replaces how datagrams reach the peer.
+    pub fn set_path(&mut self, path: PeerPath) {
+        let PeerPath { endpoint, mtu, fragment, is_single } = path;
+        (self.endpoint, self.mtu) = (endpoint, mtu);
+        (self.fragment, self.is_single) = (fragment, is_single);
+    }
+}
+
+/// How datagrams reach one peer: the part of its [`PeerEntry`] that changes without any other peer. The
+/// fields are those of the entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PeerPath {
+    /// Path that its datagrams go over; `None` while no path is known.
+    pub endpoint: Option<Path>,
+    /// The largest inner packet that the path takes whole.
+    pub mtu: Mtu,
+    /// True if the path takes less than inner packets of 1,280 bytes need.
+    pub fragment: bool,
+    /// True if each datagram is sent by itself.
+    pub is_single: bool,
+}
+
 /// An event of one peer that the data plane observed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Observation {

@@ -8,7 +8,7 @@ use rand::Rng as _;
 use towline_types::id::NodeId;
 use towline_types::node::Node;
 
-use crate::changes::Change;
+use crate::changes::{Change, PeerId};
 use crate::effects::Effects;
 use crate::peer::{Peer, PeerContext};
 use crate::status::PeerState;
@@ -87,8 +87,8 @@ impl Peers {
 }
 
 /// Lets a peer handle something, in a tracing span of that peer. Marks its routes as changed if its
-/// state or path MTU did, and the peer table if the path MTU did, or whether it is down, or whether
-/// datagrams are sent singly.
+/// state or path MTU did, its path if the path MTU did, or whether datagrams are sent singly, and the whole
+/// peer table if another peer may carry what it carried.
 fn tracked(
     peer: &mut Peer,
     cx: &mut PeerContext<'_>,
@@ -101,9 +101,12 @@ fn tracked(
     if peer.state() != state || !is_same_mtu {
         cx.fx.mark(Change::Routes(peer.id()));
     }
+    if !is_same_mtu || peer.is_single() != is_single {
+        cx.fx.mark(Change::Path(PeerId::Node(peer.id())));
+    }
     // Another peer may carry what a peer that is down shares with it.
     let is_down_changed = (peer.state() == PeerState::Down) != (state == PeerState::Down);
-    if !is_same_mtu || peer.is_single() != is_single || is_down_changed {
-        cx.fx.mark(Change::Endpoint);
+    if is_down_changed && !peer.node().grant().shared.is_empty() {
+        cx.fx.mark(Change::Carrier);
     }
 }

@@ -38,6 +38,8 @@ pub(crate) struct Roster {
     own_prefixes: Vec<IpNet>,
     /// Networks that others may not cover on this host.
     limits: LocalLimits,
+    /// True while no controller confirmed the map for longer than the operator allows.
+    is_map_expired: bool,
     /// The other nodes, each by its newest record.
     nodes: BTreeMap<NodeId, Arc<Node>>,
     /// Nodes that were removed, this one perhaps among them. Never shrinks.
@@ -66,6 +68,7 @@ impl Roster {
             membership,
             own_prefixes: Vec::new(),
             limits: LocalLimits::default(),
+            is_map_expired: false,
             nodes: BTreeMap::new(),
             removed: BTreeSet::new(),
             removed_keys: BTreeSet::new(),
@@ -133,6 +136,15 @@ impl Roster {
             self.limits = limits;
             fx.mark(Change::Ownership);
         }
+    }
+
+    /// Sets whether the map is too old. Returns whether that is another state than before.
+    pub(crate) fn set_map_expired(&mut self, fx: &mut Effects, is_expired: bool) -> bool {
+        let is_changed = std::mem::replace(&mut self.is_map_expired, is_expired) != is_expired;
+        if is_changed {
+            fx.mark(Change::Usability);
+        }
+        is_changed
     }
 
     /// Adds networks that were held once.
@@ -249,6 +261,16 @@ impl Roster {
         own.is_some_and(|own| self.removed.contains(&own))
     }
 
+    /// Returns whether no controller confirmed the map for longer than the operator allows.
+    pub(crate) fn is_map_expired(&self) -> bool {
+        self.is_map_expired
+    }
+
+    /// Returns whether there may be tunnels to the nodes of the map.
+    pub(crate) fn is_usable(&self) -> bool {
+        !self.is_removed() && !self.is_map_expired
+    }
+
     pub(crate) fn own_prefixes(&self) -> &[IpNet] {
         &self.own_prefixes
     }
@@ -324,7 +346,7 @@ impl Roster {
         let is_own = id == grant.node_id;
         self.removed_keys.insert(tombstone.identity_key);
         if self.removed.insert(id) && is_own {
-            fx.mark(Change::OwnRemoval);
+            fx.mark(Change::Usability);
         }
         self.release_later(fx, id);
         self.nodes.remove(&id).map(|_| id)

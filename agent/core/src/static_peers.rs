@@ -19,14 +19,14 @@ use towline_types::frame::ProbeVersion;
 use towline_types::id::{PresharedKey, WireguardKey};
 use towline_types::mtu::Mtu;
 
-use crate::changes::Change;
+use crate::changes::{Change, PeerId};
 use crate::conflict::{Conflict, Holder};
 use crate::effects::Effects;
 use crate::local_node::LocalNode;
 use crate::output::Output;
 use crate::path::Path;
 use crate::peer::{DOWN_AFTER, jittered};
-use crate::peer_table::{Observation, PeerEntry, REKEY_TIMEOUT};
+use crate::peer_table::{Observation, PeerEntry, PeerPath, REKEY_TIMEOUT};
 use crate::prefixes::PrefixMap;
 use crate::reason::StaticPeerReason;
 use crate::status::PeerState;
@@ -153,21 +153,28 @@ impl StaticPeers {
     /// Returns the static peers' part of the peer table, over a link of this MTU.
     pub(crate) fn entries(&self, mtu: Mtu) -> impl Iterator<Item = (WireguardKey, PeerEntry)> {
         self.by_key.iter().filter(|(_, peer)| peer.key_holder.is_none()).map(move |(key, peer)| {
+            let PeerPath { endpoint, mtu, fragment, is_single } = peer.path(mtu);
             let entry = PeerEntry {
-                endpoint: peer.endpoint,
+                endpoint,
                 prefixes: peer.prefixes.clone(),
                 shared_sources: Vec::new(),
                 keepalive: peer.config.keepalive,
                 preshared_key: peer.config.preshared_key.clone(),
                 mtu,
-                fragment: false,
-                is_single: false,
+                fragment,
+                is_single,
                 boot_epoch: 0,
                 is_static: true,
                 probe_version: ProbeVersion::default(),
             };
             (*key, entry)
         })
+    }
+
+    /// Returns how datagrams reach one of [`Self::entries`].
+    pub(crate) fn path(&self, key: &WireguardKey, mtu: Mtu) -> Option<PeerPath> {
+        let peer = self.by_key.get(key).filter(|peer| peer.key_holder.is_none())?;
+        Some(peer.path(mtu))
     }
 
     /// Returns all networks that are routed to static peers.
@@ -206,7 +213,7 @@ impl StaticPeers {
             let moved = peer.endpoint.map(|path| local.on_port(path));
             if moved != peer.endpoint {
                 peer.endpoint = moved;
-                fx.mark(Change::Endpoint);
+                peer.path_changed(fx);
             }
         }
     }
@@ -336,7 +343,7 @@ impl ConfiguredPeer {
         let usable = !from.is_relayed() && local.can_send_to(from.remote);
         if self.endpoint != Some(from) && usable {
             self.endpoint = Some(from);
-            fx.mark(Change::Endpoint);
+            self.path_changed(fx);
         }
     }
 
@@ -345,8 +352,17 @@ impl ConfiguredPeer {
         if let Some(path) = &mut self.endpoint
             && path.local.take().is_some()
         {
-            fx.mark(Change::Endpoint);
+            self.path_changed(fx);
         }
+    }
+
+    fn path_changed(&self, fx: &mut Effects) {
+        fx.mark(Change::Path(PeerId::Static(self.config.public_key)));
+    }
+
+    /// Returns how datagrams reach the peer, over a link of this MTU.
+    fn path(&self, mtu: Mtu) -> PeerPath {
+        PeerPath { endpoint: self.endpoint, mtu, fragment: false, is_single: false }
     }
 
     fn set_state(&mut self, fx: &mut Effects, to: PeerState) {

@@ -92,8 +92,10 @@ fn answers_follow_a_peer_that_roams_and_a_silent_one_is_sought_at_home_too() {
     let mut us = Us::alone();
     us.set(vec![peer(2, &[])]);
     us.observe(Observation::Handshake { from: path(HOME) });
+    let before = us.tables;
     us.observe(Observation::Roamed { from: path(AWAY) });
     assert_eq!(us.table.peers[&key(2)].endpoint, Some(path(AWAY)));
+    assert_eq!(us.tables, before, "the rest of the table stays");
     us.observe(Observation::SessionExpired);
     assert_eq!(us.observe(Observation::Wanted), [vec![path(AWAY), path(HOME)]]);
 }
@@ -195,6 +197,8 @@ struct Us {
     mesh: Mesh,
     now: Instant,
     table: Arc<PeerTable>,
+    /// Number of tables so far.
+    tables: usize,
     plan: Option<Arc<Plan>>,
 }
 
@@ -203,7 +207,8 @@ impl Us {
         #[allow(clippy::disallowed_methods)] // some instant to count from
         let now = Instant::now();
         let config = agent::config(membership);
-        Self { mesh: Mesh::new(config, [7; 32], now), now, table: Arc::default(), plan: None }
+        let (mesh, table) = (Mesh::new(config, [7; 32], now), Arc::default());
+        Self { mesh, now, table, tables: 0, plan: None }
     }
 
     fn alone() -> Self {
@@ -241,7 +246,14 @@ impl Us {
         let mut handshakes = Vec::new();
         while let Some(output) = self.mesh.poll_output() {
             match output {
-                Output::PeerTable(table) => self.table = table,
+                Output::PeerTable(table) => {
+                    self.table = table;
+                    self.tables += 1;
+                }
+                Output::PeerPath { peer, path } => {
+                    let entry = Arc::make_mut(&mut self.table).peers.get_mut(&peer);
+                    entry.expect("the peer is in the table").set_path(path);
+                }
                 Output::Plan(plan) => self.plan = Some(plan),
                 Output::Handshake { peer, to } if peer == key(2) => handshakes.push(to),
                 _ => {}

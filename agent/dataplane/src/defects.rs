@@ -156,7 +156,7 @@ fn indices_tell_nothing() {
     let table = Table::default().next(Instant::now(), &wanted, &secrets(1));
     let mut sent = BTreeSet::new();
     let mut neighbours = 0;
-    for peer in &table.peers {
+    for peer in table.peers() {
         let mut side = side(&secrets(1), peer.key, 1);
         let now = side.started;
         let mut tunnel = peer.tunnel.lock();

@@ -135,7 +135,7 @@ impl PacketPath {
 
     /// Returns the number of packets that wait for a session.
     pub fn waiting(&self) -> usize {
-        self.table.load().peers.iter().map(|peer| peer.tunnel.lock().waiting()).sum()
+        self.table.load().peers().map(|peer| peer.tunnel.lock().waiting()).sum()
     }
 
     /// Returns the next event, if there is one.

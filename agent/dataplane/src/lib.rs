@@ -91,7 +91,7 @@ use tokio::sync::mpsc::Sender;
 use tokio::sync::watch;
 use towline_core::forwarding::ForwardingTable;
 use towline_core::path::{ChannelId, Path};
-use towline_core::peer_table::PeerTable;
+use towline_core::peer_table::{PeerPath, PeerTable};
 use towline_types::id::WireguardKey;
 use towline_wireguard::Secrets;
 use x25519_dalek::StaticSecret;
@@ -394,11 +394,21 @@ impl DataPlane {
         self.0.probes.apply(table);
         let before = self.0.table.load_full();
         self.0.table.store(Arc::new(before.next(Instant::now(), table, &self.0.secrets)));
-        for peer in before.peers.iter().filter(|peer| !table.peers.contains_key(&peer.key)) {
+        for peer in before.peers().filter(|peer| !table.peers.contains_key(&peer.key)) {
             let lost = peer.tunnel.lock().close();
             self.0.building_drops.add(DropReason::QueueExpired, lost as u64);
         }
         self.0.inboxes.iter().for_each(|inbox| inbox.wake());
+    }
+
+    /// Replaces the path of one peer. All else of the peer table stays, and is not built again. Does nothing
+    /// if the peer is not in the table.
+    pub fn apply_path(&self, peer: &WireguardKey, path: PeerPath) {
+        let _building = self.0.building.lock();
+        if let Some(next) = self.0.table.load().with_path(peer, path) {
+            self.0.table.store(Arc::new(next));
+            self.0.inboxes.iter().for_each(|inbox| inbox.wake());
+        }
     }
 
     /// Replaces the forwarding table. Until the first one, this node relays nothing.
@@ -500,7 +510,7 @@ impl DataPlane {
     /// Returns the current counters and state.
     pub fn snapshot(&self) -> Snapshot {
         let table = self.0.table.load();
-        let peers = table.peers.iter().map(|peer| {
+        let peers = table.peers().map(|peer| {
             let (sent_bytes, received_bytes) = peer.counters.bytes();
             let snapshot = PeerSnapshot {
                 received_bytes,
@@ -530,7 +540,7 @@ impl DataPlane {
     /// Returns the traffic of each peer so far. Waits for no worker.
     pub fn traffic(&self) -> BTreeMap<WireguardKey, Traffic> {
         let table = self.0.table.load();
-        let traffic = table.peers.iter().map(|peer| {
+        let traffic = table.peers().map(|peer| {
             let (sent_bytes, received_bytes) = peer.counters.bytes();
             (peer.key, Traffic { received_bytes, sent_bytes })
         });

@@ -666,7 +666,7 @@ impl Pipeline {
         self.events.retry();
         let table = self.table.load();
         let mut live = self.events.is_waiting();
-        for peer in &table.peers {
+        for peer in table.peers() {
             let mut context = self.context(now, peer, out);
             live |= peer.tunnel.lock().tick(peer.endpoint(), peer.keepalive(), &mut context);
             // One tick of a tunnel writes at most a few messages.

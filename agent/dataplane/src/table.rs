@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 use prefix_trie::PrefixMap;
 use towline_core::own_networks::OwnNetworks;
 use towline_core::path::Path;
-use towline_core::peer_table::{PeerEntry, PeerTable};
+use towline_core::peer_table::{PeerEntry, PeerPath, PeerTable};
 use towline_types::id::WireguardKey;
 
 use super::Slot;
@@ -40,11 +40,22 @@ pub(super) struct Peer {
     indices: [Option<u32>; 2],
 }
 
+/// Number of peers in one part of a table. A change of one peer copies its part, and one pointer for each
+/// other part.
+const PART: usize = 128;
+
 /// Immutable table of all peers, their prefixes and this node's addresses.
 #[derive(Debug, Default)]
 pub(super) struct Table {
-    /// Every peer, by slot.
-    pub(super) peers: Vec<Arc<Peer>>,
+    /// Every peer, by slot, in parts of [`PART`].
+    parts: Vec<Arc<[Arc<Peer>]>>,
+    /// Shared by tables that differ in paths only.
+    lookup: Arc<Lookup>,
+}
+
+/// Slots of the peers by what they are looked up by.
+#[derive(Debug, Default)]
+struct Lookup {
     by_key: HashMap<WireguardKey, Slot>,
     by_index: HashMap<u32, Slot, BuildHasherDefault<IntHasher>>,
     routes: Routes,
@@ -55,14 +66,17 @@ impl Table {
     /// Builds the table that replaces `self`. Peers that stay keep their sessions and counters. New
     /// peers get tunnels with `secrets`.
     pub(super) fn next(&self, now: Instant, wanted: &PeerTable, secrets: &Arc<Secrets>) -> Self {
-        let mut next = Self { own: OwnAddresses::new(&wanted.own), ..Self::default() };
-        next.peers.reserve(wanted.peers.len());
+        let before = &self.lookup.by_index;
+        let mut next = Lookup { own: OwnAddresses::new(&wanted.own), ..Lookup::default() };
+        let mut peers = Vec::with_capacity(wanted.peers.len());
         for (key, entry) in &wanted.peers {
-            let slot = next.peers.len() as Slot;
+            let slot = peers.len() as Slot;
+            let is_taken =
+                |index: u32| next.by_index.contains_key(&index) || before.contains_key(&index);
             let peer = match self.by_key(key) {
-                Some(peer) => peer.following(now, entry, |index| next.is_taken(self, index)),
+                Some(peer) => peer.following(now, entry, is_taken),
                 None => {
-                    let index = free_index(|index| next.is_taken(self, index));
+                    let index = free_index(is_taken);
                     let psk = entry.preshared_key.clone();
                     Peer {
                         key: *key,
@@ -80,14 +94,32 @@ impl Table {
                 next.routes.insert(*prefix, slot);
             }
             next.by_key.insert(*key, slot);
-            next.peers.push(Arc::new(peer));
+            peers.push(Arc::new(peer));
         }
-        next
+        Self { parts: peers.chunks(PART).map(Arc::from).collect(), lookup: Arc::new(next) }
+    }
+
+    /// Builds the table that replaces `self` when nothing but the path of one peer changes. `None` if the
+    /// peer is not in the table.
+    pub(super) fn with_path(&self, key: &WireguardKey, path: PeerPath) -> Option<Self> {
+        let slot = *self.lookup.by_key.get(key)? as usize;
+        let peer = self.peer(slot as Slot)?.with_path(path);
+        let mut parts = self.parts.clone();
+        let part = parts.get_mut(slot / PART)?;
+        let mut peers = part.to_vec();
+        *peers.get_mut(slot % PART)? = Arc::new(peer);
+        *part = Arc::from(peers);
+        Some(Self { parts, lookup: self.lookup.clone() })
+    }
+
+    /// Returns every peer, by slot.
+    pub(super) fn peers(&self) -> impl Iterator<Item = &Arc<Peer>> {
+        self.parts.iter().flat_map(|part| part.iter())
     }
 
     /// Returns the peer with the longest prefix that contains `address`.
     pub(super) fn route(&self, address: IpAddr) -> Option<Slot> {
-        self.routes.longest(address)
+        self.lookup.routes.longest(address)
     }
 
     /// Returns whether a peer may send from this address although another peer, `owner`, has it: both share
@@ -107,32 +139,29 @@ impl Table {
 
     /// Returns whether a packet to this address may leave the tunnel on this node.
     pub(super) fn accepts(&self, destination: IpAddr) -> bool {
-        self.own.accepts(destination)
+        self.lookup.own.accepts(destination)
     }
 
     /// Returns whether a packet from this address may enter the tunnel towards any peer.
     pub(super) fn owns(&self, source: IpAddr) -> bool {
-        self.own.owns(source)
+        self.lookup.own.owns(source)
     }
 
     /// Returns the peer in a slot.
     pub(super) fn peer(&self, slot: Slot) -> Option<&Arc<Peer>> {
-        self.peers.get(slot as usize)
+        let slot = slot as usize;
+        self.parts.get(slot / PART)?.get(slot % PART)
     }
 
     /// Returns the peer with this public key.
     pub(super) fn by_key(&self, key: &WireguardKey) -> Option<&Arc<Peer>> {
-        self.peer(*self.by_key.get(key)?)
+        self.peer(*self.lookup.by_key.get(key)?)
     }
 
     /// Returns the peer that a WireGuard receiver index belongs to.
     pub(super) fn by_receiver(&self, receiver: u32) -> Option<Slot> {
         // In both engines the upper 24 bits identify the tunnel and the lower 8 the session.
-        self.by_index.get(&(receiver >> 8)).copied()
-    }
-
-    fn is_taken(&self, before: &Self, index: u32) -> bool {
-        self.by_index.contains_key(&index) || before.by_index.contains_key(&index)
+        self.lookup.by_index.get(&(receiver >> 8)).copied()
     }
 }
 
@@ -156,6 +185,19 @@ impl Peer {
             tunnel: self.tunnel.clone(),
             counters: self.counters.clone(),
             indices,
+        }
+    }
+
+    /// Returns this peer with another path. Its tunnel stays.
+    fn with_path(&self, path: PeerPath) -> Self {
+        let mut entry = self.entry.clone();
+        entry.set_path(path);
+        Self {
+            key: self.key,
+            entry,
+            tunnel: self.tunnel.clone(),
+            counters: self.counters.clone(),
+            indices: self.indices,
         }
     }
 
@@ -323,6 +365,7 @@ impl Hasher for IntHasher {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use x25519_dalek::StaticSecret;
 
     /// Strategy for addresses of which many are close together, and some are special.
     fn small() -> impl Strategy<Value = IpAddr> {
@@ -330,6 +373,50 @@ mod tests {
         let first = prop_oneof![Just(0u8), Just(10), Just(127), Just(169), Just(224), Just(255)];
         (first, prop_oneof![Just(1u8), Just(254)], octet(), octet())
             .prop_map(|(a, b, c, d)| IpAddr::from([a, b, c, d]))
+    }
+
+    #[test]
+    fn a_path_replaces_one_peer_and_shares_all_else_with_the_table_before() {
+        let now = Instant::now();
+        let secrets = Arc::new(Secrets::new(StaticSecret::from([1; 32])));
+        let key = |number: u16| {
+            let mut key = [9; 32];
+            key[..2].copy_from_slice(&number.to_be_bytes());
+            WireguardKey(key)
+        };
+        let net = |number: u16| {
+            let [high, low] = number.to_be_bytes();
+            IpNet::from(IpAddr::from([10, 0, high, low]))
+        };
+        let entry = |number: u16| PeerEntry { prefixes: vec![net(number)], ..PeerEntry::default() };
+        let peers = (0..1_000).map(|number| (key(number), entry(number))).collect();
+        let wanted = PeerTable { peers, ..PeerTable::default() };
+        let before = Table::default().next(now, &wanted, &secrets);
+        assert_eq!(before.peers().count(), 1_000);
+        for number in [0, 127, 128, 999] {
+            let slot = before.route(net(number).addr()).unwrap();
+            assert_eq!(before.peer(slot).unwrap().key, key(number));
+        }
+
+        let endpoint = Some(Path::direct(([192, 0, 2, 1], 51830).into()));
+        let path = PeerPath { endpoint, ..PeerEntry::default().path() };
+        let next = before.with_path(&key(500), path).unwrap();
+        let (old, new) = (before.by_key(&key(500)).unwrap(), next.by_key(&key(500)).unwrap());
+        assert_eq!((old.endpoint(), new.endpoint()), (None, endpoint));
+        assert!(Arc::ptr_eq(&old.tunnel, &new.tunnel) && Arc::ptr_eq(&old.counters, &new.counters));
+        assert_eq!(new.entry.prefixes, [net(500)]);
+        let both = before.peers().zip(next.peers());
+        assert_eq!(both.filter(|(a, b)| !Arc::ptr_eq(a, b)).count(), 1);
+        let parts = before.parts.iter().zip(&next.parts);
+        assert_eq!(parts.filter(|(a, b)| !Arc::ptr_eq(a, b)).count(), 1);
+        assert!(Arc::ptr_eq(&before.lookup, &next.lookup));
+        assert!(next.with_path(&key(1_000), path).is_none());
+
+        // The same as the whole table with that path.
+        let mut wanted = wanted;
+        wanted.peers.get_mut(&key(500)).unwrap().set_path(path);
+        let whole = before.next(now, &wanted, &secrets);
+        assert!(whole.peers().zip(next.peers()).all(|(a, b)| a.entry == b.entry));
     }
 
     proptest! {

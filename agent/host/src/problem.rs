@@ -211,6 +211,24 @@ impl Problem {
         }
     }
 
+    /// Returns true if packets that come from outside the tunnel with a source of the mesh are not dropped.
+    pub fn opens_inverse_guard(&self) -> bool {
+        match self {
+            Self::NoFirewall(_) | Self::FirewallReduced(_) => true,
+            Self::LinkMissing(_)
+            | Self::Hook(_)
+            | Self::NoZone(_)
+            | Self::Intruder(_)
+            | Self::MarkInUse { .. }
+            | Self::MarkSeen { .. }
+            | Self::Setting { .. }
+            | Self::Refused { .. }
+            | Self::NoIpv6
+            | Self::NoIpv6Rules
+            | Self::NoIpv6OnLink { .. } => false,
+        }
+    }
+
     /// Returns true if it only describes the host, and nothing has to be repaired.
     pub fn is_note(&self) -> bool {
         matches!(self, Self::NoIpv6 | Self::NoIpv6OnLink { .. })

@@ -11,6 +11,7 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -252,6 +253,16 @@ pub struct TrustConfig {
     /// Networks that other nodes may announce although they contain a controller, or a gateway or DNS
     /// server that this machine had when it joined.
     pub accepted_networks: Vec<IpNet>,
+    /// True if this machine must not be used as a node while its kernel cannot drop packets that come from
+    /// outside the tunnel with a source of the mesh: the agent does not become ready, so the kubelet does not
+    /// start, and `towline wait` fails. Otherwise `towline status` names the problem.
+    pub require_inverse_guard: bool,
+    /// Longest time in hours for which the map of the mesh is used without a controller that confirms it.
+    /// After that the tunnels to all nodes are closed until one does. This bounds how long a removed node is
+    /// trusted here if somebody cuts this node off from controllers and honest peers. Absent: the map is used
+    /// without end, so that an outage of the controllers harms nobody.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_map_age_hours: Option<NonZeroU16>,
 }
 
 /// Setting of the mesh that lets its traffic travel in clear.
@@ -277,6 +288,8 @@ impl Default for TrustConfig {
             allow_in_clear: vec![ClearSetting::TrustedSites],
             refused_networks: Vec::new(),
             accepted_networks: Vec::new(),
+            require_inverse_guard: false,
+            max_map_age_hours: None,
         }
     }
 }
@@ -694,6 +707,13 @@ impl Config {
         LocalNetworks { configured: self.node.local_networks.clone(), joined }
     }
 
+    /// Returns the longest age at which the map is used. `None`: any.
+    pub fn max_map_age(&self) -> Option<Duration> {
+        self.trust
+            .max_map_age_hours
+            .map(|hours| Duration::from_secs(u64::from(hours.get()) * 3_600))
+    }
+
     /// Returns the limits of this machine, for this list of controllers. `joined` has the networks to which
     /// the machine was connected when it joined, and `host` the addresses that it needed then. Controllers
     /// with a host name are left out: who answers for the name could open the mesh with it.
@@ -703,7 +723,7 @@ impl Config {
         host: HostAddresses,
         controllers: &[ControllerAddress],
     ) -> LocalLimits {
-        let TrustConfig { allow_in_clear, refused_networks, accepted_networks } = &self.trust;
+        let TrustConfig { allow_in_clear, refused_networks, accepted_networks, .. } = &self.trust;
         let literal =
             |controller: &ControllerAddress| controller.as_str().parse::<SocketAddr>().ok();
         let controllers = controllers.iter().filter_map(literal);

@@ -31,6 +31,8 @@ pub(super) struct HostController {
     network: HostNetwork,
     watch: Watch,
     names: Names,
+    /// True if the plan counts as applied only where spoofed sources of the mesh are dropped.
+    requires_inverse_guard: bool,
     plan: Option<Arc<Plan>>,
     /// Deviations from the plan.
     problems: Vec<Problem>,
@@ -70,6 +72,7 @@ impl HostController {
             network,
             watch,
             names,
+            requires_inverse_guard: config.trust.require_inverse_guard,
             plan: None,
             problems: Vec::new(),
             notes: Vec::new(),
@@ -135,6 +138,13 @@ impl HostController {
         self.reapply()
     }
 
+    /// Sets whether the plan counts as applied only where spoofed sources of the mesh are dropped.
+    pub(super) fn set_requires_inverse_guard(&mut self, is_required: bool) {
+        if std::mem::replace(&mut self.requires_inverse_guard, is_required) != is_required {
+            self.restore();
+        }
+    }
+
     /// Applies the hooks again, after another program changed a chain with Towline's rules.
     pub(super) fn restore_hooks(&mut self) {
         match self.network.apply_hooks() {
@@ -171,7 +181,7 @@ impl HostController {
         }
         let (notes, problems): (Vec<_>, Vec<_>) =
             changes.problems.iter().cloned().partition(|problem| problem.is_note());
-        let blocked = changes.problems.iter().find(|problem| problem.is_blocking());
+        let blocked = blocking(&changes.problems, self.requires_inverse_guard);
         self.take_problems(
             problems.into_iter().map(Problem::Host).collect(),
             notes.into_iter().map(Note::Host).collect(),
@@ -345,6 +355,16 @@ impl HostController {
     }
 }
 
+/// Returns a problem that keeps the plan from counting as applied.
+fn blocking(
+    problems: &[towline_host::Problem],
+    requires_inverse_guard: bool,
+) -> Option<&towline_host::Problem> {
+    problems.iter().find(|problem| {
+        problem.is_blocking() || requires_inverse_guard && problem.opens_inverse_guard()
+    })
+}
+
 /// Returns these addresses as candidates.
 pub(super) fn local_candidates(addresses: &[IpAddr], port: u16) -> impl Iterator<Item = Candidate> {
     addresses.iter().filter_map(move |address| {
@@ -357,4 +377,24 @@ pub(super) fn remove(config: &Config) -> anyhow::Result<()> {
     let mut network = HostNetwork::open().context("cannot open a netlink socket")?;
     network.remove(&config.names()).context("cannot open the host")?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use towline_host::Problem;
+
+    use super::*;
+
+    #[test]
+    fn a_machine_that_requires_the_inverse_guard_is_not_used_without_it() {
+        let refused = || "operation not supported".to_owned();
+        for open in [Problem::FirewallReduced(refused()), Problem::NoFirewall(refused())] {
+            let problems = [Problem::NoIpv6, open];
+            assert_eq!(blocking(&problems, false), None, "status names it");
+            assert_eq!(blocking(&problems, true), problems.get(1));
+        }
+        let missing = [Problem::LinkMissing("towline0".to_owned())];
+        assert_eq!(blocking(&missing, false), missing.first());
+        assert_eq!(blocking(&[Problem::NoIpv6], true), None);
+    }
 }

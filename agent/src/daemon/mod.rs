@@ -38,6 +38,7 @@ mod firewall_search;
 mod host_controller;
 mod kubernetes_node;
 mod leave;
+mod map_age;
 mod metrics_server;
 mod observer;
 mod prober;
@@ -102,6 +103,7 @@ use firewall_search::FirewallSearch;
 use host_controller::HostController;
 use kubernetes_node::KubernetesNode;
 use leave::Leaving;
+use map_age::MapAge;
 use observer::Observer;
 use prober::Prober;
 use removals::RemovalExchange;
@@ -226,6 +228,7 @@ struct Daemon {
     host: HostController,
     announcer: Announcer,
     controller: ControllerLink,
+    map_age: MapAge,
     kubernetes: KubernetesNode,
     firewalls: FirewallSearch,
     prober: Prober,
@@ -273,6 +276,8 @@ impl Daemon {
                 let event = Event::MachineSlept { time: slept };
                 tracing::info!(event = event.code(), ?slept, "the machine slept: connecting again");
                 self.observer.happened(&event);
+                self.map_age.slept(slept);
+                self.check_map_age();
                 self.mesh.handle_wake(Instant::now());
                 self.addresses_changed();
             }
@@ -295,12 +300,14 @@ impl Daemon {
             let deadline = self.mesh.poll_timeout().map(|(at, _reason)| at);
             let (search_at, look_at) = (self.firewalls.due(), self.observer.due());
             let report_at = self.summaries.due().filter(|_| self.controller.is_connected());
+            let expires_at = self.map_age.expires_at().filter(|_| !self.mesh.is_map_expired());
             tokio::select! {
                 () = at(deadline) => self.mesh.handle_timeout(Instant::now()),
                 () = at(Some(watchdog.due())) => {}
                 () = at(search_at) => self.search_firewalls(),
                 () = at(Some(look_at)) => self.observe(),
                 () = at(report_at) => self.report_tunnels(),
+                () = at(expires_at) => self.check_map_age(),
                 found = self.firewalls.finished() => self.firewalls_searched(found),
                 report = self.tunnels.next() => self.tunnels_report(report)?,
                 Some(event) = self.controller.next() => self.controller_event(event),
@@ -413,6 +420,7 @@ impl Daemon {
                 tracing::info!(event = event.code(), code = reason.code(), %reason, "controller lost");
                 self.observer.happened(&event);
             }
+            discovery::Event::Heard { .. } => self.map_confirmed(),
             _ => {}
         }
         match self.controller.handle(Instant::now(), &mut self.mesh, event) {
@@ -618,6 +626,10 @@ impl Daemon {
                     self.tunnels.data_plane().handshake(peer, to);
                 }
                 Output::PeerTable(table) => self.peer_table(&table),
+                Output::PeerPath { peer, path } => {
+                    self.tunnels.data_plane().apply_path(&peer, path);
+                    self.api_servers_changed();
+                }
                 Output::ForwardingTable(table) => {
                     self.tunnels.data_plane().apply_forwarding(&table);
                 }

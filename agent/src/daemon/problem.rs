@@ -29,6 +29,15 @@ pub(super) enum Problem {
     /// The controller removed this node.
     #[error("this node was removed from the mesh: run `towline leave`, then join with a new token")]
     Removed,
+    /// No controller confirmed the map for longer than the operator allows.
+    #[error(
+        "no controller confirmed the map for {hours} h, so the tunnels to all nodes are closed ([trust] \
+         max_map_age_hours): let this machine reach a controller"
+    )]
+    MapExpired {
+        /// Longest age at which the map is used, in hours.
+        hours: u64,
+    },
     /// The join still has to be confirmed.
     #[error("the join is not confirmed: undone in {seconds} s: run `towline confirm`")]
     Unconfirmed {
@@ -237,6 +246,7 @@ pub(super) enum Problem {
 codes! {
     Problem {
         Removed => "node-removed",
+        MapExpired => "map-expired",
         Unconfirmed => "join-unconfirmed",
         Undoing => "join-being-undone",
         NotUndone => "join-not-undone",

@@ -122,6 +122,7 @@ impl Reporter<'_> {
         if mesh.is_removed() {
             problems.push(Problem::Removed);
         }
+        problems.extend(daemon.map_problem());
         problems.extend(Problem::of_confirmation(daemon.confirmation()));
         problems.extend(daemon.controller.problems());
         problems.extend(daemon.state.unsaved().map(Problem::from));

@@ -69,9 +69,10 @@ const OF_UNDERLAY: [&str; 4] =
 /// Causes that make a direct path unlikely, while a peer that is contacted first may still connect.
 const OF_DIRECT_PATH: [&str; 3] = ["firewall-closes-port", "reflector-silent", "second-port-used"];
 /// Causes on this node that stop all of the mesh.
-const OF_NODE: [&str; 12] = [
+const OF_NODE: [&str; 13] = [
     "machine-down",
     "node-removed",
+    "map-expired",
     "join-being-undone",
     "host-not-opened",
     "membership-unusable",

@@ -163,7 +163,10 @@ fn problems(answers: &Answers, findings: &mut Findings) {
     let status = &answers.status;
     for problem in &status.problem_details {
         let code = problem.code.as_str();
-        findings.add(subject(code), severity(code), code, problem.message.as_str());
+        // What is a warning elsewhere may keep this machine from being used.
+        let is_blocking = status.applied == Some(false) && status.applied_reason_code == code;
+        let state = if is_blocking { CheckState::Failed } else { severity(code) };
+        findings.add(subject(code), state, code, problem.message.as_str());
     }
     // A closed port matters only if a peer has no direct path.
     let is_missed = answers.peers.iter().any(|peer| peer.state == "down" || is_relayed(peer));

@@ -184,7 +184,7 @@ fn healthy_hosts_of_many_shapes_have_no_warning() {
 #[test]
 fn each_broken_host_gets_the_code_of_its_fault() {
     use CheckState::{Failed, Warning};
-    let broken: [(&str, Subject, CheckState, Change); 26] = [
+    let broken: [(&str, Subject, CheckState, Change); 27] = [
         ("clock-wrong", Subject::Clock, Failed, |facts| facts.host.now = NOW - 2 * DAY),
         ("clock-set-back", Subject::Clock, Warning, |facts| {
             facts.host.last_written = Some(NOW + 3_600);
@@ -207,6 +207,12 @@ fn each_broken_host_gets_the_code_of_its_fault() {
         }),
         ("node-removed", Subject::Agent, Failed, |facts| {
             answers(facts).status.problem_details = vec![detail("node-removed")];
+        }),
+        ("nftables-guard-reduced", Subject::Guards, Failed, |facts| {
+            let status = &mut answers(facts).status;
+            status.problem_details = vec![detail("nftables-guard-reduced")];
+            status.applied = Some(false);
+            status.applied_reason_code = "nftables-guard-reduced".into();
         }),
         ("link-missing", Subject::Guards, Failed, |facts| {
             let status = &mut answers(facts).status;
@@ -313,7 +319,7 @@ fn a_check_of_many_peers_stays_short() {
 
 #[test]
 fn the_true_cause_of_a_peers_state_is_named() {
-    let cases: [(&str, Option<&str>, Verdict, Change); 19] = [
+    let cases: [(&str, Option<&str>, Verdict, Change); 20] = [
         ("healthy", None, Verdict::Healthy, |_| {}),
         ("the peer is away", Some("no-answer"), Verdict::Down, |facts| {
             answers(facts).peers[0] = peer("node-b", "down", "", "no-answer");
@@ -344,6 +350,11 @@ fn the_true_cause_of_a_peers_state_is_named() {
         ("removed", Some("node-removed"), Verdict::Down, |facts| {
             answers(facts).peers[0] = peer("node-b", "down", "", "no-answer");
             answers(facts).status.problem_details = vec![detail("node-removed")];
+        }),
+        ("an old map", Some("map-expired"), Verdict::Down, |facts| {
+            answers(facts).peers[0] = peer("node-b", "down", "", "no-answer");
+            answers(facts).status.problem_details = vec![detail("map-expired")];
+            away(facts, "controller-unreachable");
         }),
         ("controller away", Some("controller-unreachable"), Verdict::Down, |facts| {
             answers(facts).peers = vec![peer("node-b", "down", "", "no-candidates")];

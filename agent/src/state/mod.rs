@@ -12,6 +12,7 @@
 //! | `host.json` | gateways, DNS servers and uplink addresses of the machine when it joined | at the join |
 //! | `map.bin` | the signed network map, as last received | at the start, and when the journal would exceed the size of the map |
 //! | `map.journal` | changes of the map since then | after changes, debounced |
+//! | `confirmed` | when a controller confirmed the map last, in seconds since 1970 | every 10 minutes, if `max_map_age_hours` is set |
 //! | `kubernetes.json` | the last valid facts of this machine's Node object | when they change |
 //! | `confirm-by` | the deadline for confirming the join (`confirm.rs`) | at the join; removed by `towline confirm` |
 //! | `join-failure` | why the last join failed or was undone | when that happens; removed by a join |
@@ -66,6 +67,8 @@ pub const DOWN: &str = "down";
 
 /// Name of the file with the reason why the last join failed. A successful join removes it.
 pub const JOIN_FAILURE: &str = "join-failure";
+/// Name of the file with the time at which a controller confirmed the map last.
+const CONFIRMED: &str = "confirmed";
 
 /// Error of using the state directory.
 #[derive(Debug, thiserror::Error)]
@@ -543,6 +546,24 @@ impl StateDir {
         self.replace("host.json", &json)
     }
 
+    /// Returns when a controller confirmed the map last, in seconds since 1970. A file that is damaged or
+    /// cannot be read is logged, and the map counts as never confirmed. `None` if there is no file.
+    pub fn confirmation(&self) -> Option<u64> {
+        let parsed = self.read(CONFIRMED).map_err(|error| error.to_string()).and_then(|bytes| {
+            let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).trim().parse::<u64>();
+            bytes.map(text).transpose().map_err(|error| error.to_string())
+        });
+        parsed.unwrap_or_else(|error| {
+            tracing::warn!(path = %self.path.join(CONFIRMED).display(), %error, "age of the map unknown");
+            Some(0)
+        })
+    }
+
+    /// Stores when a controller confirmed the map, in seconds since 1970.
+    pub fn store_confirmation(&self, time: u64) -> Result<(), StateError> {
+        self.replace(CONFIRMED, format!("{time}\n").as_bytes())
+    }
+
     /// Returns the stored facts of the Kubernetes Node object, in encoded form.
     pub fn kubernetes(&self) -> Result<Option<Vec<u8>>, StateError> {
         self.read("kubernetes.json")
@@ -609,6 +630,7 @@ impl StateDir {
             "certificate.pem",
             "map.bin",
             "map.journal",
+            CONFIRMED,
             "prefixes.json",
             "networks.json",
             "host.json",

@@ -213,3 +213,16 @@ fn the_networks_of_the_join_are_forgotten_with_it_and_never_stop_a_start() {
     std::fs::create_dir(&file).unwrap();
     assert_eq!(state.connected_networks(), []);
 }
+
+#[test]
+fn the_confirmation_of_the_map_outlives_a_restart_and_a_damaged_one_counts_as_old() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    assert_eq!(state.confirmation(), None);
+    state.store_confirmation(1_700_000_000).unwrap();
+    assert_eq!(StateDir::peek(dir.path()).confirmation(), Some(1_700_000_000));
+    std::fs::write(dir.path().join("confirmed"), "yesterday").unwrap();
+    assert_eq!(state.confirmation(), Some(0));
+    state.forget().unwrap();
+    assert_eq!(state.confirmation(), None, "another join begins with a new map");
+}

@@ -90,6 +90,14 @@ pub enum JoinError {
         /// Name of the removed node.
         name: NodeName,
     },
+    /// The WireGuard key belongs to a removed node.
+    #[error(
+        "this machine's WireGuard key was removed from the mesh with node `{name}`: delete its state directory and join again with a new token"
+    )]
+    WireguardKeyRemoved {
+        /// Name of the removed node.
+        name: NodeName,
+    },
     /// The mesh has the largest number of nodes.
     #[error("the mesh is full: it has {} nodes: remove some", limits::NODES)]
     MeshFull,

@@ -119,6 +119,12 @@ impl Registry {
                 self.removed_nodes.get(removed).map(|removed| removed.tombstone.name.clone());
             return Err(JoinError::IdentityRemoved { name: name.unwrap_or(join.name.clone()) });
         }
+        // Who took over the removed machine has the private key too, which opens what is sent to it.
+        if let Some(removed) = self.removed_wireguard_keys.get(&join.wireguard_key) {
+            let name =
+                self.removed_nodes.get(removed).map(|removed| removed.tombstone.name.clone());
+            return Err(JoinError::WireguardKeyRemoved { name: name.unwrap_or(join.name.clone()) });
+        }
         if let Some(holder) = self.members.by_identity(&join.identity_key) {
             // This includes the replaced node: its identity key cannot join again.
             let name = self.members.get(holder).map(|member| member.grant.name.clone());
@@ -130,7 +136,8 @@ impl Registry {
             self.note(holder, NodeProblem::NameRequested { name: join.name.clone() });
             return Err(JoinError::NameTaken { name: join.name.clone(), holder });
         }
-        if let Some(holder) = self.members.by_wireguard_key(&join.wireguard_key).filter(other) {
+        if let Some(holder) = self.members.by_wireguard_key(&join.wireguard_key) {
+            // As above: the replaced node is removed, and its key with it.
             self.note(holder, NodeProblem::KeyUsed { name: join.name.clone() });
             let name = self.members.get(holder).map(|member| member.grant.name.clone());
             let holder = name.unwrap_or(join.name.clone());

@@ -28,7 +28,8 @@
 //!   the nested prefix names exactly that prefix, or their grants share the prefix in one group. What a
 //!   record claims beyond that is withheld.
 //! - A node announces at most as many blocks of a pod range as its token allows.
-//! - The identity key of a removed node can never join again; a tombstone is never deleted.
+//! - The identity key and the WireGuard keys of a removed node can never join again; a tombstone is never
+//!   deleted.
 //! - Revisions only grow, and each change of a node, a tombstone or the mesh has its own.
 //! - A node is removed by an operator, by itself, or by a machine that replaces it. An ephemeral
 //!   node is also removed when it is offline for longer than its token says, by default the lease.
@@ -55,7 +56,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use towline_types::id::{IdentityKey, NodeId, NodeName, TokenId};
+use towline_types::id::{IdentityKey, NodeId, NodeName, TokenId, WireguardKey};
 use towline_types::limits;
 use towline_types::node::{Head, MeshConfig, Node, RelayRole, Tombstone};
 use towline_types::ownership;
@@ -97,6 +98,8 @@ pub struct Registry {
     claims: Claims,
     removed_nodes: BTreeMap<NodeId, RemovedNode>,
     removed_identities: BTreeMap<IdentityKey, NodeId>,
+    /// WireGuard keys of removed nodes, as far as their tombstones name them.
+    removed_wireguard_keys: BTreeMap<WireguardKey, NodeId>,
     tokens: BTreeMap<TokenId, Token>,
     admins: BTreeMap<IdentityKey, Admin>,
     problems: Problems,
@@ -345,9 +348,7 @@ impl Registry {
             }
         }
         for removed in contents.removed_nodes {
-            let id = removed.tombstone.node_id;
-            registry.removed_identities.insert(removed.tombstone.identity_key, id);
-            registry.removed_nodes.insert(id, removed);
+            registry.insert_removed(removed);
         }
         registry.tokens = contents.tokens.into_iter().map(|token| (token.id, token)).collect();
         registry.admins = contents.admins.into_iter().map(|admin| (admin.key, admin)).collect();
@@ -362,6 +363,7 @@ impl Registry {
             claims: Claims::default(),
             removed_nodes: BTreeMap::new(),
             removed_identities: BTreeMap::new(),
+            removed_wireguard_keys: BTreeMap::new(),
             tokens: BTreeMap::new(),
             admins: BTreeMap::new(),
             problems: Problems::default(),
@@ -526,6 +528,7 @@ impl Registry {
             node_id: node,
             name: grant.name.clone(),
             identity_key: grant.identity_key,
+            wireguard_keys: grant.wireguard_keys.clone(),
             removed_at: now.unix,
         };
         self.remove_node(tombstone, why);
@@ -718,10 +721,18 @@ impl Registry {
             self.events.push(Event::Removed { name: member.grant.name, node: id, why });
         }
         let revision = self.next_revision();
-        self.removed_identities.insert(tombstone.identity_key, id);
-        self.removed_nodes.insert(id, RemovedNode { tombstone, revision });
+        self.insert_removed(RemovedNode { tombstone, revision });
         self.dirty.insert(Key::RemovedNode(id));
         self.unsigned.insert(Unsigned::Tombstone(id));
+    }
+
+    fn insert_removed(&mut self, removed: RemovedNode) {
+        let id = removed.tombstone.node_id;
+        self.removed_identities.insert(removed.tombstone.identity_key, id);
+        for key in &removed.tombstone.wireguard_keys {
+            self.removed_wireguard_keys.insert(*key, id);
+        }
+        self.removed_nodes.insert(id, removed);
     }
 
     /// Returns whether a node has been offline for longer than the lease.

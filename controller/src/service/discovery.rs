@@ -246,6 +246,8 @@ impl Discovery for DiscoveryService {
         self.shared.spend(&node, Work::Publish)?;
         let request = request.into_inner();
         let session = request.session_id.as_slice().try_into().map_err(|_| missing("session"))?;
+        let length = request.record.as_ref().map_or(0, |record| record.body.len());
+        convert::bounded("record", length, limits::RECORD_BYTES).map_err(|error| error.status())?;
         let record = signed::record(request.record.as_ref(), &node.identity)
             .map_err(|error| Status::invalid_argument(error.to_string()))?;
         let signed = request.record.ok_or_else(|| missing("record"))?;

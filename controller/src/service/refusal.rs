@@ -38,7 +38,9 @@ impl Refusal for JoinError {
             Self::NameTaken { .. }
             | Self::WireguardKeyTaken { .. }
             | Self::IdentityTaken { .. } => Code::AlreadyExists,
-            Self::IdentityRemoved { .. } | Self::Name { .. } => Code::PermissionDenied,
+            Self::IdentityRemoved { .. } | Self::WireguardKeyRemoved { .. } | Self::Name { .. } => {
+                Code::PermissionDenied
+            }
             Self::MeshFull | Self::OverlayFull { .. } => Code::ResourceExhausted,
         }
     }

@@ -192,3 +192,27 @@ async fn the_time_after_which_an_ephemeral_node_is_removed_is_in_its_grant() {
     assert_eq!(refused.code(), Code::InvalidArgument);
     controller.stop().await;
 }
+
+#[tokio::test]
+async fn the_wireguard_key_of_a_removed_node_is_refused_under_another_identity() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let node = controller.node("a", &[]).await;
+    let request = pb::RemoveNodeRequest { name: "a".into() };
+    controller.admin().await.remove_node(request).await.unwrap();
+    controller.stop().await;
+
+    // The removal is in the store.
+    let controller = TestController::start(root.path());
+    let token = controller.token(pb::CreateTokenRequest::default()).await;
+    let mut machine = Machine::new("b");
+    machine.wireguard = node.machine.wireguard.clone();
+    let status = machine.join(&controller, &token).await.unwrap_err();
+    assert_eq!(status.code(), Code::PermissionDenied);
+    assert!(status.message().contains("WireGuard key was removed"), "{status}");
+    assert!(status.message().contains("`a`"), "{status}");
+
+    // The refusal used nothing up, and with a key of its own the machine joins.
+    Machine::new("b").join(&controller, &token).await.unwrap();
+    controller.stop().await;
+}

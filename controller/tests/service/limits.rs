@@ -204,3 +204,28 @@ async fn junk_at_the_port_harms_nobody() {
     watch.publish(node.record(1, &[])).await.unwrap();
     controller.stop().await;
 }
+
+#[tokio::test]
+async fn a_record_is_no_longer_than_a_node_needs() {
+    let root = tempfile::tempdir().unwrap();
+    let controller = TestController::start(root.path());
+    let node = controller.node("a", &["fd00:10::/32"]).await;
+    let watch = node.watch(&controller).await;
+    let record = |generation: u64, networks: usize| {
+        let announced: Vec<_> =
+            (0..networks).map(|number| prefix(&format!("fd00:10:{number:x}::/48"))).collect();
+        node.sign(&pb::Record {
+            node_id: node.id().0.to_vec(),
+            generation,
+            wireguard_keys: vec![node.machine.wireguard_key().0.to_vec()],
+            prefixes: announced.clone(),
+            lans: announced,
+            ..Default::default()
+        })
+    };
+    let status = watch.publish(record(1, limits::PREFIXES)).await.unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument);
+    assert!(status.message().contains("record"), "{status}");
+    watch.publish(record(1, limits::PREFIXES / 2)).await.unwrap();
+    controller.stop().await;
+}

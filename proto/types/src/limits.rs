@@ -41,6 +41,9 @@ pub const OVERLAY_ADDRESSES: usize = 2;
 pub const VERSION_BYTES: usize = 64;
 /// Bytes in one signed body.
 pub const SIGNED_BODY_BYTES: usize = 32 * 1024;
+/// Bytes in a record that a node publishes: [`PREFIXES`] and [`CANDIDATES`] of IPv6 have about 6.5 KiB. Records that
+/// an earlier version stored may be longer.
+pub const RECORD_BYTES: usize = 8 * 1024;
 /// Bytes in a certificate signing request.
 pub const CSR_BYTES: usize = 4 * 1024;
 /// Bytes in one certificate of a chain.
@@ -62,8 +65,8 @@ pub const EPHEMERAL_AFTER: (Duration, Duration) =
 /// Bytes in a signal that the controller forwards from one node to another. A sealed
 /// [`CallMe`](crate::frame::Probe::CallMe) with [`CANDIDATES`] candidates fits.
 pub const SIGNAL_BYTES: usize = 1024;
-/// Tombstones that a client may send when it starts a watch. At up to 220 bytes each they fit in
-/// one message of [`MESSAGE_BYTES`].
+/// Tombstones that a client may send when it starts a watch. At up to 254 bytes each, with the one
+/// WireGuard key that a grant has, they fit in one message of [`MESSAGE_BYTES`].
 pub const TOMBSTONES: usize = 4_000;
 /// Nodes in a mesh.
 pub const NODES: usize = 10_000;

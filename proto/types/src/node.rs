@@ -395,6 +395,9 @@ pub struct Tombstone {
     pub name: NodeName,
     /// Identity key of the removed node. It cannot join again.
     pub identity_key: IdentityKey,
+    /// WireGuard keys of the removed node. No other node joins with one of them. Empty in a tombstone of an
+    /// earlier version.
+    pub wireguard_keys: Vec<WireguardKey>,
     /// Time of the removal, in seconds since 1970.
     pub removed_at: i64,
 }

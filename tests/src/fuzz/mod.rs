@@ -411,6 +411,7 @@ fn check(output: &Output, sent: &mut u32) {
         }
         Output::Advertise(candidates) => assert!(candidates.len() <= limits::CANDIDATES),
         Output::Stun { to, .. } => outer(to),
+        Output::PeerPath { path, .. } => path.endpoint.iter().for_each(outer),
         Output::Plan(_)
         | Output::ForwardingTable(_)
         | Output::ReportChannels

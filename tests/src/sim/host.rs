@@ -408,6 +408,14 @@ impl Host {
                         agent.tunnels.apply(&table);
                         agent.table = Some(table);
                     }
+                    Output::PeerPath { peer, path } => {
+                        let table = agent.table.as_mut().expect("a table comes first");
+                        let entry = Arc::make_mut(table).peers.get_mut(&peer);
+                        let entry = entry.expect("the peer is in the table");
+                        assert_ne!(entry.path(), path, "a path comes only when it changed");
+                        entry.set_path(path);
+                        agent.tunnels.set_path(&peer, path);
+                    }
                     Output::ForwardingTable(table) => {
                         agent.forwarding = agent.forwarding.next(&table);
                     }

@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use towline_core::path::Path;
-use towline_core::peer_table::{Observation, PeerEntry, PeerTable, REKEY_TIMEOUT};
+use towline_core::peer_table::{Observation, PeerEntry, PeerPath, PeerTable, REKEY_TIMEOUT};
 use towline_proto::id::WireguardKey;
 
 const REKEY_AFTER: Duration = Duration::from_secs(120);
@@ -150,6 +150,13 @@ impl Tunnels {
                     self.peers.insert(*key, Tunnel::new(entry.clone()));
                 }
             }
+        }
+    }
+
+    /// Replaces the path of one peer.
+    pub fn set_path(&mut self, peer: &WireguardKey, path: PeerPath) {
+        if let Some(tunnel) = self.peers.get_mut(peer) {
+            tunnel.entry.set_path(path);
         }
     }
 

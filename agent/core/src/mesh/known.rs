@@ -56,6 +56,11 @@ impl Mesh {
         self.roster.is_removed()
     }
 
+    /// Returns whether the map is too old, as [`Mesh::set_map_expired`] was told.
+    pub fn is_map_expired(&self) -> bool {
+        self.roster.is_map_expired()
+    }
+
     /// Returns the peer table that was handed out last; `None` before the first one.
     pub fn peer_table(&self) -> Option<&Arc<PeerTable>> {
         self.derived.table()

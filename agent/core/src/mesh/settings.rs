@@ -12,6 +12,7 @@ use crate::local_limits::LocalLimits;
 use crate::local_networks::LocalNetworks;
 use crate::local_node::LocalNode;
 use crate::path::LocalAddress;
+use crate::peer_table::Observation;
 use crate::plan::{TransitPlan, UnderlayPlan};
 use crate::static_peers::StaticPeer;
 
@@ -154,6 +155,24 @@ impl Mesh {
     pub fn set_controller_connected(&mut self, now: Instant, connected: bool) {
         self.fx.advance(now);
         self.local.set_controller_connected(self.fx.now, connected);
+    }
+
+    /// Sets whether no controller confirmed the map for longer than the operator allows. While that is so, the
+    /// peer table has static peers only; guards and routes stay.
+    pub fn set_map_expired(&mut self, now: Instant, is_expired: bool) {
+        self.fx.advance(now);
+        if !self.roster.set_map_expired(&mut self.fx, is_expired) {
+            return;
+        }
+        if is_expired {
+            let (peers, mut cx) = self.peer_context();
+            peers.each(&mut cx, |peer, cx| {
+                peer.handle_observation(cx, Observation::SessionExpired);
+            });
+        } else {
+            // The peers, and the NATs on the way, have forgotten this node meanwhile.
+            self.local_changed();
+        }
     }
 
     /// Takes a higher boot epoch than that of the configuration: peers knew a later start.

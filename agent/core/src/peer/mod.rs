@@ -53,7 +53,7 @@ use towline_types::mtu::Mtu;
 use towline_types::node::Node;
 use towline_types::rate::TokenBucket;
 
-use crate::changes::Change;
+use crate::changes::{Change, PeerId};
 use crate::effects::Effects;
 use crate::home_relays::HomeRelays;
 use crate::local_node::{LocalNode, is_reachable};
@@ -683,7 +683,7 @@ impl Peer {
             self.pmtu.rename(name);
         }
         self.endpoint = Some(name);
-        cx.fx.mark(Change::Endpoint);
+        cx.fx.mark(Change::Path(PeerId::Node(self.id())));
     }
 
     fn set_endpoint(
@@ -707,7 +707,7 @@ impl Peer {
         self.endpoint = endpoint;
         self.endpoint_since = Some(cx.fx.now);
         self.liveness.moved();
-        cx.fx.mark(Change::Endpoint);
+        cx.fx.mark(Change::Path(PeerId::Node(self.id())));
         if let Some(path) = endpoint {
             self.pmtu.begin(path, cx.local.link_mtu());
             cx.fx.timers.set(Timer::Mtu(self.id()), cx.fx.now);

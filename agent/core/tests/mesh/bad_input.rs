@@ -50,6 +50,36 @@ fn a_victim_whose_address_many_peers_advertise_gets_a_bounded_number_of_datagram
 }
 
 #[test]
+fn a_network_of_which_many_peers_advertise_addresses_gets_a_bounded_number_of_datagrams() {
+    let mut us = Us::new(1);
+    for number in 0..60u16 {
+        let last = |index: u16| (number * 32 + index) % 256;
+        let candidates: Vec<String> =
+            (0..32).map(|index| format!("198.51.100.{}:51830", last(index))).collect();
+        let candidates: Vec<&str> = candidates.iter().map(String::as_str).collect();
+        us.upsert(numbered_node(number).candidates(&candidates));
+    }
+    let outputs = us.run(Duration::from_secs(9));
+    let sent = pings(&outputs).len() + handshakes(&outputs).iter().map(Vec::len).sum::<usize>();
+    assert!((500..=1_000).contains(&sent), "{sent}");
+    // Nodes elsewhere are tried all the same.
+    us.upsert(numbered_node(61).candidates(&[OTHER]));
+    let outputs = us.run(Duration::from_secs(1));
+    assert!(pings(&outputs).iter().any(|(to, _)| *to == path(OTHER)));
+}
+
+#[test]
+fn a_network_around_a_peers_address_does_not_keep_it_from_being_tried() {
+    let mut us = Us::new(1);
+    us.upsert(peer(2).candidates(&["192.168.50.9:51830"]));
+    us.upsert(peer(3).prefixes(&["192.168.50.0/24"]));
+    let outputs = us.run(Duration::from_secs(1));
+    assert!(us.guards("192.168.50.9"), "what others send there enters the tunnel or is dropped");
+    let tried = pings(&outputs);
+    assert!(tried.iter().any(|(to, _)| *to == path("192.168.50.9:51830")), "{tried:?}");
+}
+
+#[test]
 fn pings_that_are_replayed_from_elsewhere_leave_the_path_in_use_its_answers() {
     let mut us = Us::up(PUBLIC);
     let ping = Probe::Ping { transaction: 7 };

@@ -149,6 +149,10 @@ impl Us {
         while let Some(output) = self.mesh.poll_output() {
             match &output {
                 Output::PeerTable(table) => self.table = table.clone(),
+                Output::PeerPath { peer, path } => {
+                    let entry = Arc::make_mut(&mut self.table).peers.get_mut(peer);
+                    entry.expect("the peer is in the table").set_path(*path);
+                }
                 Output::Plan(plan) => self.plan = Some(plan.clone()),
                 Output::PingResult { id, answer } => {
                     assert!(self.results.insert(*id, *answer).is_none(), "ping {id} ended twice");

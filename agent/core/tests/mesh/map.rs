@@ -410,3 +410,23 @@ fn a_key_that_another_node_holds_gives_no_tunnel_and_says_why() {
     assert_eq!(us.table().peers.len(), 1);
     assert_eq!(us.reason(3), "its WireGuard key is held by node-2");
 }
+
+#[test]
+fn a_map_that_is_too_old_carries_no_traffic_until_a_controller_confirms_it() {
+    let mut us = Us::up(PUBLIC);
+    let guarded = us.plan().firewall.guarded.clone();
+    us.mesh.set_map_expired(us.now, true);
+    us.drain();
+    assert!(us.table().peers.is_empty() && us.mesh.is_map_expired());
+    us.run(Duration::from_secs(60));
+    assert!(us.table().peers.is_empty());
+    assert_ne!(us.peer(2).state, PeerState::Up);
+    assert_eq!(us.plan().firewall.guarded, guarded, "nothing leaves in clear");
+
+    us.mesh.set_map_expired(us.now, false);
+    let outputs = us.run(Duration::from_millis(100));
+    assert!(us.table().peers.contains_key(&key(2)));
+    assert!(pings(&outputs).iter().any(|(to, _)| *to == path(PUBLIC)), "it is tried at once");
+    us.mesh.set_map_expired(us.now, false);
+    assert!(!us.drain().iter().any(|output| matches!(output, Output::PeerTable(_))));
+}

@@ -264,6 +264,37 @@ fn a_peer_that_roamed_is_followed_but_not_into_the_tunnel() {
 }
 
 #[test]
+fn a_roam_that_is_followed_changes_one_peer_and_builds_no_table() {
+    let mut us = Us::up(PUBLIC);
+    for number in 0..40 {
+        us.upsert(numbered_node(number));
+    }
+    us.drain();
+    let elsewhere = path("198.51.100.9:9");
+    us.mesh.handle_observation(us.now, key(2), Observation::Roamed { from: elsewhere });
+    let sent = pings(&us.drain());
+    let (_, transaction) = *sent.iter().find(|(to, _)| *to == elsewhere).unwrap();
+    us.message(2, elsewhere, pong(transaction));
+    let outputs = us.drain();
+    let changed: Vec<_> = outputs
+        .iter()
+        .filter_map(|output| match output {
+            Output::PeerPath { peer, path } => Some((*peer, path.endpoint)),
+            Output::PeerTable(_) => panic!("the whole table: {output:?}"),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(changed, [(key(2), Some(elsewhere))]);
+    assert_eq!(us.mesh.peer_table().unwrap().as_ref(), us.table(), "both are the same");
+
+    // Nor does a peer that went down, since nobody shares a network with it.
+    let outputs = us.run(Duration::from_secs(60));
+    assert_eq!(us.peer(2).state, PeerState::Down);
+    assert!(!outputs.iter().any(|output| matches!(output, Output::PeerTable(_))));
+    assert_eq!(us.mesh.peer_table().unwrap().as_ref(), us.table());
+}
+
+#[test]
 fn an_operators_ping_ends_with_an_answer_or_without() {
     let mut us = Us::up(PUBLIC);
     us.mesh.ping(us.now, id(2), 1, Duration::from_secs(1));

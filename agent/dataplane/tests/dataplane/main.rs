@@ -19,7 +19,7 @@ use tokio::sync::mpsc::{Receiver, channel};
 use towline_core::forwarding::{ForwardingEnd, ForwardingTable};
 use towline_core::own_networks::OwnNetworks;
 use towline_core::path::{ChannelId, Path};
-use towline_core::peer_table::{Observation, PeerEntry, PeerTable};
+use towline_core::peer_table::{Observation, PeerEntry, PeerPath, PeerTable};
 use towline_dataplane::arena::{GSO_MAX_BYTES, SLOT_BYTES, TunBatch, WriteBatch};
 use towline_dataplane::coalesce::Coalesce;
 use towline_dataplane::drops::Drops;

@@ -386,6 +386,32 @@ fn a_new_table_keeps_the_sessions_of_those_who_stay() {
 }
 
 #[test]
+fn another_path_of_a_peer_takes_its_traffic_in_the_same_session() {
+    let (network, a, b) = friends();
+    carries(&a, &b, 10);
+    let elsewhere = SocketAddr::from(([203, 0, 113, 5], 1024));
+    let (redirecting, address) = (network.clone(), b.address);
+    network.filter(move |datagram| {
+        let is_redirected = datagram.to == elsewhere;
+        if is_redirected {
+            let (network, datagram) =
+                (redirecting.clone(), Datagram { to: address, ..datagram.clone() });
+            std::thread::spawn(move || network.inject(datagram));
+        }
+        !is_redirected
+    });
+    let path = PeerPath { endpoint: Some(elsewhere.into()), ..b.entry().path() };
+    a.plane.apply_path(&b.key(), path);
+    carries(&a, &b, 10);
+    assert!(network.seen().iter().any(|datagram| datagram.to == elsewhere));
+    assert_eq!(of_type(&network.seen(), 1).len(), 1, "one handshake served both paths");
+    // A peer that is not in the table gets no path.
+    b.apply([]);
+    b.plane.apply_path(&a.key(), path);
+    assert!(b.plane.snapshot().peers.is_empty());
+}
+
+#[test]
 fn a_preshared_key_must_be_the_same_on_both_sides() {
     let (_network, mut a, b) = strangers();
     let psk = |byte| Some(PresharedKey([byte; 32]));

@@ -129,6 +129,7 @@ impl World {
         unique(grants.iter().map(|g| g.overlay.v6).collect::<BTreeSet<_>>().len());
         for grant in &grants {
             assert!(!registry.removed_identities.contains_key(&grant.identity_key));
+            assert!(!registry.removed_wireguard_keys.contains_key(&grant.wireguard_keys[0]));
             assert!(registry.mesh().config.overlay_v4.contains(&grant.overlay.v4));
             assert!(registry.mesh().config.overlay_v6.contains(&grant.overlay.v6));
         }

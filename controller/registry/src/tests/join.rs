@@ -125,3 +125,48 @@ fn a_removed_identity_never_joins_again() {
     assert!(matches!(world.join(token, "b", 1), Err(JoinError::IdentityRemoved { .. })));
     world.join(token, "a", 2).unwrap();
 }
+
+#[test]
+fn a_wireguard_key_of_a_removed_node_never_joins_again_under_another_identity() {
+    let mut world = World::new();
+    let with_keys = |world: &mut World, name: &str, identity: u8, wireguard: u8| {
+        let token = world.token(TokenTerms {
+            replace: Some("a".parse().unwrap()).filter(|_| name == "a"),
+            ..terms()
+        });
+        let join = Join {
+            token,
+            secret_hash: SECRET,
+            name: name.parse().unwrap(),
+            identity_key: identity_key(identity),
+            wireguard_key: WireguardKey([wireguard; 32]),
+            node_id: NodeId([identity; 16]),
+        };
+        let joined = world.registry.join(&join, &world.sessions, world.now);
+        world.commit();
+        joined
+    };
+    let node = with_keys(&mut world, "b", 1, 7).unwrap();
+    let tombstone = world.remove(node);
+    assert_eq!(tombstone.wireguard_keys, [WireguardKey([7; 32])]);
+    world.reload();
+    let refused = with_keys(&mut world, "c", 2, 7);
+    let name = "b".parse().unwrap();
+    assert_eq!(refused, Err(JoinError::WireguardKeyRemoved { name }));
+    with_keys(&mut world, "c", 2, 8).unwrap();
+
+    // Nor does that of a node that is replaced, which is removed then.
+    with_keys(&mut world, "a", 3, 9).unwrap();
+    let refused = with_keys(&mut world, "a", 4, 9);
+    assert!(matches!(refused, Err(JoinError::WireguardKeyTaken { .. })), "{refused:?}");
+    with_keys(&mut world, "a", 4, 10).unwrap();
+    let refused = with_keys(&mut world, "a", 5, 9);
+    assert!(matches!(refused, Err(JoinError::WireguardKeyRemoved { .. })), "{refused:?}");
+
+    // A store that lost the removal learns of the key from the nodes, with the tombstone.
+    let mut empty = World::new();
+    assert_eq!(empty.registry.resync(vec![tombstone], &empty.sessions, empty.now), 1);
+    empty.commit();
+    let refused = with_keys(&mut empty, "c", 2, 7);
+    assert!(matches!(refused, Err(JoinError::WireguardKeyRemoved { .. })), "{refused:?}");
+}

@@ -1,7 +1,10 @@
 //! `cargo lab package`: packs the static programs as a Debian package and as an OCI image without a
-//! base, without a container engine or packaging tools, then reads both back.
+//! base, without a container engine or packaging tools, then reads both back. It also writes what the
+//! programs are built of, and the checksums of all files, which a release signs.
 
 pub(in crate::lab) mod archive;
+mod reproducible;
+mod sbom;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -32,6 +35,10 @@ pub struct Package {
     pub deb_mb: f64,
     /// Size of the image in megabytes (10^6 bytes).
     pub image_mb: f64,
+    /// Path of the software bill of materials (CycloneDX).
+    pub sbom: PathBuf,
+    /// Path of the SHA-256 checksums of the other files.
+    pub sums: PathBuf,
     /// Promises that did not hold.
     pub failed: Vec<String>,
 }
@@ -45,16 +52,22 @@ pub struct Options {
     /// Output directory.
     #[arg(long, default_value = "target/package/out")]
     pub out: PathBuf,
+    /// Directory of another build of the same sources, such as a release: the files must be the same.
+    #[arg(long)]
+    pub compare: Option<PathBuf>,
 }
 
 /// Builds the programs and both packages.
-pub fn run(Options { out }: &Options) -> anyhow::Result<Package> {
+pub fn run(Options { out, compare }: &Options) -> anyhow::Result<Package> {
     let target = target();
     let programs = build(&target)?;
     let mut package = Package { target, ..Package::default() };
     for (name, bytes) in &programs {
         if !is_static(bytes) {
             package.failed.push(format!("{name} is static"));
+        }
+        if let Some(directory) = reproducible::named_directory(bytes, &directories()) {
+            package.failed.push(format!("{name} does not name {directory}"));
         }
     }
     std::fs::create_dir_all(out).with_context(|| format!("cannot create {}", out.display()))?;
@@ -64,8 +77,23 @@ pub fn run(Options { out }: &Options) -> anyhow::Result<Package> {
     package.image_mb = image.len() as f64 / 1e6;
     package.deb = out.join(format!("towline_{VERSION}_{}.deb", debian_architecture()));
     package.image = out.join(format!("towline-{VERSION}-oci.tar"));
-    for (path, bytes) in [(&package.deb, &deb), (&package.image, &image)] {
+    package.sbom = out.join(format!("towline-{VERSION}.cdx.json"));
+    package.sums = out.join("SHA256SUMS");
+    let sbom = sbom::document(&package.target)?;
+    let sums = sums(&[(&package.deb, &deb), (&package.image, &image), (&package.sbom, &sbom)])?;
+    let files = [
+        (&package.deb, &deb),
+        (&package.image, &image),
+        (&package.sbom, &sbom),
+        (&package.sums, &sums),
+    ];
+    for (path, bytes) in files {
         std::fs::write(path, bytes).with_context(|| format!("cannot write {}", path.display()))?;
+        let Some(other) = compare else { continue };
+        let other = other.join(path.file_name().context("a file has a name")?);
+        if std::fs::read(&other).ok().as_ref() != Some(bytes) {
+            package.failed.push(format!("{} is the same as {}", path.display(), other.display()));
+        }
     }
     for (what, checked) in [("the package", check_deb(&deb)), ("the image", check_image(&image))] {
         if let Err(error) = checked {
@@ -87,17 +115,41 @@ fn target() -> String {
     if there { musl } else { format!("{}-unknown-linux-gnu", std::env::consts::ARCH) }
 }
 
+/// Returns the lines of `sha256sum` for files of one directory.
+fn sums(files: &[(&PathBuf, &Vec<u8>)]) -> anyhow::Result<Vec<u8>> {
+    let mut lines = Vec::new();
+    for (path, bytes) in files {
+        let name = path.file_name().and_then(|name| name.to_str()).context("a file has a name")?;
+        let sum = sha256(bytes);
+        lines.push(format!("{}  {name}\n", sum.strip_prefix("sha256:").unwrap_or(&sum)));
+    }
+    Ok(lines.concat().into_bytes())
+}
+
+/// Returns the directory of the build.
+fn build_directory() -> PathBuf {
+    let base = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
+    base.unwrap_or_else(|| checkout::root().join("target")).join("package")
+}
+
+/// Returns the directories of this machine whose names must not be in a program.
+fn directories() -> Vec<reproducible::Directory> {
+    let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home = home.or_else(|| Some(std::env::home_dir()?.join(".cargo")));
+    reproducible::directories(checkout::root(), home.as_deref(), &build_directory())
+}
+
 fn build(target: &str) -> anyhow::Result<BTreeMap<String, Vec<u8>>> {
     let root = checkout::root();
-    let base = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
-    let directory = base.unwrap_or_else(|| root.join("target")).join("package");
+    let directory = build_directory();
     line(&format!("building the static programs for {target}"));
     let ended = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
         .args(["build", "--release", "--locked", "-p", "towline-agent", "-p", "towline-helper"])
         .args(["-p", "towline-controller", "--target", target, "--target-dir"])
         .arg(&directory)
         .current_dir(root)
-        .env("RUSTFLAGS", "-C target-feature=+crt-static -C strip=symbols")
+        .env("CARGO_ENCODED_RUSTFLAGS", reproducible::rustflags(&directories()))
+        .env("SOURCE_DATE_EPOCH", "0")
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .status()
@@ -411,11 +463,13 @@ impl Figures for Package {
 
     fn for_people(&self) -> String {
         format!(
-            "{} ({:.1} MB)\n{} ({:.1} MB)\nbuilt for {}",
+            "{} ({:.1} MB)\n{} ({:.1} MB)\n{}\n{}\nbuilt for {}",
             self.deb.display(),
             self.deb_mb,
             self.image.display(),
             self.image_mb,
+            self.sbom.display(),
+            self.sums.display(),
             self.target
         )
     }
@@ -434,6 +488,14 @@ mod tests {
         let made = deb(&programs()).unwrap();
         check_deb(&made).unwrap();
         assert_eq!(made, deb(&programs()).unwrap());
+    }
+
+    #[test]
+    fn checksums_are_those_of_sha256sum() {
+        let (path, bytes) = (PathBuf::from("out/a.deb"), b"abc".to_vec());
+        let lines = String::from_utf8(sums(&[(&path, &bytes)]).unwrap()).unwrap();
+        let sum = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+        assert_eq!(lines, format!("{sum}  a.deb\n"));
     }
 
     #[test]
