@@ -144,6 +144,7 @@ mod tests {
             "cluster --cni flannel",
             "cluster --daemon-set",
             "package --out somewhere",
+            "ha --full --agents 30 --case pause,upgrade --json",
             "shell cp towline-controller node list -o json",
             "limit --link l0 --port 1 --to 192.0.2.1:1",
         ] {

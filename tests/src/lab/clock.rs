@@ -37,12 +37,19 @@ impl OtherClock {
         Ok(Self(library))
     }
 
+    /// Returns the environment variables with which a program sees this time of day, in seconds from now.
+    pub fn environment(&self, offset: i64) -> Vec<(String, String)> {
+        let pair = |name: &str, value: String| (name.to_owned(), value);
+        vec![
+            pair("LD_PRELOAD", self.0.display().to_string()),
+            pair("LAB_CLOCK_OFFSET", offset.to_string()),
+        ]
+    }
+
     /// Makes the programs of a node that are started from now on see this time of day, in seconds from now.
     pub fn show(&self, node: &mut Node, offset: i64) {
-        node.wrap(vec![
-            "/usr/bin/env".to_owned(),
-            format!("LD_PRELOAD={}", self.0.display()),
-            format!("LAB_CLOCK_OFFSET={offset}"),
-        ]);
+        let environment = self.environment(offset).into_iter();
+        let words = environment.map(|(name, value)| format!("{name}={value}"));
+        node.wrap(std::iter::once("/usr/bin/env".to_owned()).chain(words).collect());
     }
 }

@@ -31,6 +31,8 @@ pub struct Controller {
     advertise: Vec<SocketAddr>,
     /// Configuration file, if it has one.
     config: Option<PathBuf>,
+    /// Environment variables of the process, beside those of the lab.
+    environment: Vec<(String, String)>,
     log: PathBuf,
     daemon: Option<Daemon>,
 }
@@ -242,6 +244,7 @@ impl Controller {
             listen,
             advertise,
             config,
+            environment: Vec::new(),
             log: lab.directory().join(format!("controller-{}.log", host.name())),
             daemon: None,
         };
@@ -274,6 +277,11 @@ impl Controller {
         self.await_answer(START_LIMIT)
     }
 
+    /// Gives the process these environment variables from the next start on.
+    pub fn set_environment(&mut self, environment: Vec<(String, String)>) {
+        self.environment = environment;
+    }
+
     /// Starts or restarts the controller, without waiting.
     pub fn launch(&mut self) -> anyhow::Result<()> {
         self.launch_with(&[])
@@ -288,6 +296,9 @@ impl Controller {
             program = program.arg("--config").arg(config);
         }
         program = program.args(flags.iter().copied());
+        for (name, value) in &self.environment {
+            program = program.env(name, value);
+        }
         // The previous process must end first, since it holds the port and the store.
         self.daemon = None;
         self.daemon =

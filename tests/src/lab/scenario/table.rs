@@ -103,8 +103,8 @@ pub const SCENARIOS: &[Scenario] = &[
         name: "ha",
         aliases: &[],
         help: "Kill, pause and cut off each of three controllers and three etcd members (needs etcd)",
-        arguments: none,
-        run: |_, flags| on_plain_hosts(Profile::Dev, ha::run, flags),
+        arguments: ha::Options::augment_args,
+        run: run_ha,
     },
     Scenario {
         name: "idle",
@@ -292,6 +292,17 @@ fn run_explain(matches: &ArgMatches, flags: Flags) -> anyhow::Result<ExitCode> {
     }
     options.check()?;
     on_hosts(Profile::Dev, explain::run, matches, flags)
+}
+
+/// Runs `ha`, or prints the list of its cases.
+fn run_ha(matches: &ArgMatches, flags: Flags) -> anyhow::Result<ExitCode> {
+    let options = ha::Options::from_arg_matches(matches)?;
+    let entries = ha::entries();
+    if options.selection.list {
+        return show(&list(&entries));
+    }
+    options.selection.check(&entries)?;
+    on_hosts(Profile::Dev, ha::run, matches, flags)
 }
 
 /// Runs a scenario without arguments of its own, like [`on_hosts`].
