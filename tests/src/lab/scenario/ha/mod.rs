@@ -33,7 +33,7 @@ use super::selection::{Entry, Selection};
 use crate::lab::binaries::{Binaries, require_commit};
 use crate::lab::clock::OtherClock;
 use crate::lab::privilege::Rank;
-use crate::lab::report::{Figures, Promises};
+use crate::lab::report::{Figures, Promises, Skipped};
 
 use fault::{Fault, Kind};
 use world::World;
@@ -99,15 +99,6 @@ pub struct Case {
     /// Time from an acknowledged change at one controller until another one listed it, in milliseconds. It is measured
     /// during the fault where two controllers can serve, and after it otherwise.
     pub stale_ms: f64,
-}
-
-/// A case that this machine cannot show.
-#[derive(Debug, Serialize)]
-pub struct Skipped {
-    /// Name of the case.
-    pub name: String,
-    /// Reason, in one line.
-    pub why: String,
 }
 
 /// Returns the cases as the command line selects them.
