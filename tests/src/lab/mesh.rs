@@ -186,6 +186,18 @@ impl Controller {
         Self::start_with(lab, host, binaries, listen, advertise.collect(), None)
     }
 
+    /// Starts a controller with a configuration file as [`Self::start_on_all`] does.
+    pub fn start_on_all_configured(
+        lab: &Lab,
+        host: &Arc<Host>,
+        binaries: &Binaries,
+        config: &Path,
+    ) -> anyhow::Result<Self> {
+        let advertise = host.addresses().iter().map(|address| SocketAddr::new(*address, 7443));
+        let (listen, config) = ("[::]:7443".to_owned(), Some(config.to_owned()));
+        Self::start_with(lab, host, binaries, listen, advertise.collect(), config)
+    }
+
     /// Starts a controller as [`Self::start`] does, on all of the host's addresses. Nodes know it by
     /// this address alone.
     pub fn start_known_by(

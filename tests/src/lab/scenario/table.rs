@@ -334,6 +334,7 @@ fn run_plan(matches: &ArgMatches, flags: Flags) -> anyhow::Result<ExitCode> {
 /// Runs `scale` with release builds, or with dev builds if its options ask for it.
 fn run_scale(matches: &ArgMatches, flags: Flags) -> anyhow::Result<ExitCode> {
     let options = scale::Options::from_arg_matches(matches)?;
+    options.check()?;
     let profile = if options.dev { Profile::Dev } else { Profile::Release };
     on_hosts(profile, scale::run, matches, flags)
 }
