@@ -39,9 +39,9 @@ pub(super) enum Target {
 /// A case.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Fault {
-    /// What happens.
+    /// Kind of the fault.
     pub(super) kind: Kind,
-    /// What it happens to, at the same time.
+    /// What has the fault, all at the same time.
     pub(super) targets: Vec<Target>,
 }
 

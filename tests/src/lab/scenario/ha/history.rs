@@ -13,6 +13,8 @@ use super::linear::{Answer, Call, State, Step, is_linearizable};
 #[derive(Debug, Default)]
 pub(super) struct History {
     operations: Vec<Operation>,
+    /// State in which each token was listed, until the next operation on it.
+    last_read: BTreeMap<String, State>,
     /// Networks that each observer showed, for each time at which it was asked.
     views: Vec<View>,
 }
@@ -96,6 +98,15 @@ pub(super) struct Violations {
 impl History {
     /// Records an operation.
     pub(super) fn add(&mut self, operation: Operation) {
+        match operation.action.about_token() {
+            Some((token, Call::Read(state))) => {
+                self.last_read.insert(token.to_owned(), state);
+            }
+            Some((token, Call::Use | Call::Revoke)) => {
+                self.last_read.remove(token);
+            }
+            None => {}
+        }
         self.operations.push(operation);
     }
 
@@ -104,10 +115,13 @@ impl History {
         self.views.push(view);
     }
 
-    /// Records that all controllers list these tokens.
+    /// Records that all controllers list these tokens. A token on which nothing was done since it was listed in the
+    /// same state adds nothing to its history.
     pub(super) fn read(&mut self, listed: &Listed, at: Duration) {
         for (token, state) in &listed.tokens {
-            if let Some(state) = *state {
+            if let Some(state) = *state
+                && self.last_read.get(token) != Some(&state)
+            {
                 let action = Action::Read { token: token.clone(), state };
                 self.add(Operation { action, answer: Answer::Done, begun: at, ended: at });
             }
@@ -299,6 +313,19 @@ mod tests {
         history.add(done(Action::Revoke { token: "t".to_owned() }, 5));
         assert_eq!(history.lost(&listed(&[("t", State::Open)], &[])), 1);
         assert_eq!(history.lost(&listed(&[("t", State::Revoked)], &[])), 0);
+    }
+
+    #[test]
+    fn a_token_is_read_again_after_each_operation_on_it() {
+        let mut history = History::default();
+        let open = listed(&[("t", State::Open)], &[("a", "10.0.0.1")]);
+        history.read(&open, Duration::from_secs(1));
+        history.read(&open, Duration::from_secs(2));
+        assert_eq!(history.len(), 1);
+        history.add(done(join("t", "a"), 3));
+        history.read(&open, Duration::from_secs(9));
+        assert_eq!(history.len(), 3);
+        assert_eq!(history.check(&[open]).not_linearizable, 1, "the use is lost");
     }
 
     #[test]
