@@ -81,16 +81,16 @@ impl Fault {
     /// Returns whether the case runs without `--full`.
     pub(super) fn is_short(&self) -> bool {
         use Target::{Controller, Etcd};
-        match (self.kind, &self.targets[..]) {
-            (Kind::Kill | Kind::Pause | Kind::Partition, [_]) | (Kind::Stop, [Controller(_)]) => {
-                true
-            }
-            (Kind::Compaction, [Etcd(0)]) | (Kind::Clock(MINUTE), [Controller(0)]) => true,
-            (Kind::Kill, [Controller(0), Controller(1)])
-            | (Kind::Pause, [Controller(0), Etcd(0)])
-            | (Kind::Partition, [Etcd(0), Etcd(1)]) => true,
-            _ => false,
-        }
+        matches!(
+            (self.kind, &self.targets[..]),
+            (Kind::Kill | Kind::Pause | Kind::Partition, [_])
+                | (Kind::Stop, [Controller(_)])
+                | (Kind::Compaction, [Etcd(0)])
+                | (Kind::Clock(MINUTE), [Controller(0)])
+                | (Kind::Kill, [Controller(0), Controller(1)])
+                | (Kind::Pause, [Controller(0), Etcd(0)])
+                | (Kind::Partition, [Etcd(0), Etcd(1)])
+        )
     }
 
     /// Returns whether a controller answers during the fault.

@@ -1,7 +1,6 @@
 //! Description of the machine on which figures were measured.
 
 use std::fmt::{self, Display, Formatter};
-use std::path::Path;
 
 use anyhow::Context;
 use serde::Serialize;
@@ -23,7 +22,7 @@ impl Hardware {
     /// Reads the description of this machine.
     pub(super) fn read() -> anyhow::Result<Self> {
         let read = |path: &str| {
-            std::fs::read_to_string(Path::new(path)).with_context(|| format!("cannot read {path}"))
+            std::fs::read_to_string(path).with_context(|| format!("cannot read {path}"))
         };
         Ok(Self {
             processor: value(&read("/proc/cpuinfo")?, "model name").unwrap_or_default(),
