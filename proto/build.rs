@@ -62,6 +62,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             "towline/v1/admin.proto",
             "towline/v1/local.proto",
             "grpc/health/v1/health.proto",
+            "grpc/reflection/v1/reflection.proto",
         ],
         ["proto"],
     )?;

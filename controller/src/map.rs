@@ -92,6 +92,8 @@ struct Inner {
     /// state. Each item occurs once, and all watchers share its bytes.
     index: BTreeMap<u64, Bytes>,
     mesh_revision: u64,
+    /// Bytes of all changes that were encoded since the start.
+    encoded_bytes: u64,
     /// Time at which the newest revision was published; `None` before the first one.
     published_at: Option<Instant>,
 }
@@ -214,6 +216,11 @@ impl Map {
         self.inner.read().removed.get(&node).map(|removed| removed.tombstone.clone())
     }
 
+    /// Returns the bytes of all changes that were encoded since the start. All watches share them.
+    pub fn encoded_bytes(&self) -> u64 {
+        self.inner.read().encoded_bytes
+    }
+
     /// Returns the number of running watches.
     pub fn watchers(&self) -> usize {
         self.latest.receiver_count()
@@ -286,7 +293,9 @@ impl Inner {
                 pb::change::Kind::Mesh(signed)
             }
         };
-        self.index.insert(revision, pb::Change::encoded(kind));
+        let encoded = pb::Change::encoded(kind);
+        self.encoded_bytes += encoded.len() as u64;
+        self.index.insert(revision, encoded);
     }
 
     fn missing(&self, node: NodeId) -> NodeAbsent {

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a panic is the report")]
 
 use std::io::{BufRead, BufReader, Read};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
@@ -150,6 +150,34 @@ fn a_backup_of_a_running_controller_can_take_the_place_of_its_store() {
     std::fs::remove_file(dir.join("starts")).unwrap();
     let _running = Running::start(&dir);
     assert!(tokens().contains("revoked"), "{}", tokens());
+}
+
+#[test]
+fn a_drill_shows_what_a_backup_is_worth_and_leaves_the_mesh_alone() {
+    let root = tempfile::tempdir().unwrap();
+    let [dir, drill, file] = ["state", "drill", "copy.redb"].map(|name| root.path().join(name));
+    let (state, practice) = (dir.to_str().unwrap(), drill.to_str().unwrap());
+    let _running = Running::start(&dir);
+    stdout(&run(&["--state-dir", state, "token", "create", "--name", "kept"]));
+    stdout(&run(&["--state-dir", state, "backup", file.to_str().unwrap()]));
+    let before = tokens(state);
+
+    std::fs::DirBuilder::new().mode(0o700).create(&drill).unwrap();
+    std::fs::copy(&file, drill.join("towline.redb")).unwrap();
+    for name in ["ca.crt", "store.key"] {
+        std::fs::copy(dir.join(name), drill.join(name)).unwrap();
+    }
+    let serve = ["serve", "--state-dir", practice, "--listen", "127.0.0.1:0"];
+    let refused = failure(&run(&serve));
+    assert!(refused.contains("ca.key is missing"), "{refused}");
+    assert!(!drill.join("ca.key").exists(), "no other key is made");
+
+    std::fs::copy(dir.join("ca.key"), drill.join("ca.key")).unwrap();
+    let _practising = Running::start(&drill);
+    let restored = tokens(practice);
+    assert_eq!((restored.len(), &restored[0]["name"]), (1, &before[0]["name"]));
+    assert_eq!(restored[0]["state"], "revoked");
+    assert_eq!(tokens(state), before, "the mesh noticed nothing");
 }
 
 #[test]

@@ -227,6 +227,34 @@ fn controllers_that_share_a_store_serve_at_a_time() {
 }
 
 #[test]
+fn a_controller_with_another_ca_cannot_share_a_store_and_changes_nothing() {
+    let root = tempfile::tempdir().unwrap();
+    let Some((_etcd, store)) = etcd(&root.path().join("etcd")) else { return };
+    let config = root.path().join("controller.toml");
+    std::fs::write(&config, "[etcd]\nshared = true\n").unwrap();
+    let arguments = ["--config", config.to_str().unwrap()];
+    let serves = "listening address=127.0.0.1:";
+    let (first, stranger) = (root.path().join("first"), root.path().join("stranger"));
+    let _serving = Controller::start_with(&arguments, &first, &store, serves).detach();
+    stdout(&run(&["token", "create", "--name", "a"], &first, &store));
+    let before = tokens(&first, &store);
+
+    // It made a CA of its own at a first start without etcd.
+    Controller::start(&stranger, "file", serves).detach().terminate();
+    let mut command = command(&SERVE, &stranger, &store);
+    let refused = command.args(arguments).output().unwrap();
+    let log = String::from_utf8_lossy(&refused.stderr).into_owned();
+    let last = log.trim_end().lines().last().unwrap_or_default();
+    assert!(!refused.status.success(), "{log}");
+    assert!(last.contains("give every controller of a mesh the same ca.key and ca.crt"), "{log}");
+
+    // The first one serves, and writes as before.
+    assert_eq!(tokens(&first, &store), before);
+    stdout(&run(&["token", "create", "--name", "b"], &first, &store));
+    assert_eq!(tokens(&first, &store).len(), 2);
+}
+
+#[test]
 fn a_mesh_moves_from_a_file_to_etcd_and_back() {
     let root = tempfile::tempdir().unwrap();
     let Some((_etcd, store)) = etcd(&root.path().join("etcd")) else { return };

@@ -1,6 +1,6 @@
 //! Wire schema of Towline: the generated messages and services ([`pb`]), signatures over messages
 //! ([`signed`]), the proof of the WireGuard key at a join ([`join_proof`]), what a refused call says to the
-//! program that called ([`refusal`]), the health checking protocol ([`health`]), and the conversion of
+//! program that called ([`refusal`]), the health checking and reflection protocols ([`health`], [`reflection`]), and the conversion of
 //! messages into the plain types of `towline-types` ([`convert`]), and status messages as JSON
 //! ([`status`]).
 
@@ -32,6 +32,13 @@ pub mod pb {
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, rust_2018_idioms)]
 pub mod health {
     tonic::include_proto!("grpc.health.v1");
+}
+
+/// Messages and service of the gRPC server reflection protocol, generated from
+/// `proto/grpc/reflection/v1/reflection.proto`.
+#[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, rust_2018_idioms)]
+pub mod reflection {
+    tonic::include_proto!("grpc.reflection.v1");
 }
 
 /// Version of this crate, which agent and controller report as their own.

@@ -242,6 +242,55 @@ fn the_controllers_configuration_in_the_cluster_is_one() {
 }
 
 #[test]
+fn several_controllers_in_the_cluster_share_a_store_and_get_their_keys_as_credentials() {
+    let template = read("helm/towline/templates/controllers.yaml");
+    assert!(template.starts_with("{{- if .Values.controllers.enabled }}\n"));
+    assert!(template.ends_with("{{- end }}\n"));
+    let values = yaml(&read("helm/towline/values.yaml"));
+    assert_eq!(values["controllers"]["enabled"], false, "it needs an etcd cluster");
+    let documents = documents(&rendered("helm/towline/templates/controllers.yaml"));
+    let of_kind = |kind: &str| documents.iter().find(|one| one["kind"] == kind).unwrap();
+
+    let text = of_kind("ConfigMap")["data"]["controller.toml"].as_str().unwrap();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), text).unwrap();
+    let settings = towline_controller::config::Settings::read(Some(file.path())).unwrap();
+    assert!(settings.etcd.shared && !settings.etcd.plaintext);
+
+    let deployment = of_kind("Deployment");
+    assert_eq!(deployment["spec"]["replicas"], 3);
+    assert_eq!(deployment["spec"]["strategy"]["rollingUpdate"]["maxSurge"], 0);
+    let labels = &deployment["spec"]["template"]["metadata"]["labels"];
+    assert_eq!(deployment["spec"]["selector"]["matchLabels"], *labels);
+    for kind in ["PodDisruptionBudget", "Service"] {
+        let selector = &of_kind(kind)["spec"]["selector"];
+        let selector = selector.get("matchLabels").unwrap_or(selector);
+        assert_eq!(selector, labels, "{kind}");
+    }
+    let pod = &deployment["spec"]["template"]["spec"];
+    assert_eq!(pod["automountServiceAccountToken"], false);
+    assert_eq!(pod["securityContext"]["runAsNonRoot"], true);
+    let [container] = containers(deployment)[..] else { panic!("one container") };
+    let context = &container["securityContext"];
+    assert_eq!(context["readOnlyRootFilesystem"], true);
+    assert_eq!(context["capabilities"], serde_json::json!({ "drop": ["ALL"] }));
+    let mounted = |volume: &str| {
+        let mounts = container["volumeMounts"].as_array().unwrap();
+        mounts.iter().find(|mount| mount["name"] == volume).unwrap()["mountPath"].clone()
+    };
+    let environment = container["env"].as_array().unwrap();
+    let variable = |name: &str| {
+        &environment.iter().find(|variable| variable["name"] == name).unwrap()["value"]
+    };
+    assert_eq!(*variable("CREDENTIALS_DIRECTORY"), mounted("authority"));
+    let state = Path::new(variable("TOWLINE_CONTROLLER_STATE_DIR").as_str().unwrap());
+    assert_eq!(state.parent(), mounted("state").as_str().map(Path::new));
+    for volume in pod["volumes"].as_array().unwrap() {
+        assert!(volume["persistentVolumeClaim"].is_null(), "they are stateless: {volume}");
+    }
+}
+
+#[test]
 fn cloud_init_says_only_what_cloud_init_knows() {
     let known = ["package_update", "packages", "write_files", "runcmd"];
     let mut planes = BTreeMap::new();

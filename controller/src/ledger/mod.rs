@@ -470,6 +470,8 @@ fn later(last_seen: &mut BTreeMap<NodeId, i64>, node: NodeId, time: i64) {
 
 #[cfg(test)]
 mod tests {
+    mod cost;
+
     use std::sync::LazyLock;
     use std::time::Duration;
 
@@ -503,6 +505,8 @@ mod tests {
         stored: BTreeMap<String, Vec<u8>>,
         map: Map,
         view: crate::view::View,
+        /// Number of records of the last commit, and their bytes.
+        written: (usize, usize),
     }
 
     impl World {
@@ -515,6 +519,7 @@ mod tests {
                 stored: BTreeMap::new(),
                 map: Map::new(),
                 view: crate::view::View::default(),
+                written: (0, 0),
             };
             world.commit();
             world
@@ -522,6 +527,8 @@ mod tests {
 
         fn commit(&mut self) {
             let changes = self.ledger.take_changes(|| self.sessions.all_last_seen(self.now));
+            let bytes = changes.writes.iter().filter_map(|(_, value)| Some(value.as_ref()?.len()));
+            self.written = (changes.writes.len(), bytes.sum());
             for (key, value) in changes.writes {
                 match value {
                     Some(value) => self.stored.insert(key, value),

@@ -110,6 +110,7 @@ impl Source {
         let fan_outs = self.counters.fan_outs();
         text.one(&FAN_OUTS, fan_outs.sent);
         text.one(&FAN_OUT_TIME, fan_outs.time.as_secs_f64());
+        text.one(&ENCODED_BYTES, self.map.encoded_bytes());
         let (waiting, most) = self.writer.queue();
         text.one(&QUEUE, waiting);
         text.one(&QUEUE_LIMIT, most);
@@ -219,6 +220,7 @@ mod tests {
             "towline_controller_loading_watches 0",
             "towline_controller_fan_outs_total 1",
             "towline_controller_fan_out_seconds_total 0.25",
+            "towline_controller_encoded_bytes_total 0",
             "towline_controller_queued_requests 0",
             "towline_controller_commits_total 1",
             "towline_controller_commit_seconds_total 0.5",

@@ -49,6 +49,9 @@ towline_service::metrics! {
     /// Time until messages of changes were sent.
     FAN_OUT_TIME: Counter "towline_controller_fan_out_seconds_total" []
         "Time from the newest change in each message until it was sent, over all messages.";
+    /// Bytes of changes that were encoded.
+    ENCODED_BYTES: Counter "towline_controller_encoded_bytes_total" []
+        "Bytes of changes of the map that were encoded. All watches share them, so they grow with changes, not with nodes.";
     /// Requests in the writer's queue.
     QUEUE: Gauge "towline_controller_queued_requests" []
         "Requests that wait for the thread that changes the mesh.";

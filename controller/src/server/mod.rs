@@ -28,6 +28,7 @@ use towline_proto::health::health_server::HealthServer;
 use towline_proto::limits;
 use towline_proto::pb::admin_server::AdminServer;
 use towline_proto::pb::discovery_server::DiscoveryServer;
+use towline_proto::reflection::server_reflection_server::ServerReflectionServer;
 use towline_proto::source_limiter::SourceLimiter;
 use towline_service::local_socket;
 use towline_service::port_owner::{self, PortOwner, Transport};
@@ -48,7 +49,7 @@ use crate::reflector::Reflector;
 use crate::replicas::Exchange;
 use crate::service::{
     AdminService, Authorizer, Budgets, DiscoveryService, FAILED_JOINS, HealthService, Outbound,
-    SentAway, Shared, Signals, drain_begins,
+    ReflectionService, SentAway, Shared, Signals, drain_begins,
 };
 use crate::state_dir::{Lock, StateDir, StateError};
 use crate::store::etcd::{EtcdError, Replicas};
@@ -410,9 +411,12 @@ impl Controller {
         let admin = AdminServer::new(AdminService::new(shared))
             .max_decoding_message_size(limits::MESSAGE_BYTES)
             .max_encoding_message_size(limits::MESSAGE_BYTES);
+        let reflection = ServerReflectionServer::new(ReflectionService::new())
+            .max_decoding_message_size(limits::MESSAGE_BYTES);
         let administering = tokio::spawn(serve_local(
             self.local,
             admin.clone(),
+            reflection.clone(),
             authorizer.clone(),
             counters.clone(),
             stopping.clone(),
@@ -431,6 +435,7 @@ impl Controller {
             .add_service(discovery)
             .add_service(admin)
             .add_service(health)
+            .add_service(reflection)
             .serve_with_incoming_shutdown(ReceiverStream::new(connections), async move {
                 sleep(drain_begins(&mut stopping).await).await;
             });
@@ -508,6 +513,7 @@ fn local(address: SocketAddr) -> SocketAddr {
 async fn serve_local(
     socket: Option<UnixListener>,
     admin: AdminServer<AdminService>,
+    reflection: ServerReflectionServer<ReflectionService>,
     authorizer: Authorizer,
     counters: Arc<Counters>,
     mut stopping: watch::Receiver<Option<Duration>>,
@@ -525,6 +531,7 @@ async fn serve_local(
         }))
         .layer(authorizer)
         .add_service(admin)
+        .add_service(reflection)
         .serve_with_incoming_shutdown(connections, async move {
             drain_begins(&mut stopping).await;
         })

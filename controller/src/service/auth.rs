@@ -90,6 +90,8 @@ pub enum Object {
     Admins,
     /// State of health of the controller.
     Health,
+    /// The schema of the services, which is no secret.
+    Schema,
 }
 
 impl Object {
@@ -110,6 +112,7 @@ impl Object {
             Self::Store => "records of the store",
             Self::Admins => "keys of administrators",
             Self::Health => "whether the controller serves",
+            Self::Schema => "the schema of the services",
         }
     }
 }
@@ -176,6 +179,12 @@ pub const RPCS: &[Rpc] = &[
     rpc("/towline.v1.Admin/RevokeAdmin", Role::Admin, Access::Change, Object::Admins),
     rpc("/grpc.health.v1.Health/Check", Role::Anyone, Access::Read, Object::Health),
     rpc("/grpc.health.v1.Health/Watch", Role::Anyone, Access::Read, Object::Health),
+    rpc(
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        Role::Admin,
+        Access::Read,
+        Object::Schema,
+    ),
 ];
 
 /// Client that calls an RPC, an extension of each request that passed the [`Authorizer`].

@@ -8,6 +8,7 @@ mod auth;
 mod budgets;
 mod discovery;
 mod health;
+mod reflection;
 mod refusal;
 mod signals;
 mod watch;
@@ -54,6 +55,7 @@ pub use budgets::Budgets;
 pub use discovery::DiscoveryService;
 pub(crate) use discovery::WireJoin;
 pub use health::HealthService;
+pub use reflection::ReflectionService;
 pub use refusal::tombstone_of;
 pub use signals::{Outbound, Signals};
 

@@ -21,7 +21,7 @@ const RECORDS: TableDefinition<'_, &str, (u64, &[u8])> = TableDefinition::new("r
 const HEAD: TableDefinition<'_, &str, u64> = TableDefinition::new("head");
 /// Size of redb's cache, in bytes. It is small because all records are read once at the start and
 /// kept in memory.
-const CACHE_BYTES: usize = 4 * 1024 * 1024;
+pub(super) const CACHE_BYTES: usize = 4 * 1024 * 1024;
 
 /// An open store file.
 pub struct FileStore {
@@ -220,7 +220,12 @@ fn publish(temporary: &Path, path: &Path) -> io::Result<()> {
     }
 }
 
-fn write(database: &Database, sequence: u64, writes: &[Write]) -> Result<u64, redb::Error> {
+/// Writes a commit, whose number is one more than `sequence`. Returns that number once the changes are on the disk.
+pub(super) fn write(
+    database: &Database,
+    sequence: u64,
+    writes: &[Write],
+) -> Result<u64, redb::Error> {
     let sequence = sequence + 1;
     let transaction = database.begin_write()?;
     {

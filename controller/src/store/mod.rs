@@ -15,6 +15,8 @@
 mod conformance;
 pub mod etcd;
 mod file;
+#[cfg(test)]
+mod power_cut;
 
 use std::path::PathBuf;
 

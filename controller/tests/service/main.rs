@@ -7,3 +7,4 @@ mod joins;
 mod limits;
 mod operators;
 mod sessions;
+mod versions;

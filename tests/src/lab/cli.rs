@@ -147,6 +147,9 @@ mod tests {
             "cluster --cni flannel",
             "cluster --daemon-set",
             "package --out somewhere",
+            "scale --agents 10000 --json",
+            "scale --agents 1000,3000,10000 --store redb,etcd --full --plot scale.svg --update-docs",
+            "ha --full --agents 30 --case pause,upgrade --json",
             "shell cp towline-controller node list -o json",
             "limit --link l0 --port 1 --to 192.0.2.1:1",
         ] {

@@ -31,6 +31,8 @@ pub struct Controller {
     advertise: Vec<SocketAddr>,
     /// Configuration file, if it has one.
     config: Option<PathBuf>,
+    /// Environment variables of the process, beside those of the lab.
+    environment: Vec<(String, String)>,
     log: PathBuf,
     daemon: Option<Daemon>,
 }
@@ -184,6 +186,18 @@ impl Controller {
         Self::start_with(lab, host, binaries, listen, advertise.collect(), None)
     }
 
+    /// Starts a controller with a configuration file as [`Self::start_on_all`] does.
+    pub fn start_on_all_configured(
+        lab: &Lab,
+        host: &Arc<Host>,
+        binaries: &Binaries,
+        config: &Path,
+    ) -> anyhow::Result<Self> {
+        let advertise = host.addresses().iter().map(|address| SocketAddr::new(*address, 7443));
+        let (listen, config) = ("[::]:7443".to_owned(), Some(config.to_owned()));
+        Self::start_with(lab, host, binaries, listen, advertise.collect(), config)
+    }
+
     /// Starts a controller as [`Self::start`] does, on all of the host's addresses. Nodes know it by
     /// this address alone.
     pub fn start_known_by(
@@ -242,6 +256,7 @@ impl Controller {
             listen,
             advertise,
             config,
+            environment: Vec::new(),
             log: lab.directory().join(format!("controller-{}.log", host.name())),
             daemon: None,
         };
@@ -274,6 +289,11 @@ impl Controller {
         self.await_answer(START_LIMIT)
     }
 
+    /// Gives the process these environment variables from the next start on.
+    pub fn set_environment(&mut self, environment: Vec<(String, String)>) {
+        self.environment = environment;
+    }
+
     /// Starts or restarts the controller, without waiting.
     pub fn launch(&mut self) -> anyhow::Result<()> {
         self.launch_with(&[])
@@ -288,6 +308,9 @@ impl Controller {
             program = program.arg("--config").arg(config);
         }
         program = program.args(flags.iter().copied());
+        for (name, value) in &self.environment {
+            program = program.env(name, value);
+        }
         // The previous process must end first, since it holds the port and the store.
         self.daemon = None;
         self.daemon =

@@ -25,6 +25,7 @@
 //! | [`nat`] | NAT and firewall rules of routers, as nftables |
 //! | [`binaries`] | building and finding the daemons |
 //! | [`process`] | daemons and commands inside a host: logs, deadlines, guaranteed termination |
+//! | [`clock`] | another time of day for the programs of one host |
 //! | [`small_disk`] | a file system in memory, which only the processes of one host see |
 //! | [`mesh`] | Towline in the lab: a controller, nodes, tokens, joins, agents |
 //! | [`peers`] | other WireGuard implementations: built once, configured over their own sockets |
@@ -58,6 +59,7 @@ pub mod background_traffic;
 pub mod binaries;
 pub mod capture;
 pub mod cli;
+pub mod clock;
 pub mod flow;
 pub mod interference;
 pub mod interrupt;

@@ -103,8 +103,8 @@ pub const SCENARIOS: &[Scenario] = &[
         name: "ha",
         aliases: &[],
         help: "Kill, pause and cut off each of three controllers and three etcd members (needs etcd)",
-        arguments: none,
-        run: |_, flags| on_plain_hosts(Profile::Dev, ha::run, flags),
+        arguments: ha::Options::augment_args,
+        run: run_ha,
     },
     Scenario {
         name: "idle",
@@ -294,6 +294,17 @@ fn run_explain(matches: &ArgMatches, flags: Flags) -> anyhow::Result<ExitCode> {
     on_hosts(Profile::Dev, explain::run, matches, flags)
 }
 
+/// Runs `ha`, or prints the list of its cases.
+fn run_ha(matches: &ArgMatches, flags: Flags) -> anyhow::Result<ExitCode> {
+    let options = ha::Options::from_arg_matches(matches)?;
+    let entries = ha::entries();
+    if options.selection.list {
+        return show(&list(&entries));
+    }
+    options.selection.check(&entries)?;
+    on_hosts(Profile::Dev, ha::run, matches, flags)
+}
+
 /// Runs a scenario without arguments of its own, like [`on_hosts`].
 fn on_plain_hosts<F: Figures>(
     profile: Profile,
@@ -323,6 +334,7 @@ fn run_plan(matches: &ArgMatches, flags: Flags) -> anyhow::Result<ExitCode> {
 /// Runs `scale` with release builds, or with dev builds if its options ask for it.
 fn run_scale(matches: &ArgMatches, flags: Flags) -> anyhow::Result<ExitCode> {
     let options = scale::Options::from_arg_matches(matches)?;
+    options.check()?;
     let profile = if options.dev { Profile::Dev } else { Profile::Release };
     on_hosts(profile, scale::run, matches, flags)
 }

@@ -15,7 +15,7 @@ use crate::lab::package::archive::{Entry, tar};
 /// Debian suite of the userland, for every kernel.
 const SUITE: &str = "bookworm";
 /// Packages that are installed in addition to the essential ones.
-const PACKAGES: [&str; 15] = [
+const PACKAGES: [&str; 16] = [
     "systemd",
     "systemd-sysv",
     "dbus",
@@ -31,6 +31,7 @@ const PACKAGES: [&str; 15] = [
     "netplan.io",
     "ufw",
     "firewalld",
+    "etcd-server",
 ];
 /// Files to install: path in the machine, mode and contents.
 const FILES: [(&str, u32, &str); 5] = [
@@ -47,7 +48,7 @@ const FILES: [(&str, u32, &str); 5] = [
 const ENABLED: &str = "lab-runner background-traffic systemd-networkd";
 /// Units that only the cases start that are about them.
 const DISABLED: &str = "NetworkManager NetworkManager-wait-online firewalld ufw wpa_supplicant \
-    netplan-ovs-cleanup ModemManager polkit";
+    netplan-ovs-cleanup ModemManager polkit etcd";
 /// Units that a machine does not need: each costs an emulated machine up to a second of its boot.
 const MASKED: &str = "getty@.service serial-getty@.service systemd-logind.service \
     apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer \

@@ -267,8 +267,29 @@ fn what_is_compacted_full_or_older_than_known_is_one_clear_line() {
     }
     let full = full.expect("the quota is reached");
     assert!(line(&full).contains("etcd is full"), "{full}");
+    let sequence = store.sequence();
     store.reopen().unwrap();
-    assert!(!store.load().unwrap().is_empty(), "a full etcd can be read");
+    assert_eq!(store.sequence(), sequence, "what was refused is not in it");
+    let records = u64::try_from(store.load().unwrap().len()).unwrap();
+    assert!(records > 0 && records < sequence, "a full etcd can be read: {records} {sequence}");
+}
+
+#[test]
+fn a_slow_etcd_is_one_clear_line_and_changes_nothing() {
+    let Some(cluster) = Cluster::start(1, &[]) else { return };
+    let mut store = create(&cluster, "m", &[put("a", "1")]);
+    let sequence = store.sequence();
+    cluster.pause(0);
+    let error = store.commit(sequence, &[put("a", "2"), put("b", "2")]).unwrap_err();
+    assert!(line(&error).contains("is slow: no answer within 2 s: check its disk"), "{error}");
+    cluster.resume(0);
+    // etcd may have received the commit, and then executes it as a whole.
+    assert!((0..10).any(|_| store.reopen().is_ok()));
+    let is_written = store.sequence() != sequence;
+    let expected: &[&str] = if is_written { &["a=2", "b=2"] } else { &["a=1"] };
+    assert_eq!(texts(&mut store), expected);
+    write_through(&mut store, put("a", "3"));
+    assert_eq!(texts(&mut store)[0], "a=3");
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! Faults of clocks, and of certificates, which depend on them.
 
 use super::ask::{View, ask};
-use super::clock::OtherClock;
 use super::{Case, Outcome};
+use crate::lab::clock::OtherClock;
 use crate::lab::scenario::Setting;
 use crate::lab::scenario::scene::Scene;
 

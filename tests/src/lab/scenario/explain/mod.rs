@@ -19,7 +19,6 @@
 //! | [`document`] | table in `docs/troubleshooting.md` |
 
 mod ask;
-mod clock;
 mod clocks;
 mod document;
 mod hosts;

@@ -1,36 +1,83 @@
-//! Check of recorded operations against what all controllers list in the end.
+//! The recorded operations, and their check: against the model of a token, against what all controllers list in the
+//! end, and against what the nodes show of one another's networks.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::time::Duration;
 
-/// Operations that were acknowledged, in order.
+use ipnet::IpNet;
+
+use super::linear::{Answer, Call, State, Step, is_linearizable};
+
+/// Operations in the order in which they were recorded.
 #[derive(Debug, Default)]
 pub(super) struct History {
     operations: Vec<Operation>,
+    /// State in which each token was listed, until the next operation on it.
+    last_read: BTreeMap<String, State>,
+    /// Networks that each observer showed, for each time at which it was asked.
+    views: Vec<View>,
 }
 
-/// An acknowledged operation.
+/// An operation.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Operation {
-    /// A token was created.
+pub(super) struct Operation {
+    /// What was asked for.
+    pub(super) action: Action,
+    /// What was answered.
+    pub(super) answer: Answer,
+    /// Time of the request, since the start of the scenario.
+    pub(super) begun: Duration,
+    /// Time of the answer.
+    pub(super) ended: Duration,
+}
+
+/// What an operation asks for. All tokens are for one node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Action {
+    /// Create a token. Only acknowledged ones are recorded, since the others have no id.
     Create {
         /// Id of the token.
         token: String,
     },
-    /// A node joined with a token for one node.
+    /// Revoke a token.
+    Revoke {
+        /// Id of the token.
+        token: String,
+    },
+    /// Let a node join with a token.
     Join {
         /// Id of the token.
         token: String,
         /// Name of the node.
         node: String,
     },
+    /// Remove a node.
+    Remove {
+        /// Name of the node.
+        node: String,
+    },
+    /// List the tokens at all controllers, which agree.
+    Read {
+        /// Id of the token.
+        token: String,
+        /// State of the token.
+        state: State,
+    },
+}
+
+/// Networks that are reached through nodes, as one observer shows them at one time.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct View {
+    /// Names of the nodes with the networks of each.
+    pub(super) holders: Vec<(String, IpNet)>,
 }
 
 /// What a controller lists.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Listed {
-    /// Ids of the tokens.
-    pub(super) tokens: BTreeSet<String>,
+    /// States of the tokens by their ids. A token that only its age made void has none.
+    pub(super) tokens: BTreeMap<String, Option<State>>,
     /// Addresses in the mesh of each node, by its name.
     pub(super) nodes: BTreeMap<String, Vec<IpAddr>>,
 }
@@ -42,38 +89,148 @@ pub(super) struct Violations {
     pub(super) lost_writes: usize,
     /// Tokens for one node that admitted more.
     pub(super) double_spent_tokens: usize,
-    /// Pairs of nodes that have the same address, over all controllers.
+    /// Pairs of nodes that have the same address, over all controllers, or overlapping networks, over all views.
     pub(super) overlapping_prefixes: usize,
+    /// Tokens whose operations no order explains.
+    pub(super) not_linearizable: usize,
 }
 
 impl History {
-    /// Records an acknowledged operation.
+    /// Records an operation.
     pub(super) fn add(&mut self, operation: Operation) {
+        match operation.action.about_token() {
+            Some((token, Call::Read(state))) => {
+                self.last_read.insert(token.to_owned(), state);
+            }
+            Some((token, Call::Use | Call::Revoke)) => {
+                self.last_read.remove(token);
+            }
+            None => {}
+        }
         self.operations.push(operation);
+    }
+
+    /// Records what an observer shows.
+    pub(super) fn observe(&mut self, view: View) {
+        self.views.push(view);
+    }
+
+    /// Records that all controllers list these tokens. A token on which nothing was done since it was listed in the
+    /// same state adds nothing to its history.
+    pub(super) fn read(&mut self, listed: &Listed, at: Duration) {
+        for (token, state) in &listed.tokens {
+            if let Some(state) = *state
+                && self.last_read.get(token) != Some(&state)
+            {
+                let action = Action::Read { token: token.clone(), state };
+                self.add(Operation { action, answer: Answer::Done, begun: at, ended: at });
+            }
+        }
+    }
+
+    /// Returns the number of recorded operations.
+    pub(super) fn len(&self) -> usize {
+        self.operations.len()
     }
 
     /// Returns how many acknowledged operations a controller does not list.
     pub(super) fn lost(&self, listed: &Listed) -> usize {
-        let is_lost = |operation: &&Operation| match operation {
-            Operation::Create { token } => !listed.tokens.contains(token),
-            Operation::Join { node, .. } => !listed.nodes.contains_key(node),
-        };
-        self.operations.iter().filter(is_lost).count()
-    }
-
-    /// Compares the operations with what each controller lists.
-    pub(super) fn check(&self, controllers: &[Listed]) -> Violations {
-        let mut uses = BTreeMap::<&str, usize>::new();
+        // A node that somebody asked to remove may be absent, whatever was answered.
+        let mut removed = BTreeSet::new();
         for operation in &self.operations {
-            if let Operation::Join { token, .. } = operation {
-                *uses.entry(token).or_default() += 1;
+            if let Action::Remove { node } = &operation.action {
+                removed.insert(node.as_str());
             }
         }
+        let is_lost = |operation: &&Operation| match &operation.action {
+            Action::Create { token } => !listed.tokens.contains_key(token),
+            Action::Revoke { token } => {
+                listed.tokens.get(token).is_some_and(|state| *state == Some(State::Open))
+            }
+            Action::Join { node, .. } => {
+                !removed.contains(node.as_str()) && !listed.nodes.contains_key(node)
+            }
+            Action::Remove { node } => listed.nodes.contains_key(node),
+            Action::Read { .. } => false,
+        };
+        let acknowledged =
+            self.operations.iter().filter(|operation| operation.answer == Answer::Done);
+        acknowledged.filter(is_lost).count()
+    }
+
+    /// Checks the operations and the views, also against what each controller lists.
+    pub(super) fn check(&self, controllers: &[Listed]) -> Violations {
+        let mut tokens = BTreeMap::<&str, Vec<Step>>::new();
+        for operation in &self.operations {
+            if let Some((token, call)) = operation.action.about_token() {
+                tokens.entry(token).or_default().push(operation.step(call));
+            }
+        }
+        let is_spent_twice = |steps: &&Vec<Step>| {
+            let done = |step: &&Step| step.call == Call::Use && step.answer == Answer::Done;
+            steps.iter().filter(done).count() > 1
+        };
+        let addresses: usize = controllers.iter().map(Listed::overlapping).sum();
+        let networks: usize = self.views.iter().map(View::overlapping).sum();
         Violations {
             lost_writes: controllers.iter().map(|listed| self.lost(listed)).sum(),
-            double_spent_tokens: uses.values().filter(|uses| **uses > 1).count(),
-            overlapping_prefixes: controllers.iter().map(Listed::overlapping).sum(),
+            double_spent_tokens: tokens.values().filter(is_spent_twice).count(),
+            overlapping_prefixes: addresses + networks,
+            not_linearizable: tokens.values().filter(|steps| !is_linearizable(1, steps)).count(),
         }
+    }
+}
+
+impl Action {
+    /// Returns the token that the model checks, with the call; `None` for what is no operation on a token.
+    fn about_token(&self) -> Option<(&str, Call)> {
+        match self {
+            Self::Revoke { token } => Some((token.as_str(), Call::Revoke)),
+            Self::Join { token, .. } => Some((token.as_str(), Call::Use)),
+            Self::Read { token, state } => Some((token.as_str(), Call::Read(*state))),
+            Self::Create { .. } | Self::Remove { .. } => None,
+        }
+    }
+}
+
+impl Operation {
+    /// Returns the name of the node that joined by this operation, if it was acknowledged.
+    pub(super) fn joined(&self) -> Option<String> {
+        match &self.action {
+            Action::Join { node, .. } if self.answer == Answer::Done => Some(node.clone()),
+            _ => None,
+        }
+    }
+
+    fn step(&self, call: Call) -> Step {
+        let ended = match self.answer {
+            Answer::Done | Answer::Refused => self.ended,
+            Answer::Unknown => Duration::MAX,
+        };
+        Step { call, answer: self.answer, begun: self.begun, ended }
+    }
+}
+
+impl View {
+    /// Returns one view that has what all of these show.
+    pub(super) fn of_all(views: &[Self]) -> Self {
+        let all: BTreeSet<(String, IpNet)> =
+            views.iter().flat_map(|view| view.holders.iter().cloned()).collect();
+        Self { holders: all.into_iter().collect() }
+    }
+
+    /// Returns whether exactly one node has this network.
+    pub(super) fn has_one_holder(&self, network: IpNet) -> bool {
+        self.holders.iter().filter(|(_, held)| *held == network).count() == 1
+    }
+
+    /// Returns the number of pairs of networks of different nodes that overlap.
+    fn overlapping(&self) -> usize {
+        let overlap = |a: &IpNet, b: &IpNet| a.contains(b) || b.contains(a);
+        let pairs = self.holders.iter().enumerate().flat_map(|(number, first)| {
+            self.holders.iter().skip(number + 1).map(move |second| (first, second))
+        });
+        pairs.filter(|(first, second)| first.0 != second.0 && overlap(&first.1, &second.1)).count()
     }
 }
 
@@ -91,31 +248,117 @@ impl Listed {
 mod tests {
     use super::*;
 
-    fn listed(tokens: &[&str], nodes: &[(&str, &str)]) -> Listed {
+    fn listed(tokens: &[(&str, State)], nodes: &[(&str, &str)]) -> Listed {
         let node =
             |(name, address): &(&str, &str)| ((*name).to_owned(), vec![address.parse().unwrap()]);
+        let token = |(id, state): &(&str, State)| ((*id).to_owned(), Some(*state));
         Listed {
-            tokens: tokens.iter().map(|token| (*token).to_owned()).collect(),
+            tokens: tokens.iter().map(token).collect(),
             nodes: nodes.iter().map(node).collect(),
         }
     }
 
+    fn done(action: Action, begun: u64) -> Operation {
+        let (begun, ended) = (Duration::from_secs(begun), Duration::from_secs(begun + 1));
+        Operation { action, answer: Answer::Done, begun, ended }
+    }
+
+    fn create(token: &str) -> Action {
+        Action::Create { token: token.to_owned() }
+    }
+
+    fn join(token: &str, node: &str) -> Action {
+        Action::Join { token: token.to_owned(), node: node.to_owned() }
+    }
+
     #[test]
     fn what_is_lost_spent_twice_or_given_twice_is_counted() {
+        use State::{Open, Used};
         let mut history = History::default();
         for token in ["t", "u"] {
-            history.add(Operation::Create { token: token.to_owned() });
+            history.add(done(create(token), 1));
         }
-        let join = |node: &str| Operation::Join { token: "t".to_owned(), node: node.to_owned() };
-        history.add(join("a"));
-        let good = listed(&["t", "u"], &[("a", "10.0.0.1"), ("b", "10.0.0.2")]);
+        history.add(done(join("t", "a"), 3));
+        let tokens = [("t", Used), ("u", Open)];
+        let good = listed(&tokens, &[("a", "10.0.0.1"), ("b", "10.0.0.2")]);
+        history.read(&good, Duration::from_secs(9));
         assert_eq!(history.check(&[good.clone(), good.clone()]), Violations::default());
 
-        let behind = listed(&["t"], &[]);
+        let behind = listed(&tokens[..1], &[]);
         assert_eq!(history.check(&[good.clone(), behind]).lost_writes, 2);
-        let twice = listed(&["t", "u"], &[("a", "10.0.0.1"), ("b", "10.0.0.1")]);
+        let twice = listed(&tokens, &[("a", "10.0.0.1"), ("b", "10.0.0.1")]);
         assert_eq!(history.check(&[twice]).overlapping_prefixes, 1);
-        history.add(join("b"));
-        assert_eq!(history.check(&[good]).double_spent_tokens, 1);
+        history.add(done(join("t", "b"), 3));
+        let violations = history.check(&[good]);
+        assert_eq!((violations.double_spent_tokens, violations.not_linearizable), (1, 1));
+    }
+
+    #[test]
+    fn a_use_or_a_removal_that_comes_back_is_found() {
+        let mut history = History::default();
+        history.add(done(create("t"), 1));
+        history.add(done(join("t", "a"), 3));
+        let open = listed(&[("t", State::Open)], &[("a", "10.0.0.1")]);
+        history.read(&open, Duration::from_secs(9));
+        assert_eq!(history.check(&[open]).not_linearizable, 1);
+
+        let mut history = History::default();
+        history.add(done(join("t", "a"), 3));
+        history.add(done(Action::Remove { node: "a".to_owned() }, 5));
+        let absent = listed(&[], &[]);
+        let present = listed(&[], &[("a", "10.0.0.1")]);
+        assert_eq!(history.check(&[absent, present]).lost_writes, 1);
+
+        let mut history = History::default();
+        history.add(done(Action::Revoke { token: "t".to_owned() }, 5));
+        assert_eq!(history.lost(&listed(&[("t", State::Open)], &[])), 1);
+        assert_eq!(history.lost(&listed(&[("t", State::Revoked)], &[])), 0);
+    }
+
+    #[test]
+    fn a_token_is_read_again_after_each_operation_on_it() {
+        let mut history = History::default();
+        let open = listed(&[("t", State::Open)], &[("a", "10.0.0.1")]);
+        history.read(&open, Duration::from_secs(1));
+        history.read(&open, Duration::from_secs(2));
+        assert_eq!(history.len(), 1);
+        history.add(done(join("t", "a"), 3));
+        history.read(&open, Duration::from_secs(9));
+        assert_eq!(history.len(), 3);
+        assert_eq!(history.check(&[open]).not_linearizable, 1, "the use is lost");
+    }
+
+    #[test]
+    fn a_removal_without_an_answer_allows_both() {
+        let mut history = History::default();
+        history.add(done(join("t", "a"), 3));
+        let removal = done(Action::Remove { node: "a".to_owned() }, 5);
+        history.add(Operation { answer: Answer::Unknown, ..removal });
+        let absent = listed(&[], &[]);
+        let present = listed(&[], &[("a", "10.0.0.1")]);
+        assert_eq!(history.check(&[absent, present]).lost_writes, 0);
+    }
+
+    #[test]
+    fn networks_of_different_nodes_must_not_overlap_in_any_view() {
+        let view = |holders: &[(&str, &str)]| View {
+            holders: holders
+                .iter()
+                .map(|(node, net)| ((*node).to_owned(), net.parse().unwrap()))
+                .collect(),
+        };
+        let mut history = History::default();
+        history.observe(view(&[("a", "10.1.0.0/16"), ("a", "10.1.2.0/24"), ("b", "10.2.0.0/24")]));
+        // The network moved between the two times.
+        history.observe(view(&[("b", "10.1.0.0/16")]));
+        assert_eq!(history.check(&[]), Violations::default());
+        history.observe(view(&[("a", "10.1.2.0/24"), ("b", "10.1.0.0/16")]));
+        assert_eq!(history.check(&[]).overlapping_prefixes, 1);
+
+        let network = "10.1.0.0/16".parse().unwrap();
+        let views = [view(&[("a", "10.1.0.0/16")]), view(&[("b", "10.1.0.0/16")])];
+        assert!(views.iter().all(|view| view.has_one_holder(network)));
+        let all = View::of_all(&views);
+        assert!(!all.has_one_holder(network) && all.overlapping() == 1);
     }
 }

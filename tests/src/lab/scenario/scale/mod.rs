@@ -1,381 +1,158 @@
 //! `cargo lab scale`: measures one controller with thousands of connected agents.
 //!
-//! The controller is the real binary. The agents are light: they join, watch and publish with the
-//! agent's own client code over TLS, from addresses all over 127.0.0.0/8, but keep no map. Each
-//! change that is measured carries a number, and each light agent reports when it has received it.
+//! The controller is the real binary, with its store in a file or in three members of etcd. The agents are light: they
+//! join, watch and publish with the agent's own client code over TLS, from addresses all over 127.0.0.0/8, but keep no
+//! map. Each change that is measured carries a number, and each light agent reports when it has received it.
 //!
 //! | file | owns |
 //! |---|---|
+//! | `run.rs` | one run: what is measured, with one store and one number of agents |
 //! | `light_agent.rs` | one light agent: its session and what it reports |
+//! | `hardware.rs` | the description of this machine |
+//! | `plot.rs` | the chart of all runs |
+//! | `document.rs` | the figures in `docs/scale.md` |
 
+mod document;
+mod hardware;
 mod light_agent;
+mod plot;
+mod run;
 
 use std::fmt::Write as _;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::path::PathBuf;
 
-use anyhow::{Context, anyhow};
-use clap::Args;
+use anyhow::Context;
 use clap::builder::RangedU64ValueParser;
+use clap::{Args, ValueEnum};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::unistd::Pid;
 use serde::Serialize;
-use tokio::runtime::Builder;
-use tokio::sync::{Semaphore, mpsc};
-use tokio::task::JoinSet;
-use towline_proto::token::JoinToken;
 
 use super::Setting;
-use crate::lab::interrupt::{self, sleep, wait_for, wait_up_to};
-use crate::lab::mesh::Controller;
+use crate::lab::interrupt;
 use crate::lab::privilege::Rank;
-use crate::lab::process::{processor_time, resident_mb};
-use crate::lab::report::{Figures, Promises, round};
-use crate::lab::topology::Lab;
+use crate::lab::report::{Figures, Promises, WrongUsage};
 
-use light_agent::{LightAgent, Member, Report};
+use hardware::Hardware;
+use run::Run;
 
 /// Options of the scenario.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// Number of agents
-    #[arg(long, default_value_t = 1_000, value_parser = RangedU64ValueParser::<usize>::new().range(20..=10_000))]
-    agents: usize,
+    /// Number of agents; with several numbers, one run for each
+    #[arg(
+        long,
+        value_name = "N",
+        num_args = 1..,
+        value_delimiter = ',',
+        default_value = "1000",
+        value_parser = RangedU64ValueParser::<usize>::new().range(20..=10_000)
+    )]
+    agents: Vec<usize>,
+    /// Store of the controller; with several ones, all runs for each
+    #[arg(long = "store", num_args = 1.., value_delimiter = ',', value_enum, default_value = "redb")]
+    stores: Vec<StoreKind>,
     /// Offer changes for 60 s instead of 10 s
     #[arg(long)]
     full: bool,
     /// Build the daemons with the dev profile: the figures are then those of a slower program
     #[arg(long)]
     pub dev: bool,
+    /// Write a chart of all runs to this file, as SVG
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
+    /// Write the figures into docs/scale.md, with --full only
+    #[arg(long)]
+    update_docs: bool,
 }
 
-/// Results of one run.
+/// Store of a controller.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum StoreKind {
+    /// A file beside the CA's key.
+    #[default]
+    Redb,
+    /// Three members of etcd on this machine.
+    Etcd,
+}
+
+impl StoreKind {
+    /// Returns the name, as in options and figures.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Redb => "redb",
+            Self::Etcd => "etcd",
+        }
+    }
+}
+
+/// Results.
 #[derive(Debug, Default, Serialize)]
 pub struct Scale {
     /// True if the lab ran in a user namespace, without root rights on this machine.
     pub rootless: bool,
-    /// Number of agents.
-    pub agents: usize,
     /// True if the controller is a release build.
     pub release: bool,
+    /// True if changes were offered for 60 s.
+    pub full: bool,
     /// Number of processors of the machine.
     pub cores: usize,
-    /// Number of joins per second while no watch is open.
-    pub enrol_per_s: f64,
-    /// Number of joins per second while nine tenths of the agents watch.
-    pub enrol_watched_per_s: f64,
-    /// Time in seconds until all agents had opened their watches and had the whole map.
-    pub watch_all_s: f64,
-    /// Time in seconds until one agent without a map has the whole map.
-    pub snapshot_s: f64,
-    /// Median time from the publication of a change until an agent has it, in milliseconds.
-    pub delta_p50_ms: f64,
-    /// 99th percentile of that time.
-    pub delta_p99_ms: f64,
-    /// Number of changes per second that were offered and reached every agent.
-    pub deltas_per_s: f64,
-    /// 99th percentile of the time until an agent has a change under that load, in milliseconds.
-    pub load_p99_ms: f64,
-    /// Resident memory of the controller, in megabytes.
-    pub rss_mb: f64,
-    /// Processor time of the controller while all agents are connected and nothing changes, in
-    /// percent of a core.
-    pub cpu_idle_pct: f64,
-    /// Processor time of all agents in the same time.
-    pub clients_cpu_idle_pct: f64,
-    /// Time in seconds from the start of a killed controller until all agents are connected and
-    /// have the whole map.
-    pub reconnect_all_s: f64,
-    /// Number of changes that were sent again to an agent after that, on average.
-    pub resent_per_agent: f64,
+    /// Description of the machine.
+    pub machine: Hardware,
+    /// Figures of the run with the most agents on the first store.
+    #[serde(flatten)]
+    pub largest: Run,
+    /// Figures of all runs, in the order in which they were measured.
+    pub runs: Vec<Run>,
     /// Promises that did not hold.
     pub failed: Vec<String>,
 }
 
-/// Number of agents that join or open a watch at the same time.
-const AT_ONCE: usize = 64;
-/// Number of changes that are measured one by one.
-const SINGLE: usize = 20;
-/// Pause between two changes under load.
-const LOAD_PACE: Duration = Duration::from_millis(50);
-/// Time without changes before the idle measurement.
-const SETTLE: Duration = Duration::from_secs(3);
-/// Length of the idle measurement. It is two heartbeats, so that each agent sends two of them, whenever
-/// its own ones are due.
-const IDLE: Duration = Duration::from_secs(30);
-/// Longest time of each step.
-const STEP: Duration = Duration::from_secs(600);
-/// Longest time until a change must have reached every agent.
-const DELIVERY: Duration = Duration::from_secs(60);
-/// Longest time until all agents must be connected again.
-const RECONNECT: Duration = Duration::from_secs(300);
+impl Options {
+    /// Fails if the document would get figures that cannot be compared.
+    pub fn check(&self) -> Result<(), WrongUsage> {
+        if self.update_docs && (!self.full || self.dev) {
+            let message = "--update-docs is about the long form with release builds: add --full, leave --dev out";
+            return Err(WrongUsage(message.to_owned()));
+        }
+        Ok(())
+    }
+}
 
 /// Runs the scenario and returns its results.
 pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Scale> {
+    let machine = Hardware::read()?;
     let mut figures = Scale {
         rootless: setting.rank == Rank::Rootless,
-        agents: options.agents,
         release: !options.dev,
-        cores: std::thread::available_parallelism().map_or(1, Into::into),
+        full: options.full,
+        cores: machine.cores,
+        machine,
         ..Scale::default()
     };
     let mut promises = Promises::new();
-    if let Err(error) = figures.measure(setting, options) {
-        promises.fail(format!("{error:#}"));
+    for store in &options.stores {
+        for agents in &options.agents {
+            setting.output.step(&format!("{agents} agents, store {}", store.name()));
+            let mut run = Run { store: *store, agents: *agents, ..Run::default() };
+            if let Err(error) = run.measure(setting, options) {
+                promises.fail(format!("{agents} agents on {}: {error:#}", store.name()));
+            }
+            figures.runs.push(run);
+            interrupt::check()?;
+        }
     }
+    let on_first = figures.runs.iter().filter(|run| Some(&run.store) == options.stores.first());
+    figures.largest = on_first.max_by_key(|run| run.agents).cloned().unwrap_or_default();
     figures.failed = promises.into_failed();
+    if let Some(path) = &options.plot {
+        std::fs::write(path, plot::chart(&figures))
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    if options.update_docs {
+        document::write(&figures)?;
+    }
     Ok(figures)
-}
-
-impl Scale {
-    fn measure(&mut self, setting: &Setting, options: &Options) -> anyhow::Result<()> {
-        allow_many_sockets(2 * options.agents + 512)?;
-        let mut lab = Lab::new(setting.rank)?;
-        let host = lab.host("ctl").public("203.0.113.2", "2001:db8::2")?.build()?;
-        let mut controller = Controller::start_on_all(&lab, &host, &setting.binaries)?;
-        let uses = options.agents.to_string();
-        let token = controller.operator().token_with(&["--uses", &uses, "--ttl", "2h"])?;
-        let token: JoinToken = token.token.parse().map_err(|_| anyhow!("invalid join token"))?;
-        let report = Arc::new(Report::new());
-        let (changes, requests) = mpsc::unbounded_channel();
-        std::thread::scope(|scope| {
-            let agents = host.namespace().thread(scope, "agents", || {
-                let runtime = Builder::new_current_thread().enable_all().build()?;
-                let agents = run_agents(options.agents, &token, report.clone(), requests);
-                runtime.block_on(agents).inspect_err(|error| report.fail(error))
-            })?;
-            let result = self.steps(setting, options, &mut controller, &report, &changes);
-            // The agents end when this sender is dropped.
-            report.stop();
-            drop(changes);
-            let agents = crate::lab::namespace::join(agents);
-            result.and(agents)
-        })
-    }
-
-    fn steps(
-        &mut self,
-        setting: &Setting,
-        options: &Options,
-        controller: &mut Controller,
-        report: &Arc<Report>,
-        changes: &mpsc::UnboundedSender<Request>,
-    ) -> anyhow::Result<()> {
-        let output = &setting.output;
-        let ask = |request| changes.send(request).map_err(|_| anyhow!("the agents ended"));
-        let first = options.agents * 9 / 10;
-        let rest = options.agents - first;
-        let joined = |wanted: usize, limit| {
-            wait_for("joins of the agents", limit, || {
-                report.check()?;
-                Ok((report.joined() >= wanted).then_some(()))
-            })
-        };
-        let synced = |wanted: usize, limit| {
-            wait_for("map of all agents", limit, || {
-                report.check()?;
-                Ok((report.synced() >= wanted).then_some(()))
-            })
-        };
-
-        output.step(&format!("joining {first} agents, no watch is open"));
-        let begun = Instant::now();
-        ask(Request::Join { from: 0, to: first })?;
-        joined(first, STEP)?;
-        self.enrol_per_s = round(first as f64 / begun.elapsed().as_secs_f64());
-
-        output.step(&format!("opening {first} watches"));
-        let begun = Instant::now();
-        ask(Request::Watch { from: 0, to: first })?;
-        synced(first, STEP)?;
-        self.watch_all_s = round(begun.elapsed().as_secs_f64());
-
-        output.step(&format!("joining {rest} agents while {first} watch"));
-        let begun = Instant::now();
-        ask(Request::Join { from: first, to: options.agents })?;
-        joined(options.agents, STEP)?;
-        self.enrol_watched_per_s = round(rest as f64 / begun.elapsed().as_secs_f64());
-
-        output.step("asking for the whole map once");
-        self.await_quiet(report)?;
-        ask(Request::Snapshot)?;
-        let snapshot = wait_for("whole map", STEP, || {
-            report.check()?;
-            Ok(report.snapshot())
-        })?;
-        self.snapshot_s = round(snapshot.as_secs_f64());
-        ask(Request::Watch { from: first, to: options.agents })?;
-        synced(options.agents, STEP)?;
-        self.await_quiet(report)?;
-
-        output.step(&format!("publishing {SINGLE} changes, one after the other"));
-        let mut latencies = Vec::new();
-        for number in 0..SINGLE {
-            let mark = report.begin_mark();
-            ask(Request::Change { agent: number * options.agents / SINGLE, mark })?;
-            self.await_marks(report, mark, 1)?;
-            latencies.extend(report.latencies(mark));
-        }
-        latencies.sort_by(f64::total_cmp);
-        self.delta_p50_ms = round(percentile(&latencies, 0.5));
-        self.delta_p99_ms = round(percentile(&latencies, 0.99));
-
-        let window = Duration::from_secs(if options.full { 60 } else { 10 });
-        output.step(&format!("publishing 20 changes a second for {} s", window.as_secs()));
-        let begun = Instant::now();
-        let mut marks = Vec::new();
-        while begun.elapsed() < window {
-            let mark = report.begin_mark();
-            ask(Request::Change { agent: (7 + 13 * marks.len()) % options.agents, mark })?;
-            marks.push(mark);
-            let next = begun + LOAD_PACE * u32::try_from(marks.len()).unwrap_or(u32::MAX);
-            sleep(next.saturating_duration_since(Instant::now()))?;
-        }
-        let mut latencies = Vec::new();
-        if let Some(first) = marks.first() {
-            // An agent that changed twice has only its newest state delivered.
-            self.await_marks(report, *first, marks.len())?;
-        }
-        self.deltas_per_s = round(marks.len() as f64 / begun.elapsed().as_secs_f64());
-        for mark in marks {
-            latencies.extend(report.latencies(mark));
-        }
-        latencies.sort_by(f64::total_cmp);
-        self.load_p99_ms = round(percentile(&latencies, 0.99));
-
-        output.step(&format!("measuring for {} s while nothing changes", IDLE.as_secs()));
-        sleep(SETTLE)?;
-        let pid = controller.daemon()?.pid();
-        let cpu = || anyhow::Ok((processor_time(pid)?, processor_time(Pid::this())?));
-        let (begun, before) = (Instant::now(), cpu()?);
-        sleep(IDLE)?;
-        let (window, after) = (begun.elapsed().as_secs_f64(), cpu()?);
-        let percent = |from: Duration, to: Duration| (to - from).as_secs_f64() / window * 100.0;
-        self.cpu_idle_pct = round(percent(before.0, after.0));
-        self.clients_cpu_idle_pct = round(percent(before.1, after.1));
-        self.rss_mb = round(resident_mb(pid)?);
-        anyhow::ensure!(
-            report.synced() == options.agents,
-            "{} of {} agents stayed connected while nothing happened: {}",
-            report.synced(),
-            options.agents,
-            report.last_disconnect()
-        );
-
-        output.step("killing the controller and starting it again");
-        controller.daemon()?.kill()?;
-        wait_for("end of all watches", STEP, || Ok((report.synced() == 0).then_some(())))?;
-        let before = report.changes.load(Ordering::Relaxed);
-        let begun = Instant::now();
-        controller.launch()?;
-        synced(options.agents, RECONNECT)?;
-        self.reconnect_all_s = round(begun.elapsed().as_secs_f64());
-        let resent = report.changes.load(Ordering::Relaxed) - before;
-        self.resent_per_agent = round(resent as f64 / options.agents as f64);
-        Ok(())
-    }
-
-    /// Waits until the agents have received nothing new for a while.
-    fn await_quiet(&self, report: &Report) -> anyhow::Result<()> {
-        let mut before = u64::MAX;
-        wait_for("end of the first changes", STEP, || {
-            report.check()?;
-            let now = report.changes.load(Ordering::Relaxed);
-            let is_quiet = now == before;
-            before = now;
-            interrupt::sleep(Duration::from_secs(2))?;
-            Ok(is_quiet.then_some(()))
-        })
-    }
-
-    /// Waits until all agents have received `count` marks from `first` on.
-    fn await_marks(&self, report: &Report, first: usize, count: usize) -> anyhow::Result<()> {
-        let arrived = wait_up_to(DELIVERY, || {
-            report.check()?;
-            let all = (first..first + count).all(|mark| report.received(mark) >= self.agents);
-            Ok(all.then_some(()))
-        })?;
-        let received = (first..first + count).map(|mark| report.received(mark));
-        let late: Vec<usize> = received.filter(|received| *received < self.agents).collect();
-        arrived.with_context(|| {
-            format!(
-                "{} of {count} changes did not reach every agent in {} s (the first: {} of {}); {} agents \
-                 are connected; last disconnect: {}",
-                late.len(),
-                DELIVERY.as_secs(),
-                late.first().copied().unwrap_or_default(),
-                self.agents,
-                report.synced(),
-                report.last_disconnect()
-            )
-        })
-    }
-}
-
-/// Request to the thread of the agents.
-#[derive(Debug)]
-enum Request {
-    /// Let these agents join.
-    Join { from: usize, to: usize },
-    /// Let these agents open their watches, publish their first records, and stay connected.
-    Watch { from: usize, to: usize },
-    /// Let the last agent, which does not watch yet, ask for the whole map once.
-    Snapshot,
-    /// Let an agent publish a record with this mark.
-    Change { agent: usize, mark: usize },
-}
-
-/// Runs all agents until the sender of the requests is dropped.
-async fn run_agents(
-    count: usize,
-    token: &JoinToken,
-    report: Arc<Report>,
-    mut requests: mpsc::UnboundedReceiver<Request>,
-) -> anyhow::Result<()> {
-    let mut members: Vec<Option<Arc<Member>>> = vec![None; count];
-    let mut running: Vec<Option<mpsc::UnboundedSender<usize>>> = vec![None; count];
-    let mut tasks = JoinSet::new();
-    let opening = Arc::new(Semaphore::new(AT_ONCE));
-    while let Some(request) = requests.recv().await {
-        match request {
-            Request::Join { from, to } => {
-                let mut joins = JoinSet::new();
-                for number in from..to {
-                    let (token, report, opening) = (token.clone(), report.clone(), opening.clone());
-                    joins.spawn(async move {
-                        let _permit = opening.acquire_owned().await?;
-                        Member::join(number, &token, &report).await
-                    });
-                }
-                while let Some(joined) = joins.join_next().await {
-                    let member = joined.context("a join panicked")??;
-                    let number = member.number;
-                    members[number] = Some(Arc::new(member));
-                }
-            }
-            Request::Watch { from, to } => {
-                for number in from..to {
-                    let member = members[number].clone().context("the agent has not joined")?;
-                    let (sender, changes) = mpsc::unbounded_channel();
-                    running[number] = Some(sender);
-                    let agent = LightAgent::new(member, report.clone(), opening.clone());
-                    tasks.spawn(agent.run(changes));
-                }
-            }
-            Request::Snapshot => {
-                let last = members.last().cloned().flatten();
-                let member = last.context("the agent has not joined")?;
-                report.set_snapshot(member.snapshot().await?);
-            }
-            Request::Change { agent, mark } => {
-                let sender = running[agent].as_ref().context("the agent does not run")?;
-                sender.send(mark).map_err(|_| anyhow!("agent {agent} ended"))?;
-            }
-        }
-    }
-    tasks.abort_all();
-    Ok(())
 }
 
 /// Raises the limit of open files of this process to `wanted`, unless it is higher. The controller inherits
@@ -393,35 +170,91 @@ pub(super) fn allow_many_sockets(wanted: usize) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Returns a percentile of sorted values; 0 if there are none.
-fn percentile(sorted: &[f64], part: f64) -> f64 {
-    let index = (sorted.len() as f64 * part) as usize;
-    sorted.get(index.min(sorted.len().saturating_sub(1))).copied().unwrap_or(0.0)
-}
-
 impl Figures for Scale {
     fn failed(&self) -> &[String] {
         &self.failed
     }
 
     fn for_people(&self) -> String {
-        let mut text = String::new();
-        let _ = writeln!(text, "{} agents on {} cores:", self.agents, self.cores);
-        let _ = writeln!(
-            text,
-            "  {} joins/s without watches, {} joins/s with; whole map in {} s",
-            self.enrol_per_s, self.enrol_watched_per_s, self.snapshot_s
-        );
-        let _ = writeln!(
-            text,
-            "  a change at all agents: median {} ms, p99 {} ms; at {} changes/s p99 {} ms",
-            self.delta_p50_ms, self.delta_p99_ms, self.deltas_per_s, self.load_p99_ms
-        );
-        let _ = write!(
-            text,
-            "  controller {} MB, idle {} % of a core; all connected again in {} s",
-            self.rss_mb, self.cpu_idle_pct, self.reconnect_all_s
-        );
-        text
+        let mut text = format!("{}\n", self.machine);
+        for run in &self.runs {
+            // Writing to a string cannot fail.
+            let _ = writeln!(
+                text,
+                "{} agents on {} cores, store {}:",
+                run.agents,
+                self.cores,
+                run.store.name()
+            );
+            let _ = writeln!(
+                text,
+                "  {} joins/s without watches, {} joins/s with; whole map in {} s",
+                run.enrol_per_s, run.enrol_watched_per_s, run.snapshot_s
+            );
+            let _ = writeln!(
+                text,
+                "  a change at all agents: median {} ms, p99 {} ms; at {} changes/s p99 {} ms",
+                run.delta_p50_ms, run.delta_p99_ms, run.deltas_per_s, run.load_p99_ms
+            );
+            let _ = writeln!(
+                text,
+                "  controller {} MB, idle {} % of a core; all connected again in {} s",
+                run.rss_mb, run.cpu_idle_pct, run.reconnect_all_s
+            );
+        }
+        text.trim_end().to_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    fn options(line: &str) -> Options {
+        let words = std::iter::once("scale").chain(line.split_whitespace());
+        Line::try_parse_from(words).expect(line).options
+    }
+
+    #[test]
+    fn one_command_measures_all_sizes_on_both_stores() {
+        let all = options("--agents 1000,3000,10000 --store redb,etcd --full --update-docs");
+        assert_eq!(all.agents, [1000, 3000, 10_000]);
+        assert_eq!(all.stores, [StoreKind::Redb, StoreKind::Etcd]);
+        assert!(all.check().is_ok());
+        let short = options("");
+        assert_eq!((short.agents, short.stores), (vec![1000], vec![StoreKind::Redb]));
+        assert!(options("--update-docs").check().is_err());
+    }
+
+    #[test]
+    fn the_keys_of_the_largest_run_are_those_of_the_object() {
+        let run = Run { agents: 3000, rss_mb: 12.5, ..Run::default() };
+        let figures = Scale { largest: run.clone(), runs: vec![run], ..Scale::default() };
+        let json = serde_json::to_value(&figures).unwrap();
+        assert_eq!(json["agents"], 3000);
+        assert_eq!(json["runs"][0]["rss_mb"], 12.5);
+        assert_eq!(json["runs"][0]["store"], "redb");
+        for key in [
+            "enrol_per_s",
+            "enrol_watched_per_s",
+            "snapshot_s",
+            "delta_p50_ms",
+            "delta_p99_ms",
+            "deltas_per_s",
+            "rss_mb",
+            "cpu_idle_pct",
+            "clients_cpu_idle_pct",
+            "reconnect_all_s",
+        ] {
+            assert!(json[key].is_number(), "{key}");
+        }
     }
 }

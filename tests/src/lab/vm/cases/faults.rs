@@ -94,6 +94,44 @@ pub(super) fn power_cut_control_plane(
     Ok(())
 }
 
+/// Number of tokens that are created, and of power cuts.
+const CUTS: usize = 3;
+
+/// Moves the mesh into etcd. Cuts the power of its machine each time right after the controller acknowledged a write.
+pub(super) fn power_cut_etcd(
+    _: &Testbed<'_>,
+    pair: &mut Pair,
+    promises: &mut Promises,
+) -> anyhow::Result<()> {
+    pair.cp.boot("")?;
+    let tokens = "towline-controller token list -o json";
+    pair.cp.run_until_ok(tokens, CHANGE_LIMIT)?;
+    pair.cp.run_ok_for("systemctl enable --now etcd", CHANGE_LIMIT)?;
+    pair.cp.run_ok_for("systemctl stop towline-controller", CHANGE_LIMIT)?;
+    pair.cp.run_ok("towline-controller store export /root/mesh.redb")?;
+    pair.cp.run_ok(
+        "echo 'store = \"etcd://127.0.0.1:2379\"' >>/etc/towline/controller.toml && \
+         towline-controller store import /root/mesh.redb && sync",
+    )?;
+    pair.cp.run_ok_for("systemctl start towline-controller", CHANGE_LIMIT)?;
+    let mut ids = Vec::new();
+    for _ in 0..CUTS {
+        let created =
+            pair.cp.run_until_ok("towline-controller token create -o json", CHANGE_LIMIT)?;
+        pair.cp.cut_power()?;
+        let token: serde_json::Value = serde_json::from_str(&created.stdout)
+            .with_context(|| format!("no token: {created}"))?;
+        ids.push(token["id"].as_str().context("the token has no id")?.to_owned());
+        pair.cp.boot("")?;
+        let listed = pair.cp.run_until_ok(tokens, CHANGE_LIMIT)?;
+        let is_listed = |id: &String| listed.stdout.contains(id.as_str());
+        promises.hold(listed.is_success() && ids.iter().all(is_listed), || {
+            format!("what was acknowledged survives a power cut of etcd: {ids:?}: {listed}")
+        });
+    }
+    holds(&mut pair.cp, MESH_UP, "the control plane's mesh comes back")
+}
+
 /// Boots the worker while the control plane is off, then the control plane.
 pub(super) fn control_plane_later(
     _: &Testbed<'_>,

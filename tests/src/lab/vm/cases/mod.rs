@@ -174,6 +174,14 @@ pub const CASES: &[Case] = &[
         run: faults::power_cut_control_plane,
     },
     Case {
+        name: "power-cut-etcd",
+        about: "etcd and the controller lose power right after tokens were created: they survive",
+        kernels: Kernels::Default,
+        is_quick: false,
+        disks: Disks::Joined,
+        run: faults::power_cut_etcd,
+    },
+    Case {
         name: "controller-away",
         about: "boot with the controller stopped: both nodes reach each other with the cached map",
         kernels: Kernels::Default,

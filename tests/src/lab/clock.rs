@@ -1,17 +1,18 @@
-//! Another time of day for the programs of a node. The clock of this machine is not changed: a library that
+//! Another time of day for the programs of a host. The clock of this machine is not changed: a library that
 //! is loaded before the C library adds an offset.
 
 use std::path::PathBuf;
 use std::process::Command;
 
-use crate::lab::mesh::Node;
-use crate::lab::topology::Lab;
+use super::mesh::Node;
+use super::topology::Lab;
 
 /// Source of the library.
 const SOURCE: &str = include_str!("clock.c");
 
 /// The compiled library.
-pub(super) struct OtherClock(PathBuf);
+#[derive(Debug)]
+pub struct OtherClock(PathBuf);
 
 impl OtherClock {
     /// Compiles the library with the C compiler, into the lab's directory.
@@ -19,7 +20,7 @@ impl OtherClock {
     /// # Errors
     ///
     /// The reason why this machine cannot do it, in one line.
-    pub(super) fn compile(lab: &Lab) -> Result<Self, String> {
+    pub fn compile(lab: &Lab) -> Result<Self, String> {
         let source = lab.directory().join("clock.c");
         let library = lab.directory().join("clock.so");
         std::fs::write(&source, SOURCE).map_err(|error| error.to_string())?;
@@ -36,12 +37,19 @@ impl OtherClock {
         Ok(Self(library))
     }
 
+    /// Returns the environment variables with which a program sees this time of day, in seconds from now.
+    pub fn environment(&self, offset: i64) -> Vec<(String, String)> {
+        let pair = |name: &str, value: String| (name.to_owned(), value);
+        vec![
+            pair("LD_PRELOAD", self.0.display().to_string()),
+            pair("LAB_CLOCK_OFFSET", offset.to_string()),
+        ]
+    }
+
     /// Makes the programs of a node that are started from now on see this time of day, in seconds from now.
-    pub(super) fn show(&self, node: &mut Node, offset: i64) {
-        node.wrap(vec![
-            "/usr/bin/env".to_owned(),
-            format!("LD_PRELOAD={}", self.0.display()),
-            format!("LAB_CLOCK_OFFSET={offset}"),
-        ]);
+    pub fn show(&self, node: &mut Node, offset: i64) {
+        let environment = self.environment(offset).into_iter();
+        let words = environment.map(|(name, value)| format!("{name}={value}"));
+        node.wrap(std::iter::once("/usr/bin/env".to_owned()).chain(words).collect());
     }
 }
