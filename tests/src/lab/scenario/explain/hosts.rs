@@ -122,7 +122,7 @@ pub(super) fn cases() -> Vec<Case> {
                 let announce = "[node]\nprefixes = [\"10.9.0.0/16\"]\n";
                 let flags = ["--prefix", "10.9.0.0/16"];
                 let pair = scene.join_with(setting, ("", &[]), (announce, &flags))?;
-                pair.is_connected()?;
+                pair.settles()?;
                 ask_while(case, &[View::new(&pair.worker, "cp")], || {
                     scene.worker.namespace().sysctl("net.ipv4.ip_forward", "0")
                 })
@@ -139,7 +139,7 @@ fn while_connected(
 ) -> anyhow::Result<Outcome> {
     let scene = Scene::build(setting)?;
     let pair = scene.join(setting)?;
-    pair.is_connected()?;
+    pair.settles()?;
     ask_while(case, &[View::new(&pair.worker, "cp")], || action(&scene.worker))
 }
 
@@ -159,7 +159,7 @@ fn before_start(
 fn with_firewall(setting: &Setting, case: &Case, table: &Table) -> anyhow::Result<Outcome> {
     let scene = Scene::build(setting)?;
     let pair = scene.join(setting)?;
-    pair.is_connected()?;
+    pair.settles()?;
     load(&scene.worker, table)?;
     ask(case, &[View::new(&pair.worker, "cp")])
 }
@@ -171,7 +171,7 @@ fn forwarding_dropped(setting: &Setting, case: &Case) -> anyhow::Result<Outcome>
     let _pod = scene.worker.pod("pod", network.parse()?, "2001:db8:244:1::/64".parse()?)?;
     let announce = format!("[node]\nprefixes = [\"{network}\"]\n");
     let pair = scene.join_with(setting, ("", &[]), (&announce, &["--prefix", network]))?;
-    pair.is_connected()?;
+    pair.settles()?;
     load(&scene.worker, &docker())?;
     ask(case, &[View::new(&pair.worker, "cp")])
 }
@@ -184,7 +184,7 @@ fn full_conntrack(setting: &Setting, case: &Case) -> anyhow::Result<Outcome> {
     const FIRST: u16 = 20_000;
     let scene = Scene::build(setting)?;
     let pair = scene.join(setting)?;
-    pair.is_connected()?;
+    pair.settles()?;
     // The kernel tracks connections where a rule asks for their state.
     let states = CtState::ESTABLISHED | CtState::RELATED;
     let chain = Chain::base(ChainKind::Filter, Hook::Output, 0);
