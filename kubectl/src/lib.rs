@@ -41,6 +41,34 @@ Examples:
   kubectl towline peers gpu-1
   kubectl towline trace gpu-1 10.244.2.7:8080";
 
+const STATUS: &str = "\
+Examples:
+  kubectl towline status
+  # for a script
+  kubectl towline status -o json";
+
+const PEERS: &str = "\
+Examples:
+  kubectl towline peers gpu-1
+  # of another cluster
+  kubectl towline peers gpu-1 --context staging";
+
+const TRACE: &str = "\
+Examples:
+  # from the node gpu-1 to a port of a pod
+  kubectl towline trace gpu-1 10.244.2.7:8080";
+
+const EXPLAIN: &str = "\
+Examples:
+  # why does gpu-1 not reach the node cp?
+  kubectl towline explain gpu-1 cp";
+
+const DOCTOR: &str = "\
+Examples:
+  kubectl towline doctor gpu-1
+  # what was looked at, too
+  kubectl towline doctor gpu-1 -o wide";
+
 #[derive(Debug, Args)]
 struct Common {
     /// Context of the kubeconfig
@@ -57,12 +85,14 @@ struct Common {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Show every node of the mesh: connected or not, peers up and down
+    #[command(after_help = STATUS)]
     Status {
         /// Output format
         #[arg(short, long, value_enum, default_value_t)]
         output: Format,
     },
     /// Show a node's peers; without an agent pod there, the paths of the node that are not direct
+    #[command(after_help = PEERS)]
     Peers {
         #[command(flatten)]
         on: On,
@@ -71,6 +101,7 @@ enum Command {
         output: Format,
     },
     /// Show which rules, routes and path a packet from a node would take
+    #[command(after_help = TRACE)]
     Trace {
         #[command(flatten)]
         on: On,
@@ -82,6 +113,7 @@ enum Command {
         output: Format,
     },
     /// Explain why a node's peer is down or slow
+    #[command(after_help = EXPLAIN)]
     Explain {
         #[command(flatten)]
         on: On,
@@ -92,6 +124,7 @@ enum Command {
         output: Format,
     },
     /// Check a node and its host
+    #[command(after_help = DOCTOR)]
     Doctor {
         #[command(flatten)]
         on: On,
@@ -182,10 +215,29 @@ fn on_node(
 
 #[cfg(test)]
 mod tests {
+    use towline_service::manual;
+
     use super::*;
 
     #[test]
     fn the_command_line_is_consistent() {
         command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_has_examples_and_they_parse() {
+        let program = command();
+        for one in std::iter::once(&program).chain(program.get_subcommands()) {
+            let lines = manual::examples(one);
+            let commands = lines.iter().filter(|line| !line.starts_with('#'));
+            let mut has_example = false;
+            for line in commands {
+                has_example = true;
+                let words = line.strip_prefix("kubectl towline ").expect(line);
+                let words = std::iter::once("kubectl towline").chain(words.split(' '));
+                command().try_get_matches_from(words).expect(line);
+            }
+            assert!(has_example, "{}", one.get_name());
+        }
     }
 }
