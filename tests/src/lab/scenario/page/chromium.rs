@@ -60,6 +60,20 @@ pub(super) struct Chromium {
     directory: TempDir,
 }
 
+/// A tab with a page.
+pub(super) struct Tab {
+    id: String,
+    /// Session of the protocol with the tab.
+    session: String,
+}
+
+/// Size of a screen in pixels.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Screen {
+    pub(super) width: u32,
+    pub(super) height: u32,
+}
+
 /// What a page measured. Times are milliseconds since the beginning of its navigation.
 #[derive(Debug, Deserialize)]
 pub(super) struct Loaded {
@@ -135,26 +149,69 @@ fn read(output: ChildStdout, answers: &Sender<Value>) {
 impl Chromium {
     /// Loads an address in a new tab, and returns what was measured.
     pub(super) fn load(&mut self, address: &str) -> anyhow::Result<Loaded> {
+        let (tab, loaded) = self.open(address, None)?;
+        self.close(&tab)?;
+        Ok(loaded)
+    }
+
+    /// Opens a tab with this size of the screen, or with the usual one, and loads an address in it.
+    pub(super) fn open(
+        &mut self,
+        address: &str,
+        screen: Option<Screen>,
+    ) -> anyhow::Result<(Tab, Loaded)> {
         let blank = json!({ "url": "about:blank" });
-        let tab = text(&self.call(None, "Target.createTarget", blank)?, "targetId")?;
-        let attach = json!({ "targetId": tab, "flatten": true });
+        let id = text(&self.call(None, "Target.createTarget", blank)?, "targetId")?;
+        let attach = json!({ "targetId": id, "flatten": true });
         let session = text(&self.call(None, "Target.attachToTarget", attach)?, "sessionId")?;
-        let session = Some(session.as_str());
+        let tab = Tab { id, session };
+        let of_tab = Some(tab.session.as_str());
         // A tab in the background draws nothing.
-        self.call(session, "Page.bringToFront", json!({}))?;
-        let navigated = self.call(session, "Page.navigate", json!({ "url": address }))?;
+        self.call(of_tab, "Page.bringToFront", json!({}))?;
+        if let Some(Screen { width, height }) = screen {
+            let phone =
+                json!({ "width": width, "height": height, "deviceScaleFactor": 1, "mobile": true });
+            self.call(of_tab, "Emulation.setDeviceMetricsOverride", phone)?;
+        }
+        let navigated = self.call(of_tab, "Page.navigate", json!({ "url": address }))?;
         if let Some(error) = navigated["errorText"].as_str() {
             bail!("cannot load {address}: {error}");
         }
-        let measure = json!({ "expression": MEASURE, "awaitPromise": true, "returnByValue": true });
-        let measured = self.call(session, "Runtime.evaluate", measure)?;
-        self.call(None, "Target.closeTarget", json!({ "targetId": tab }))?;
-        let loaded: Loaded = serde_json::from_value(measured["result"]["value"].clone())
-            .with_context(|| format!("{address} was not measured: {measured}"))?;
+        let measured = self.evaluate(&tab, MEASURE)?;
+        let loaded: Loaded = serde_json::from_value(measured)
+            .with_context(|| format!("{address} was not measured"))?;
         if loaded.drawn_ms.is_none() {
             bail!("{address} drew no view; its status is: {}", loaded.status);
         }
-        Ok(loaded)
+        Ok((tab, loaded))
+    }
+
+    /// Returns the value of an expression in a tab, after waiting if it is a promise.
+    pub(super) fn evaluate(&mut self, tab: &Tab, expression: &str) -> anyhow::Result<Value> {
+        let wanted =
+            json!({ "expression": expression, "awaitPromise": true, "returnByValue": true });
+        let result = self.call(Some(&tab.session), "Runtime.evaluate", wanted)?;
+        if result["exceptionDetails"].is_object() {
+            bail!("the page cannot evaluate an expression: {}", result["exceptionDetails"]);
+        }
+        Ok(result["result"]["value"].clone())
+    }
+
+    /// Presses the key Tab, which moves the focus to the next element.
+    pub(super) fn press_tab(&mut self, tab: &Tab) -> anyhow::Result<()> {
+        /// Number of the key on every keyboard of Windows, which browsers use.
+        const TAB: u32 = 9;
+        for kind in ["keyDown", "keyUp"] {
+            let key =
+                json!({ "type": kind, "key": "Tab", "code": "Tab", "windowsVirtualKeyCode": TAB });
+            self.call(Some(&tab.session), "Input.dispatchKeyEvent", key)?;
+        }
+        Ok(())
+    }
+
+    /// Closes a tab.
+    pub(super) fn close(&mut self, tab: &Tab) -> anyhow::Result<()> {
+        self.call(None, "Target.closeTarget", json!({ "targetId": tab.id })).map(drop)
     }
 
     /// Sends a message, to a tab if there is a session, and returns the result in its answer.

@@ -1,6 +1,7 @@
 //! `cargo lab page`: measures how long the controller's web page takes to load in Chromium, with a large mesh.
 //!
 //! The page is served by the controller's own code over HTTP. The mesh is made up: `controller/examples/page.rs`.
+//! Each view has to fit on the screen of a phone, and the keyboard alone has to reach everything.
 //!
 //! | file | owns |
 //! |---|---|
@@ -28,7 +29,7 @@ use crate::lab::interrupt::wait_for;
 use crate::lab::output::ProgressOutput;
 use crate::lab::report::{Figures, Promises, round};
 
-use chromium::{Chromium, Installed};
+use chromium::{Chromium, Installed, Screen};
 
 /// Options of the scenario.
 #[derive(Debug, Args)]
@@ -54,6 +55,12 @@ pub struct PageFigures {
     pub answers: BTreeMap<&'static str, Answer>,
     /// Number of cells of the matrix of the whole mesh.
     pub matrix_cells: usize,
+    /// Width in pixels of each view on the screen of a phone of 390 pixels, by name.
+    pub phone_width: BTreeMap<&'static str, u64>,
+    /// Texts of the elements that the key Tab reaches first, in order.
+    pub tab_stops: Vec<String>,
+    /// True if the focus stays where it is while the page reads what is new.
+    pub keeps_focus: bool,
     /// Median time of the slowest view, in milliseconds.
     pub load_ms: f64,
     /// Upper bound of `load_ms`.
@@ -111,6 +118,25 @@ const MATRIX: &str = "/api/matrix";
 /// Documents that the views read. `node-0005` is one that other nodes report as down.
 const ANSWERS: [&str; 5] =
     ["/api/mesh", MATRIX, "/api/matrix?site=dc-east", "/api/node?name=node-0005", "/api/events"];
+/// Screen of a phone.
+const PHONE: Screen = Screen { width: 390, height: 844 };
+/// Width of the document, also of what one would have to scroll to.
+const WIDTH: &str = "document.documentElement.scrollWidth";
+/// Elements that the key Tab has to reach first. The next one is the first table, which can be scrolled by keys.
+const TAB_STOPS: [&str; 5] = ["Skip to content", "Sites", "Nodes", "Matrix", "Events"];
+/// Text of the element that has the focus.
+const FOCUSED: &str = "document.activeElement.textContent.trim().slice(0, 30)";
+/// Class of the element that has the focus, once the page has read and drawn its view for the second time.
+const FOCUSED_LATER: &str = r#"new Promise((resolve) => {
+  const reads = () => performance.getEntriesByType("resource")
+    .filter((entry) => entry.name.includes("/api/")).length;
+  const look = () => reads() > 1
+    ? setTimeout(() => resolve(document.activeElement.className), 200)
+    : setTimeout(look, 100);
+  look();
+})"#;
+/// Class of the region around a table.
+const REGION: &str = "wide";
 /// Limit for the page to be served.
 const START: Duration = Duration::from_secs(30);
 /// Limit for a read from the page's server.
@@ -165,9 +191,29 @@ impl PageFigures {
             let address = format!("http://{}/{view}", server.address);
             self.views.insert(name, load(&mut browser, &address, options.rounds)?);
         }
-        let slowest = self.views.values().map(|view| view.load_ms).fold(0.0, f64::max);
-        self.load_ms = slowest;
-        Ok(())
+        self.load_ms = self.views.values().map(|view| view.load_ms).fold(0.0, f64::max);
+        output.step("loading each view as a phone, and pressing keys");
+        for (name, view) in VIEWS {
+            let address = format!("http://{}/{view}", server.address);
+            let (tab, _) = browser.open(&address, Some(PHONE))?;
+            let width = browser.evaluate(&tab, WIDTH)?;
+            self.phone_width.insert(name, width.as_u64().context("a page without a width")?);
+            browser.close(&tab)?;
+        }
+        self.press_keys(&mut browser, &format!("http://{}/", server.address))
+    }
+
+    /// Moves the focus from one element to the next, up to the first table, and waits for the next answer.
+    fn press_keys(&mut self, browser: &mut Chromium, address: &str) -> anyhow::Result<()> {
+        let (tab, _) = browser.open(address, None)?;
+        for _ in TAB_STOPS {
+            browser.press_tab(&tab)?;
+            let text = browser.evaluate(&tab, FOCUSED)?;
+            self.tab_stops.push(text.as_str().unwrap_or_default().to_owned());
+        }
+        browser.press_tab(&tab)?;
+        self.keeps_focus = browser.evaluate(&tab, FOCUSED_LATER)? == REGION;
+        browser.close(&tab)
     }
 
     /// Compares the figures with their bounds.
@@ -186,6 +232,15 @@ impl PageFigures {
                 format!("{target}: at most {} bytes: {bytes}", self.bytes_max)
             });
         }
+        for (name, width) in &self.phone_width {
+            promises.hold(*width <= u64::from(PHONE.width), || {
+                format!("{name}: not wider than a phone of {} pixels: {width}", PHONE.width)
+            });
+        }
+        let stops = &self.tab_stops;
+        promises.hold(*stops == TAB_STOPS, || format!("Tab reaches {TAB_STOPS:?}: {stops:?}"));
+        promises
+            .hold(self.keeps_focus, || "the focus stays while the page is refreshed".to_owned());
         let cells = self.matrix_cells;
         promises.hold(cells <= self.matrix_cells_max, || {
             format!("at most {} cells of the matrix: {cells}", self.matrix_cells_max)
@@ -282,7 +337,12 @@ impl Figures for PageFigures {
         for (target, Answer { bytes, took_ms }) in &self.answers {
             let _ = writeln!(text, "  {target:<26}{bytes:>9} bytes in {took_ms:>7.1} ms");
         }
-        let _ = write!(text, "  the matrix has {} cells", self.matrix_cells);
+        let widest = self.phone_width.values().copied().max().unwrap_or_default();
+        let _ = write!(
+            text,
+            "  the matrix has {} cells; on a phone of {} pixels the widest view has {widest}",
+            self.matrix_cells, PHONE.width
+        );
         text
     }
 }
@@ -298,6 +358,9 @@ mod tests {
             views: BTreeMap::from([("sites", view)]),
             answers: BTreeMap::from([(MATRIX, Answer { bytes: 10, took_ms: 1.0 })]),
             matrix_cells: MATRIX_CELLS,
+            phone_width: BTreeMap::from([("sites", u64::from(PHONE.width))]),
+            tab_stops: TAB_STOPS.map(ToOwned::to_owned).to_vec(),
+            keeps_focus: true,
             load_ms_max: LOAD_MS,
             elements_max: ELEMENTS,
             matrix_cells_max: MATRIX_CELLS,
@@ -313,8 +376,11 @@ mod tests {
         figures.matrix_cells = 1_000 * 1_000;
         figures.bytes_max = 9;
         figures.views.insert("nodes", View { load_ms: LOAD_MS, ..View::default() });
+        figures.phone_width.insert("matrix", 391);
+        figures.tab_stops.remove(0);
+        figures.keeps_focus = false;
         let found = failed(&figures);
-        assert_eq!(found.len(), 3, "{found:?}");
+        assert_eq!(found.len(), 6, "{found:?}");
         assert!(
             found.iter().any(|line| line.starts_with("nodes: load_ms below 1000")),
             "{found:?}"
