@@ -207,6 +207,18 @@ mod tests {
     }
 
     #[test]
+    fn the_screen_in_the_guide_is_what_is_printed() {
+        let guide = include_str!("../../../docs/guide.md");
+        let nodes = [
+            node("cp", "cloud", vec![direct("gpu-1", 440), direct("worker-b", 310)]),
+            node("gpu-1", "dc", vec![direct("cp", 440), direct("worker-b", 400)]),
+            node("worker-b", "dc-b", vec![direct("cp", 310), direct("gpu-1", 400)]),
+        ];
+        let text = Matrix::of(&nodes).text();
+        assert!(guide.contains(&text), "{text}");
+    }
+
+    #[test]
     fn a_large_mesh_is_shown_by_site() {
         let name = |number: usize| format!("n{number}");
         let nodes: Vec<_> = (0..ROWS + 2)
