@@ -6,6 +6,7 @@
 
 #![expect(clippy::print_stderr, reason = "diagnostics of the command line")]
 
+mod complete;
 mod kubectl;
 mod nodes;
 
@@ -147,8 +148,16 @@ pub fn command() -> clap::Command {
 }
 
 /// Runs the command line of this process and returns its exit status: 0 done, 1 failed, 2 wrong usage. The status of
-/// a command that ran in a pod is passed on.
+/// a command that ran in a pod is passed on. Under the name `kubectl_complete-towline` it completes a command line.
 pub fn main() -> ExitCode {
+    let mut words = std::env::args_os();
+    if words.next().is_some_and(|program| complete::is_asked_for(&program)) {
+        let words: Vec<String> = words.map(|word| word.to_string_lossy().into_owned()).collect();
+        return match output::print(&complete::answer(&command(), &words)) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_) => ExitCode::FAILURE,
+        };
+    }
     match run(Cli::parse()) {
         Ok(status) => status,
         Err(error) if error.downcast_ref().is_some_and(OutputError::is_broken_pipe) => {

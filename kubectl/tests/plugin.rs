@@ -93,3 +93,14 @@ fn without_a_pod_there_are_the_known_paths_or_the_command_to_run() {
     let told = String::from_utf8(output.stderr).unwrap();
     assert!(told.contains("run `towline doctor` on it"), "{told}");
 }
+
+#[test]
+fn a_link_with_the_name_that_kubectl_looks_for_completes_the_line() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let link = directory.path().join("kubectl_complete-towline");
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_kubectl-towline"), &link).expect("a link");
+    let output = Command::new(&link).arg("p").output().expect("the link starts");
+    let text = String::from_utf8(output.stdout).expect("text");
+    assert!(output.status.success(), "{text}");
+    assert!(text.starts_with("peers\t") && text.ends_with("\n:4\n"), "{text}");
+}
