@@ -1,12 +1,14 @@
 //! Faults of a host: other programs that drop, remove or take what Towline needs.
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::time::Duration;
 
-use towline_netlink::{Family, MAIN_TABLE, Rule, RuleAction};
+use towline_netlink::{Family, MAIN_TABLE, Rtnetlink, Rule, RuleAction};
 use towline_nftables::{Chain, ChainKind, CtState, Hook, Rule as Filter, Table, TableFamily};
 
 use super::ask::{View, ask, ask_while};
 use super::{Case, Outcome};
+use crate::lab::interrupt::wait_up_to;
 use crate::lab::scenario::Setting;
 use crate::lab::scenario::foreign_firewalls::{docker, filter, ufw};
 use crate::lab::scenario::scene::{Scene, add_route, change, load};
@@ -32,11 +34,7 @@ pub(super) fn cases() -> Vec<Case> {
             "hosts/flushed-rules",
             "Another program removes Towline's policy rules again and again",
             "state-removed",
-            |setting, case| {
-                while_connected(setting, case, |host| {
-                    host.namespace().run(|| Tampering::FlushRules.apply())
-                })
-            },
+            |setting, case| while_connected(setting, case, flush_rules),
         ),
         Case::new(
             "hosts/full-conntrack",
@@ -141,6 +139,26 @@ fn while_connected(
     let pair = scene.join(setting)?;
     pair.settles()?;
     ask_while(case, &[View::new(&pair.worker, "cp")], || action(&scene.worker))
+}
+
+/// Removes the rules a few times, each time after the agent has restored them: it counts what it restores within a
+/// minute, and on a busy machine a round of questions takes long.
+fn flush_rules(host: &Host) -> anyhow::Result<()> {
+    /// Number of times in one round.
+    const TIMES: usize = 3;
+    /// Limit for the agent to restore them.
+    const RESTORED: Duration = Duration::from_secs(10);
+    for _ in 0..TIMES {
+        host.namespace().run(|| Tampering::FlushRules.apply())?;
+        wait_up_to(RESTORED, || {
+            host.namespace().run(|| {
+                let rules = Rtnetlink::open()?.rules(Family::V4)?;
+                let is_restored = rules.iter().any(|rule| rule.made_by != libc::RTPROT_KERNEL);
+                Ok(is_restored.then_some(()))
+            })
+        })?;
+    }
+    Ok(())
 }
 
 /// Has another program do something to the worker before its agent starts.
