@@ -8,7 +8,7 @@ use std::process::{Command, Output};
 const NODES: &str = r#"{"items": [
     {"status": {"node": "b", "peersUp": 1, "peersDown": 1, "conditions": [
         {"type": "Connected", "status": "True"},
-        {"type": "PeersReachable", "status": "False", "message": "1 peers have no path: see TowlinePath"}]}},
+        {"type": "PeersReachable", "status": "False", "message": "1 peer has no path: see TowlinePath"}]}},
     {"status": {"node": "a", "site": "dc", "peersUp": 2, "conditions": []}},
     {}
 ]}"#;
@@ -55,7 +55,7 @@ fn the_status_is_a_table_sorted_by_name() {
     let lines: Vec<&str> = table.lines().collect();
     assert!(lines[0].starts_with("NAME"), "{table}");
     assert!(lines[1].starts_with("a ") && lines[2].starts_with("b "), "{table}");
-    assert!(lines[2].contains("1 peers have no path"), "{table}");
+    assert!(lines[2].contains("1 peer has no path"), "{table}");
     assert!(called.starts_with("--context=prod get towlinenodes.towline.io"), "{called}");
 }
 

@@ -119,7 +119,7 @@ impl Matrix {
             row
         });
         let legend = if self.is_by_site {
-            "cell: tunnels that are up of those with traffic, and their median round-trip time; ?: not reported"
+            "cell: tunnels up / tunnels with traffic, and their median round-trip time; ?: not reported"
         } else {
             "cell: round-trip time, with (relay) if it is not direct; ?: not reported"
         };

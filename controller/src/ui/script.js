@@ -163,11 +163,11 @@ function matrixView(matrix, site) {
       : " " + matrix.left_out + " more nodes are not shown: these have the most trouble.";
   }
   const legend = matrix.is_by_site
-    ? "Cell: tunnels that are up of those with traffic, and their median round-trip time."
+    ? "Cell: tunnels up / tunnels with traffic, and their median round-trip time."
     : "Cell: round-trip time, with (relay) if the path is not direct.";
   return [
     element("h2", {}, site === "" ? "Matrix" : "Matrix of site " + site),
-    element("p", {}, legend + " A row has what its node reported; ? was not reported." + leftOut),
+    element("p", {}, legend + " Each row is what its nodes reported. ?: not reported." + leftOut),
     rows.length === 0 ? element("p", {}, "There is no node.") : table("Who reaches whom", columns, rows, "matrix"),
   ];
 }
