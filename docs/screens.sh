@@ -9,8 +9,12 @@ cargo build -q -p towline-controller --example page
 page=$!
 trap 'kill "$page"' EXIT
 until curl -s -o /dev/null http://127.0.0.1:7480/; do kill -0 "$page"; sleep 0.1; done
+# Chromium refuses to sandbox itself as root. It loads nothing but the page.
+flags=
+[ "$(id -u)" != 0 ] || flags=--no-sandbox
 shot() {
-    chromium --headless=new --disable-gpu --hide-scrollbars --virtual-time-budget=3000 \
+    # shellcheck disable=SC2086
+    chromium $flags --headless=new --disable-gpu --hide-scrollbars --virtual-time-budget=3000 \
         --window-size="$2" --screenshot="$out/screen-$1.png" "http://127.0.0.1:7480/$3"
 }
 shot sites 1280,800 '#/'

@@ -1,5 +1,6 @@
-//! Serves the web page of a mesh that is made up, to look at it and for `docs/screens.sh`:
-//! `cargo run -p towline-controller --example page -- 1000`, then open <http://127.0.0.1:7480>.
+//! Serves the web page of a mesh that is made up, to look at it, for `docs/screens.sh` and for `cargo lab page`:
+//! `cargo run -p towline-controller --example page -- 1000`, then open <http://127.0.0.1:7480>. A second argument is
+//! another port.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -24,7 +25,8 @@ const PEERS: usize = 40;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let count: usize = std::env::args().nth(1).as_deref().unwrap_or("24").parse()?;
-    let listen: SocketAddr = "127.0.0.1:7480".parse()?;
+    let port: u16 = std::env::args().nth(2).as_deref().unwrap_or("7480").parse()?;
+    let listen = SocketAddr::from(([127, 0, 0, 1], port));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let page = page(count)?;
     runtime.block_on(ui::serve(Some(UiConfig { listen, hosts: Vec::new() }), page));

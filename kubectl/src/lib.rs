@@ -6,6 +6,7 @@
 
 #![expect(clippy::print_stderr, reason = "diagnostics of the command line")]
 
+mod complete;
 mod kubectl;
 mod nodes;
 
@@ -41,6 +42,34 @@ Examples:
   kubectl towline peers gpu-1
   kubectl towline trace gpu-1 10.244.2.7:8080";
 
+const STATUS: &str = "\
+Examples:
+  kubectl towline status
+  # for a script
+  kubectl towline status -o json";
+
+const PEERS: &str = "\
+Examples:
+  kubectl towline peers gpu-1
+  # of another cluster
+  kubectl towline peers gpu-1 --context staging";
+
+const TRACE: &str = "\
+Examples:
+  # from the node gpu-1 to a port of a pod
+  kubectl towline trace gpu-1 10.244.2.7:8080";
+
+const EXPLAIN: &str = "\
+Examples:
+  # why does gpu-1 not reach the node cp?
+  kubectl towline explain gpu-1 cp";
+
+const DOCTOR: &str = "\
+Examples:
+  kubectl towline doctor gpu-1
+  # what was looked at, too
+  kubectl towline doctor gpu-1 -o wide";
+
 #[derive(Debug, Args)]
 struct Common {
     /// Context of the kubeconfig
@@ -57,12 +86,14 @@ struct Common {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Show every node of the mesh: connected or not, peers up and down
+    #[command(after_help = STATUS)]
     Status {
         /// Output format
         #[arg(short, long, value_enum, default_value_t)]
         output: Format,
     },
     /// Show a node's peers; without an agent pod there, the paths of the node that are not direct
+    #[command(after_help = PEERS)]
     Peers {
         #[command(flatten)]
         on: On,
@@ -71,6 +102,7 @@ enum Command {
         output: Format,
     },
     /// Show which rules, routes and path a packet from a node would take
+    #[command(after_help = TRACE)]
     Trace {
         #[command(flatten)]
         on: On,
@@ -82,6 +114,7 @@ enum Command {
         output: Format,
     },
     /// Explain why a node's peer is down or slow
+    #[command(after_help = EXPLAIN)]
     Explain {
         #[command(flatten)]
         on: On,
@@ -92,6 +125,7 @@ enum Command {
         output: Format,
     },
     /// Check a node and its host
+    #[command(after_help = DOCTOR)]
     Doctor {
         #[command(flatten)]
         on: On,
@@ -114,8 +148,16 @@ pub fn command() -> clap::Command {
 }
 
 /// Runs the command line of this process and returns its exit status: 0 done, 1 failed, 2 wrong usage. The status of
-/// a command that ran in a pod is passed on.
+/// a command that ran in a pod is passed on. Under the name `kubectl_complete-towline` it completes a command line.
 pub fn main() -> ExitCode {
+    let mut words = std::env::args_os();
+    if words.next().is_some_and(|program| complete::is_asked_for(&program)) {
+        let words: Vec<String> = words.map(|word| word.to_string_lossy().into_owned()).collect();
+        return match output::print(&complete::answer(&command(), &words)) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_) => ExitCode::FAILURE,
+        };
+    }
     match run(Cli::parse()) {
         Ok(status) => status,
         Err(error) if error.downcast_ref().is_some_and(OutputError::is_broken_pipe) => {
@@ -182,10 +224,29 @@ fn on_node(
 
 #[cfg(test)]
 mod tests {
+    use towline_service::manual;
+
     use super::*;
 
     #[test]
     fn the_command_line_is_consistent() {
         command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_has_examples_and_they_parse() {
+        let program = command();
+        for one in std::iter::once(&program).chain(program.get_subcommands()) {
+            let lines = manual::examples(one);
+            let commands = lines.iter().filter(|line| !line.starts_with('#'));
+            let mut has_example = false;
+            for line in commands {
+                has_example = true;
+                let words = line.strip_prefix("kubectl towline ").expect(line);
+                let words = std::iter::once("kubectl towline").chain(words.split(' '));
+                command().try_get_matches_from(words).expect(line);
+            }
+            assert!(has_example, "{}", one.get_name());
+        }
     }
 }

@@ -8,7 +8,7 @@ use std::process::{Command, Output};
 const NODES: &str = r#"{"items": [
     {"status": {"node": "b", "peersUp": 1, "peersDown": 1, "conditions": [
         {"type": "Connected", "status": "True"},
-        {"type": "PeersReachable", "status": "False", "message": "1 peers have no path: see TowlinePath"}]}},
+        {"type": "PeersReachable", "status": "False", "message": "1 peer has no path: see TowlinePath"}]}},
     {"status": {"node": "a", "site": "dc", "peersUp": 2, "conditions": []}},
     {}
 ]}"#;
@@ -55,7 +55,7 @@ fn the_status_is_a_table_sorted_by_name() {
     let lines: Vec<&str> = table.lines().collect();
     assert!(lines[0].starts_with("NAME"), "{table}");
     assert!(lines[1].starts_with("a ") && lines[2].starts_with("b "), "{table}");
-    assert!(lines[2].contains("1 peers have no path"), "{table}");
+    assert!(lines[2].contains("1 peer has no path"), "{table}");
     assert!(called.starts_with("--context=prod get towlinenodes.towline.io"), "{called}");
 }
 
@@ -92,4 +92,15 @@ fn without_a_pod_there_are_the_known_paths_or_the_command_to_run() {
     let (output, _) = plugin(directory.path(), &answers, &["doctor", "b"]);
     let told = String::from_utf8(output.stderr).unwrap();
     assert!(told.contains("run `towline doctor` on it"), "{told}");
+}
+
+#[test]
+fn a_link_with_the_name_that_kubectl_looks_for_completes_the_line() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let link = directory.path().join("kubectl_complete-towline");
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_kubectl-towline"), &link).expect("a link");
+    let output = Command::new(&link).arg("p").output().expect("the link starts");
+    let text = String::from_utf8(output.stdout).expect("text");
+    assert!(output.status.success(), "{text}");
+    assert!(text.starts_with("peers\t") && text.ends_with("\n:4\n"), "{text}");
 }

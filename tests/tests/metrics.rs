@@ -74,27 +74,27 @@ fn the_document_has_the_tables() {
     assert!(updated == document, "docs/metrics.md is outdated: run this test with UPDATE=1");
 }
 
-/// Returns every expression of the dashboard.
-fn dashboard() -> Vec<String> {
-    fn collect(value: &Value, found: &mut Vec<String>) {
+/// Returns every text of the dashboard with one of these keys: `expr` is an expression, `query` one of Grafana.
+fn dashboard(keys: &[&str]) -> Vec<String> {
+    fn collect(value: &Value, keys: &[&str], found: &mut Vec<String>) {
         match value {
             Value::Object(map) => {
                 for (key, value) in map {
                     match value {
-                        Value::String(text) if matches!(key.as_str(), "expr" | "query") => {
+                        Value::String(text) if keys.contains(&key.as_str()) => {
                             found.push(text.clone());
                         }
-                        value => collect(value, found),
+                        value => collect(value, keys, found),
                     }
                 }
             }
-            Value::Array(list) => list.iter().for_each(|value| collect(value, found)),
+            Value::Array(list) => list.iter().for_each(|value| collect(value, keys, found)),
             _ => {}
         }
     }
     let board: Value = serde_json::from_str(&read("deploy/grafana/towline.json")).expect("JSON");
     let mut found = Vec::new();
-    collect(&board, &mut found);
+    collect(&board, keys, &mut found);
     found
 }
 
@@ -104,6 +104,15 @@ fn rules() -> Vec<Value> {
         serde_saphyr::from_str(&read("deploy/prometheus/alerts.yml")).expect("rules in YAML");
     let groups = rules["groups"].as_array().expect("groups");
     groups.iter().flat_map(|group| group["rules"].as_array().expect("rules")).cloned().collect()
+}
+
+/// Unit tests of the alerts, for promtool.
+const ALERT_TESTS: &str = "tests/prometheus/alerts.test.yml";
+
+/// Returns the groups of the unit tests of the alerts.
+fn alert_tests() -> Vec<Value> {
+    let tests: Value = serde_saphyr::from_str(&read(ALERT_TESTS)).expect("tests in YAML");
+    tests["tests"].as_array().expect("groups of tests").clone()
 }
 
 /// Returns the names of our metrics in an expression, each with the selectors that follow it.
@@ -136,8 +145,12 @@ fn dashboard_and_alerts_use_what_exists() {
     let alerts = rules()
         .into_iter()
         .map(|rule| rule["expr"].as_str().expect("an alert has an expression").to_owned());
+    let series = alert_tests().into_iter().flat_map(|group| {
+        let series = group["input_series"].as_array().expect("series").clone();
+        series.into_iter().map(|one| one["series"].as_str().expect("a series").to_owned())
+    });
     let (mut used, mut wrong) = (BTreeSet::new(), Vec::new());
-    for expression in dashboard().into_iter().chain(alerts) {
+    for expression in dashboard(&["expr", "query"]).into_iter().chain(alerts).chain(series) {
         for (name, labels) in selectors(&expression) {
             let Some(metric) = metrics.get(name.as_str()) else {
                 wrong.push(format!("{name} in: {expression}"));
@@ -175,6 +188,37 @@ fn each_alert_says_how_bad_it_is_and_what_to_do() {
     assert!(!names.is_empty());
 }
 
+/// The last question of the first group lists every alert, and no question of the second has an answer.
+#[test]
+fn each_alert_is_tested_in_both_directions() {
+    let tests = alert_tests();
+    let questions =
+        |group: usize| tests[group]["promql_expr_test"].as_array().expect("questions").iter();
+    let last = questions(0).next_back().expect("a question");
+    let fires: BTreeSet<String> = last["exp_samples"]
+        .as_array()
+        .expect("samples")
+        .iter()
+        .map(|sample| sample["labels"].as_str().expect("labels"))
+        .map(|labels| labels.split('"').nth(1).expect("the name of an alert").to_owned())
+        .collect();
+    let alerts: BTreeSet<String> = rules()
+        .iter()
+        .map(|rule| rule["alert"].as_str().expect("an alert has a name").to_owned())
+        .collect();
+    assert_eq!(fires, alerts, "add the alert to {ALERT_TESTS}");
+    let series = |group: usize| -> BTreeSet<String> {
+        let series = tests[group]["input_series"].as_array().expect("series").iter();
+        let texts = series.map(|one| one["series"].as_str().expect("a series"));
+        texts.flat_map(selectors).map(|(name, _)| name).collect()
+    };
+    // A node problem has no other value than 1, and a problem neither: a healthy mesh has none.
+    let only_sick: Vec<String> = series(0).difference(&series(1)).cloned().collect();
+    assert_eq!(only_sick, ["towline_controller_node_problems", "towline_problems"]);
+    let is_empty = |question: &Value| question["exp_samples"].as_array().is_some_and(Vec::is_empty);
+    assert!(questions(1).count() > 1 && questions(1).all(is_empty));
+}
+
 #[test]
 fn selectors_are_found_in_expressions() {
     let found =
@@ -208,6 +252,44 @@ fn promtool_accepts_the_alerts() {
         promtool.arg(path("deploy/prometheus/alerts.yml")).output().expect("promtool runs");
     let words = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{}{words}", String::from_utf8_lossy(&output.stdout));
+}
+
+#[test]
+fn promtool_runs_the_tests_of_the_alerts() {
+    let Some(mut promtool) = promtool(&["test", "rules"]) else {
+        return println!("{NO_PROMTOOL}");
+    };
+    let output = promtool.arg(path(ALERT_TESTS)).output().expect("promtool runs");
+    let words = [output.stdout, output.stderr].concat();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&words));
+}
+
+/// promtool reads no dashboards, so each expression becomes a recording rule.
+#[test]
+fn promtool_accepts_the_expressions_of_the_dashboard() {
+    let Some(mut promtool) = promtool(&["check", "rules"]) else {
+        return println!("{NO_PROMTOOL}");
+    };
+    let expressions = dashboard(&["expr"]);
+    assert!(expressions.len() > 20, "{expressions:?}");
+    let rules: Vec<Value> = expressions
+        .iter()
+        .enumerate()
+        .map(|(number, text)| {
+            // Grafana replaces the variable before it asks. Others are inside of strings.
+            let expression = text.replace("$__rate_interval", "5m");
+            serde_json::json!({"record": format!("dashboard:{number}"), "expr": expression})
+        })
+        .collect();
+    let group = serde_json::json!({"name": "dashboard", "rules": rules});
+    // JSON is YAML.
+    let text = serde_json::json!({"groups": [group]}).to_string();
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("dashboard.yml");
+    std::fs::write(&file, text).expect("the rules are written");
+    let output = promtool.arg(file).output().expect("promtool runs");
+    let words = [output.stdout, output.stderr].concat();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&words));
 }
 
 #[test]

@@ -270,7 +270,7 @@ fn missing(status: &pb::StatusResponse) -> Option<String> {
     }
     // An older agent does not send this field.
     (status.applied == Some(false))
-        .then(|| format!("the host's network differs from the plan: {}", status.applied_reason))
+        .then(|| format!("link, routes or guards are not in place: {}", status.applied_reason))
 }
 
 pub(super) fn leave(config: &Config, args: &LeaveArgs) -> anyhow::Result<()> {

@@ -88,7 +88,10 @@ fn sheet(peer: &pb::PeerStatus) -> String {
     line("sent", traffic(peer.tx_bytes, peer.tx_bytes_per_s));
     line("prefixes", output::list(&peer.prefixes));
     if !peer.standby_prefixes.is_empty() {
-        line("standby", format!("{}, by another node now", output::list(&peer.standby_prefixes)));
+        line(
+            "standby",
+            format!("{}: another node is used for it now", output::list(&peer.standby_prefixes)),
+        );
     }
     line("public key", peer.public_key.clone());
     for candidate in peer.candidates.iter().filter_map(|one| Candidate::try_from(one).ok()) {
@@ -170,7 +173,7 @@ mod tests {
             "path        direct 203.0.113.7:51820",
             "rtt         0.42 ms, 2 % of the last probes lost",
             "received    1.5 KiB, 0 B/s now",
-            "standby     192.168.50.0/24, by another node now",
+            "standby     192.168.50.0/24: another node is used for it now",
             "relay r1 198.51.100.1:51820  -     -    2s ago  -",
             "2023-11-14T22:13:20Z  connecting -> up",
             "2023-11-14T22:13:20Z  - -> direct a: why",

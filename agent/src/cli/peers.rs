@@ -105,7 +105,7 @@ pub(super) fn loss_cell(peer: &pb::PeerStatus) -> String {
 fn remarks(peer: &pb::PeerStatus) -> impl Iterator<Item = String> {
     let why = (!peer.reason.is_empty()).then(|| {
         let since = output::span(Duration::from_millis(peer.since_ms));
-        format!("{} is {} for {since}: {}\n", peer.name, peer.state, peer.reason)
+        format!("{} has been {} for {since}: {}\n", peer.name, peer.state, peer.reason)
     });
     // The tunnel's link keeps to the minimum even if a path takes less.
     let small = peer.mtu.filter(|mtu| *mtu < Mtu::MIN.into()).map(|mtu| {
@@ -143,8 +143,8 @@ mod tests {
         let peers = [peer("cp", "up", ""), peer("worker-b", "down", "no answer")];
         let text = text(&peers, false, Palette::PLAIN);
         assert!(text.lines().next().unwrap().starts_with("PEER"), "{text}");
-        assert!(text.ends_with("\nworker-b is down for 1m 1s: no answer\n"), "{text}");
-        assert!(!text.contains("cp is"), "{text}");
+        assert!(text.ends_with("\nworker-b has been down for 1m 1s: no answer\n"), "{text}");
+        assert!(!text.contains("cp has been"), "{text}");
         assert!(text.lines().all(|line| line == line.trim_end()), "{text}");
     }
 
@@ -172,7 +172,7 @@ mod tests {
         let below = text.split_once("\n\n").unwrap().1;
         assert_eq!(
             below,
-            "worker-b is up for 1m 1s: through a relay: why\nthe path to worker-c has an MTU of \
+            "worker-b has been up for 1m 1s: through a relay: why\nthe path to worker-c has an MTU of \
              1236 bytes: larger packets are sent in two fragments\ndatagrams to worker-d are sent \
              singly: those that are sent together (UDP_SEGMENT) do not arrive\n"
         );

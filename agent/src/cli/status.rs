@@ -163,7 +163,10 @@ fn api_endpoint(endpoint: &pb::ApiEndpointStatus) -> String {
     let clients = endpoint.connections;
     match endpoint.servers.len() {
         0 => format!("{address}, no API server is known"),
-        known => format!("{address} to {} (of {known}), {clients} clients", endpoint.server),
+        known => {
+            let server = &endpoint.server;
+            format!("{address} leads to {server} (1 of {known} API servers), {clients} clients")
+        }
     }
 }
 
@@ -250,7 +253,10 @@ mod tests {
             ..pb::StatusResponse::default()
         };
         let short = text(&status(endpoint.clone()), String::new(), false);
-        assert!(short.contains("127.0.0.1:7445 to cp-1 (of 2), 2 clients"), "{short}");
+        assert!(
+            short.contains("127.0.0.1:7445 leads to cp-1 (1 of 2 API servers), 2 clients"),
+            "{short}"
+        );
         assert!(short.contains("cp-2 (198.19.0.1:6443) failing: it does not answer"), "{short}");
         assert!(!short.contains("cp-1 (198.19.0.1:6443)"), "{short}");
         let wide = text(&status(endpoint.clone()), String::new(), true);

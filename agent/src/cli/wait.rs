@@ -167,7 +167,7 @@ fn progress(status: &pb::StatusResponse, peers: &[pb::PeerStatus], wanted: &[Str
     // An older agent does not send this field.
     if status.applied == Some(false) {
         return Progress::Missing(format!(
-            "the host's network differs from the plan: {}",
+            "link, routes or guards are not in place: {}",
             status.applied_reason
         ));
     }
@@ -194,7 +194,7 @@ fn progress(status: &pb::StatusResponse, peers: &[pb::PeerStatus], wanted: &[Str
         // The map is there, and this node is the only one.
         (None, Some(controller)) if controller.revision > 0 => Progress::Ready(Mesh::Up),
         (None, Some(controller)) if controller.connected => {
-            Progress::Missing("the controller has not sent the map yet".to_owned())
+            Progress::Missing("the controller has not sent the list of nodes yet".to_owned())
         }
         (None, controller) => {
             let reason = controller.as_ref().map_or("none is configured", |c| c.reason.as_str());

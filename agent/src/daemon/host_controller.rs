@@ -200,7 +200,7 @@ impl HostController {
         if problems != self.problems {
             for problem in &problems {
                 let code = problem.code();
-                tracing::error!(%problem, code, "host network differs from the plan");
+                tracing::error!(%problem, code, "link, routes or guards are not in place");
             }
         }
         if notes != self.notes {

@@ -40,7 +40,7 @@ pub struct Explanation {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Verdict {
-    /// A direct path carries its traffic, and nothing is known that disturbs it.
+    /// A direct path carries its traffic, and no fault is known.
     Healthy,
     /// A path carries its traffic, but some of it is dropped or slow.
     Impaired,
@@ -164,6 +164,11 @@ fn is_named(check: &Check, code: &str) -> bool {
     check.causes.iter().any(|cause| cause == code)
 }
 
+/// Returns the sentence that names the cause.
+fn the_cause(text: &str) -> String {
+    format!("the cause: {text}")
+}
+
 /// Explains a name that is no peer's.
 fn unknown(name: &str, local: &Local<'_>) -> Explanation {
     let mut sentences = vec![format!("this node knows no peer {name}")];
@@ -174,7 +179,7 @@ fn unknown(name: &str, local: &Local<'_>) -> Explanation {
     }
     let mut cause = Cause::PeerUnknown.code().to_owned();
     if let Some(own) = local.first_bad(&OF_NODE) {
-        sentences.push(local.message(own));
+        sentences.push(the_cause(&local.message(own)));
         cause = own.to_owned();
     } else if let Some(controller) = away(local.status) {
         sentences.push(format!(
@@ -214,18 +219,18 @@ impl Draft<'_> {
         Explanation { peer: self.peer.name.clone(), state, cause, sentences, remedy }
     }
 
-    /// Returns the sentence about the peer's own reason, and that reason's cause from the document.
-    fn reason(&self) -> Vec<String> {
+    /// Returns the sentence about the peer's state and its own reason.
+    fn reason(&self) -> String {
         let Self { peer, .. } = self;
         let since = output::span(std::time::Duration::from_millis(peer.since_ms));
-        let mut sentences = vec![if peer.reason.is_empty() {
-            format!("{} is {} for {since}", peer.name, peer.state)
-        } else {
-            format!("{} is {} for {since}: {}", peer.name, peer.state, peer.reason)
-        }];
-        let entry = reference::entry(&peer.reason_code);
-        sentences.extend(entry.map(|entry| format!("the cause: {}", entry.cause)));
-        sentences
+        let state = format!("{} has been {} for {since}", peer.name, peer.state);
+        if peer.reason.is_empty() { state } else { format!("{state}: {}", peer.reason) }
+    }
+
+    /// Returns the sentence about the cause that belongs to the peer's own reason, from the document. It is said
+    /// only where this node knows no other cause: an operator should read of one cause alone.
+    fn cause_of_reason(&self) -> Option<String> {
+        reference::entry(&self.peer.reason_code).map(|entry| the_cause(entry.cause))
     }
 
     /// Explains a peer whose reason says everything.
@@ -234,13 +239,14 @@ impl Draft<'_> {
             return self.of_node(own);
         }
         let code = Some(self.peer.reason_code.as_str()).filter(|code| !code.is_empty());
-        self.finish(state, code, self.reason())
+        let sentences = std::iter::once(self.reason()).chain(self.cause_of_reason());
+        self.finish(state, code, sentences.collect())
     }
 
     fn of_node(&self, code: &str) -> Explanation {
         let sentences = vec![
             format!("{} cannot be reached, because this node is not ready", self.peer.name),
-            self.local.message(code),
+            the_cause(&self.local.message(code)),
         ];
         self.finish(Verdict::Down, Some(code), sentences)
     }
@@ -250,14 +256,15 @@ impl Draft<'_> {
         if let Some(own) = local.first_bad(&OF_NODE) {
             return self.of_node(own);
         }
-        let mut sentences = self.reason();
+        let mut sentences = vec![self.reason()];
         let reason = peer.reason_code.as_str();
         // Both are about the pair, and surer than anything else.
         if matches!(reason, "key-conflict" | "static-peer-without-endpoint") {
+            sentences.extend(self.cause_of_reason());
             return self.finish(Verdict::Down, Some(reason), sentences);
         }
         if let Some(cause) = local.first_bad(&OF_UNDERLAY) {
-            sentences.push(local.message(cause));
+            sentences.push(the_cause(&local.message(cause)));
             return self.finish(Verdict::Down, Some(cause), sentences);
         }
         let clock = [Cause::ClockWrong.code(), Cause::ClockSetBack.code()];
@@ -265,46 +272,50 @@ impl Draft<'_> {
             .first_bad(&clock)
             .or_else(|| local.first_bad(&["controller-certificate-not-valid"]));
         if let ("no-handshake", Some(clock)) = (reason, clock) {
-            sentences.push(local.message(clock));
+            sentences.push(the_cause(&local.message(clock)));
             return self.finish(Verdict::Down, Some(clock), sentences);
         }
         let up = self.answers.peers.iter().filter(|other| other.state == "up").count();
         // Between two NATs it is no surprise that one direction works.
         if matches!(reason, "no-answer" | "no-candidates" | "udp-blocked") && self.is_heard_alone()
         {
-            sentences.push(
+            sentences.push(the_cause(
                 "its datagrams arrive here, but it answers none of ours: something on the way drops UDP \
-                 towards it"
-                    .to_owned(),
-            );
+                 towards it",
+            ));
             return self.finish(Verdict::Down, Some(Cause::UdpOneWay.code()), sentences);
         }
         // Where nothing answers at all, neither a port nor a STUN server is the cause.
         if !matches!(reason, "no-handshake" | "udp-blocked") && up == 0 {
             // Peers that answer nobody: what this node knows about itself is the better guess.
             if let Some(cause) = local.first_bad(&OF_DIRECT_PATH) {
-                sentences.push(local.message(cause));
+                sentences.push(the_cause(&local.message(cause)));
                 return self.finish(Verdict::Down, Some(cause), sentences);
             }
         }
+        let mut remarks = Vec::new();
         if let Some(controller) = away(&self.answers.status) {
-            sentences.push(format!(
+            let remark = format!(
                 "no controller is connected, so that a new address of the peer would not be known: {}",
                 controller.reason
-            ));
+            );
             // A peer that never had an address, and one whose known addresses are old.
             if matches!(reason, "no-candidates" | "waiting-for-peer" | "no-answer") && up == 0 {
                 let code = controller.reason_code.as_str();
+                sentences.push(the_cause(&remark));
                 return self.finish(Verdict::Down, Some(code), sentences);
             }
+            remarks.push(remark);
         }
         if reason == "no-answer" && up > 0 {
-            sentences.push(format!(
+            remarks.push(format!(
                 "{up} other peer{} up, so that this node's own UDP traffic works: the peer is off, or \
                  something on the way to it drops UDP",
                 if up == 1 { " is" } else { "s are" }
             ));
         }
+        sentences.extend(self.cause_of_reason());
+        sentences.extend(remarks);
         self.finish(Verdict::Down, Some(reason).filter(|code| !code.is_empty()), sentences)
     }
 
@@ -333,11 +344,10 @@ impl Draft<'_> {
         if peer.reason_code != "nat-mapping-dependent"
             && let Some(cause) = local.first_bad(&blocked)
         {
-            sentences.push(local.message(cause));
+            sentences.push(the_cause(&local.message(cause)));
             return self.finish(Verdict::Relayed, Some(cause), sentences);
         }
-        let entry = reference::entry(&peer.reason_code);
-        sentences.extend(entry.map(|entry| format!("the cause: {}", entry.cause)));
+        sentences.extend(self.cause_of_reason());
         let code = Some(peer.reason_code.as_str()).filter(|code| !code.is_empty());
         self.finish(Verdict::Relayed, code, sentences)
     }
@@ -396,7 +406,7 @@ impl Draft<'_> {
                 controller.reason
             ));
         }
-        sentences.push("nothing is known that disturbs its traffic".to_owned());
+        sentences.push("no fault of its path or of this node is known".to_owned());
         self.finish(Verdict::Healthy, None, sentences)
     }
 }

@@ -190,7 +190,8 @@ fn problems(answers: &Answers, findings: &mut Findings) {
 
 fn agent(status: &pb::StatusResponse, findings: &mut Findings) {
     if status.state == MachineState::Down.code() {
-        let text = "this machine is down: nothing is guarded";
+        let text =
+            "`towline down` is in effect: this machine's traffic for the mesh is not guarded";
         findings.add(Subject::Agent, CheckState::Failed, "machine-down", text);
     }
     let up = output::span(std::time::Duration::from_millis(status.uptime_ms));
@@ -298,7 +299,8 @@ fn path_mtu(answers: &Answers, findings: &mut Findings) {
         let Some(mtu) = peer.mtu.filter(|mtu| *mtu < link) else { continue };
         let is_small = mtu < u32::from(Mtu::MIN);
         let state = if is_small { CheckState::Warning } else { CheckState::Ok };
-        let text = format!("the path to {} carries packets of {mtu} instead of {link}", peer.name);
+        let text =
+            format!("the path to {} carries packets of {mtu} instead of {link} bytes", peer.name);
         findings.cause(Subject::Mtu, state, Cause::PathMtuSmall, text);
     }
 }

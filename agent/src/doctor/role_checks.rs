@@ -24,7 +24,7 @@ pub(super) fn examine(status: &pb::StatusResponse, findings: &mut Findings) {
     findings.summary(Subject::Trust, "no node has other keys or another name than before");
     // Each has a few: a peer that restarts, and probes that were under way.
     let probes = counted(status, &PROBES);
-    findings.summary(Subject::Probes, or_none(&probes));
+    findings.summary(Subject::Probes, format!("refused since the start: {}", or_none(&probes)));
     relay(status, findings);
     api_endpoint(status, findings);
 }
@@ -90,7 +90,8 @@ mod tests {
         let drop = |name: &str, count| pb::Counter { name: name.into(), count };
         let drops = vec![drop("probe_stale", 3), drop("probe_limited", 0), drop("no_route", 9)];
         let found = check(&pb::StatusResponse { drops, ..Default::default() }, Subject::Probes);
-        assert_eq!((found.state, found.finding.as_str()), (CheckState::Ok, "3 probe_stale"));
+        let finding = "refused since the start: 3 probe_stale";
+        assert_eq!((found.state, found.finding.as_str()), (CheckState::Ok, finding));
     }
 
     #[test]

@@ -400,6 +400,11 @@ fn the_true_cause_of_a_peers_state_is_named() {
         assert_eq!(explanation.state, verdict, "{name}: {explanation:?}");
         assert_eq!(explanation.remedy.is_some(), verdict.is_bad(), "{name}: {explanation:?}");
         assert!(!explanation.sentences.is_empty(), "{name}");
+        let named = explanation.sentences.iter().filter(|text| text.starts_with("the cause: "));
+        let named = named.count();
+        assert!(named <= 1, "{name}: {explanation:?}");
+        let needs_one = matches!(verdict, Verdict::Down | Verdict::Relayed);
+        assert!(named == 1 || !needs_one, "{name}: {explanation:?}");
     }
 }
 

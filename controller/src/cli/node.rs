@@ -232,22 +232,25 @@ impl View {
     /// Returns whether other nodes may use an API server of this node, and its port.
     fn api_server(&self) -> String {
         match (self.control_plane, self.api_port) {
-            (true, Some(port)) => format!("true, API server on port {port}"),
-            (is_control_plane, _) => is_control_plane.to_string(),
+            (true, Some(port)) => format!("yes, API server on port {port}"),
+            (true, None) => "yes".to_owned(),
+            (false, _) => "no".to_owned(),
         }
     }
 
     /// Returns whether the node is removed when it is offline, and after which time.
     fn ephemeral_text(&self) -> String {
         match (self.ephemeral, self.ephemeral_after_seconds) {
-            (false, _) => "false".to_owned(),
+            (false, _) => "no".to_owned(),
             (true, Some(seconds)) => {
                 format!(
-                    "true, removed after {} offline",
+                    "yes, removed once it is offline for {}",
                     span(i64::try_from(seconds).unwrap_or(i64::MAX))
                 )
             }
-            (true, None) => "true, removed after the mesh's lease offline".to_owned(),
+            (true, None) => {
+                "yes, removed once it is offline for the lease of `mesh show`".to_owned()
+            }
         }
     }
 
@@ -357,10 +360,11 @@ mod tests {
             let sheet = sheet(node);
             sheet.lines().find(|line| line.starts_with("ephemeral")).unwrap().to_owned()
         };
-        assert_eq!(line(&node()), "ephemeral      true, removed after 10m offline");
+        assert_eq!(line(&node()), "ephemeral      yes, removed once it is offline for 10m");
         let lease = View { ephemeral_after_seconds: None, ..node() };
-        assert_eq!(line(&lease), "ephemeral      true, removed after the mesh's lease offline");
-        assert_eq!(line(&View { ephemeral: false, ..node() }), "ephemeral      false");
+        let of_mesh = "ephemeral      yes, removed once it is offline for the lease of `mesh show`";
+        assert_eq!(line(&lease), of_mesh);
+        assert_eq!(line(&View { ephemeral: false, ..node() }), "ephemeral      no");
     }
 
     #[test]

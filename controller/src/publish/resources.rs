@@ -128,9 +128,10 @@ fn node_status(node: &pb::NodeTunnels, now: Timestamp) -> NodeStatus {
     let reachable = match (node.reported_seconds, node.down) {
         (None, _) => ("Unknown", "NotReported", "the node did not report its tunnels".to_owned()),
         (Some(_), 0) => ("True", "EveryPeerHasAPath", "every peer in use has a path".to_owned()),
-        (Some(_), down) => {
-            ("False", "PeersDown", format!("{down} peers have no path: see TowlinePath"))
-        }
+        (Some(_), down) => ("False", "PeersDown", {
+            let peers = if down == 1 { "peer has" } else { "peers have" };
+            format!("{down} {peers} no path: see TowlinePath")
+        }),
     };
     NodeStatus {
         node: node.name.clone(),

@@ -1,5 +1,8 @@
 //! The mesh as a table: nodes by nodes, or sites by sites if there are many nodes.
+//!
+//! A table has at most [`ROWS`] rows and as many columns, however large the mesh is.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
 use towline_proto::pb;
@@ -7,11 +10,13 @@ use towline_service::output;
 
 use super::{rtt_text, state_code};
 
-/// Largest number of nodes that get a column each.
-pub const NODES: usize = 40;
+/// Largest number of rows, and of columns. More do not fit on a screen.
+pub const ROWS: usize = 40;
 
 /// Name of the row of nodes without a site.
 const NO_SITE: &str = "-";
+/// Name of the row of the sites that have none of their own. No site can have this name.
+const OTHER_SITES: &str = "(others)";
 
 /// Table with the same names at its rows and its columns.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,6 +27,8 @@ pub struct Matrix {
     pub cells: Vec<Vec<String>>,
     /// True if the rows are sites.
     pub is_by_site: bool,
+    /// Number of nodes without a row, or of sites that share the last row. 0 in most meshes.
+    pub left_out: usize,
 }
 
 /// What the tunnels from the nodes of one site to those of another have in common.
@@ -33,13 +40,23 @@ struct Between {
 }
 
 impl Matrix {
-    /// Returns the table of these nodes, by site if there are more than [`NODES`].
+    /// Returns the table of these nodes: by site if there are more than [`ROWS`]. If they are of one site, the
+    /// nodes with the most trouble have a row each.
     pub fn of(nodes: &[pb::NodeTunnels]) -> Self {
-        if nodes.len() > NODES { Self::of_sites(nodes) } else { Self::of_nodes(nodes) }
+        if nodes.len() <= ROWS {
+            return Self::of_nodes(nodes.iter().collect());
+        }
+        let first = nodes.first().map(|node| &node.site);
+        if nodes.iter().any(|node| Some(&node.site) != first) {
+            return Self::of_sites(nodes);
+        }
+        let mut chosen: Vec<&pb::NodeTunnels> = nodes.iter().collect();
+        chosen.sort_by_key(|node| (Reverse(trouble(node)), &node.name));
+        chosen.truncate(ROWS);
+        Self { left_out: nodes.len() - chosen.len(), ..Self::of_nodes(chosen) }
     }
 
-    fn of_nodes(nodes: &[pb::NodeTunnels]) -> Self {
-        let mut sorted: Vec<&pb::NodeTunnels> = nodes.iter().collect();
+    fn of_nodes(mut sorted: Vec<&pb::NodeTunnels>) -> Self {
         sorted.sort_by_key(|node| (&node.site, &node.name));
         let row = |from: &pb::NodeTunnels| {
             let peers: BTreeMap<&str, &pb::PeerTunnel> =
@@ -55,21 +72,20 @@ impl Matrix {
             names: sorted.iter().map(|node| node.name.clone()).collect(),
             cells: sorted.iter().map(|from| row(from)).collect(),
             is_by_site: false,
+            left_out: 0,
         }
     }
 
     fn of_sites(nodes: &[pb::NodeTunnels]) -> Self {
-        let site = |node: &pb::NodeTunnels| match node.site.as_str() {
-            "" => NO_SITE.to_owned(),
-            site => site.to_owned(),
-        };
-        let site_of: BTreeMap<&str, String> =
-            nodes.iter().map(|node| (node.name.as_str(), site(node))).collect();
-        let mut between = BTreeMap::<(&String, &String), Between>::new();
+        let row_of = rows_of_sites(nodes);
+        let row = |node: &pb::NodeTunnels| row_of.get(node.site.as_str()).copied();
+        let row_of_node: BTreeMap<&str, &str> =
+            nodes.iter().filter_map(|node| Some((node.name.as_str(), row(node)?))).collect();
+        let mut between = BTreeMap::<(&str, &str), Between>::new();
         for node in nodes {
-            let Some(from) = site_of.get(node.name.as_str()) else { continue };
+            let Some(from) = row(node) else { continue };
             for peer in &node.peers {
-                let Some(to) = site_of.get(peer.name.as_str()) else { continue };
+                let Some(to) = row_of_node.get(peer.name.as_str()).copied() else { continue };
                 let entry = between.entry((from, to)).or_default();
                 let is_up = is_up(peer.state());
                 // Nothing is known of a path that nobody needs.
@@ -78,16 +94,19 @@ impl Matrix {
                 entry.rtts.extend(peer.rtt_us.filter(|_| is_up));
             }
         }
-        let mut names: Vec<String> = site_of.values().cloned().collect();
-        names.sort_unstable();
+        let mut names: Vec<&str> = row_of.values().copied().collect();
+        // The row of the other sites is the last one.
+        names.sort_unstable_by_key(|name| (*name == OTHER_SITES, *name));
         names.dedup();
-        let row = |from: &String| {
-            let found = names.iter().map(|to| between.get(&(from, to)));
+        let row = |from: &&str| {
+            let found = names.iter().map(|to| between.get(&(*from, *to)));
             let texts = found.map(|found| found.map_or_else(|| "?".to_owned(), Between::cell));
             texts.collect::<Vec<String>>()
         };
         let cells = names.iter().map(row).collect();
-        Self { names, cells, is_by_site: true }
+        let left_out = row_of.values().filter(|name| **name == OTHER_SITES).count();
+        let names = names.into_iter().map(ToOwned::to_owned).collect();
+        Self { names, cells, is_by_site: true, left_out }
     }
 
     /// Returns the text of the table, with a line that explains its cells.
@@ -100,12 +119,42 @@ impl Matrix {
             row
         });
         let legend = if self.is_by_site {
-            "cell: tunnels that are up of those with traffic, and their median round-trip time; ?: not reported"
+            "cell: tunnels up / tunnels with traffic, and their median round-trip time; ?: not reported"
         } else {
             "cell: round-trip time, with (relay) if it is not direct; ?: not reported"
         };
-        format!("{}\n{legend}\n", output::table(&header, rows))
+        let left_out = match (self.left_out, self.is_by_site) {
+            (0, _) => String::new(),
+            (number, true) => format!("{OTHER_SITES}: the {number} sites with the fewest nodes\n"),
+            (number, false) => {
+                format!("{number} more nodes are not shown: these have the most trouble\n")
+            }
+        };
+        format!("{}\n{legend}\n{left_out}", output::table(&header, rows))
     }
+}
+
+/// Returns the name of the row of each site. If there are more than [`ROWS`], those with the most nodes have a
+/// row each, and the others share one.
+fn rows_of_sites(nodes: &[pb::NodeTunnels]) -> BTreeMap<&str, &str> {
+    let mut sizes = BTreeMap::<&str, usize>::new();
+    for node in nodes {
+        *sizes.entry(node.site.as_str()).or_default() += 1;
+    }
+    let mut sites: Vec<(&str, usize)> = sizes.into_iter().collect();
+    sites.sort_by_key(|(site, size)| (Reverse(*size), *site));
+    let own_rows = if sites.len() > ROWS { ROWS - 1 } else { ROWS };
+    let named = sites.into_iter().enumerate().map(|(at, (site, _))| match site {
+        _ if at >= own_rows => (site, OTHER_SITES),
+        "" => (site, NO_SITE),
+        _ => (site, site),
+    });
+    named.collect()
+}
+
+/// Returns what makes a node interesting. It grows with the trouble that the node has.
+fn trouble(node: &pb::NodeTunnels) -> (bool, u32, u32, u32) {
+    (!node.online, node.down, node.connecting, node.relayed)
 }
 
 impl Between {
@@ -158,13 +207,25 @@ mod tests {
     }
 
     #[test]
+    fn the_screen_in_the_guide_is_what_is_printed() {
+        let guide = include_str!("../../../docs/guide.md");
+        let nodes = [
+            node("cp", "cloud", vec![direct("gpu-1", 440), direct("worker-b", 310)]),
+            node("gpu-1", "dc", vec![direct("cp", 440), direct("worker-b", 400)]),
+            node("worker-b", "dc-b", vec![direct("cp", 310), direct("gpu-1", 400)]),
+        ];
+        let text = Matrix::of(&nodes).text();
+        assert!(guide.contains(&text), "{text}");
+    }
+
+    #[test]
     fn a_large_mesh_is_shown_by_site() {
         let name = |number: usize| format!("n{number}");
-        let nodes: Vec<_> = (0..NODES + 2)
+        let nodes: Vec<_> = (0..ROWS + 2)
             .map(|number| {
                 let site = if number % 2 == 0 { "" } else { "dc" };
                 // Each node reports the next one, which is of the other site.
-                let next = name((number + 1) % (NODES + 2));
+                let next = name((number + 1) % (ROWS + 2));
                 let peer = if number == 0 {
                     in_state(&next, pb::TunnelState::Down)
                 } else {
@@ -177,5 +238,40 @@ mod tests {
         assert!(matrix.is_by_site);
         assert_eq!(matrix.names, ["-", "dc"]);
         assert_eq!(matrix.cells, [["?", "20/21 22.00 ms"], ["21/21 21.00 ms", "?"]]);
+        assert_eq!(matrix.left_out, 0);
+    }
+
+    #[test]
+    fn a_mesh_of_many_sites_has_no_more_rows_than_fit() {
+        // One node at each of 1,000 sites, and a second one at the last.
+        let mut nodes: Vec<_> = (0..1_000)
+            .map(|number| {
+                let next = format!("n{:04}", (number + 1) % 1_000);
+                node(&format!("n{number:04}"), &format!("s{number:04}"), vec![direct(&next, 1_000)])
+            })
+            .collect();
+        nodes.push(node("x", "s0999", vec![direct("n0999", 1_000)]));
+        let matrix = Matrix::of(&nodes);
+        assert_eq!((matrix.names.len(), matrix.left_out), (ROWS, 1_000 - (ROWS - 1)));
+        assert!(matrix.cells.iter().all(|row| row.len() == ROWS) && matrix.cells.len() == ROWS);
+        assert_eq!(matrix.names.last().map(String::as_str), Some(OTHER_SITES));
+        assert!(matrix.names.contains(&"s0999".to_owned()), "the largest site has a row");
+        assert_eq!(matrix.cells[0][1], "1/1 1.00 ms");
+        let others = matrix.cells.last().and_then(|row| row.last());
+        assert_eq!(others.map(String::as_str), Some("960/960 1.00 ms"));
+        assert!(matrix.text().contains("(others): the 961 sites"), "{}", matrix.text());
+    }
+
+    #[test]
+    fn a_large_site_shows_the_nodes_with_the_most_trouble() {
+        let mut nodes: Vec<_> =
+            (0..250).map(|number| node(&format!("n{number:03}"), "dc", Vec::new())).collect();
+        nodes[200].down = 3;
+        nodes[240].online = false;
+        let matrix = Matrix::of(&nodes);
+        assert_eq!((matrix.names.len(), matrix.is_by_site, matrix.left_out), (ROWS, false, 210));
+        let last: Vec<&str> = matrix.names.iter().rev().take(3).map(String::as_str).collect();
+        assert_eq!(last, ["n240", "n200", "n037"], "sorted by name");
+        assert!(matrix.text().contains("210 more nodes are not shown"), "{}", matrix.text());
     }
 }

@@ -8,6 +8,9 @@ use towline_proto::pb;
 use crate::tunnels::matrix::Matrix;
 use crate::tunnels::{NodeStatus, TunnelStatus, tunnels};
 
+/// Largest number of reports about one node in an answer. In a mesh of 10,000 nodes they would be megabytes.
+const REPORTED_BY: usize = 1_000;
+
 /// Sites and nodes of the mesh.
 #[derive(Debug, PartialEq, Serialize)]
 pub(super) struct MeshAnswer {
@@ -55,19 +58,21 @@ pub(super) struct MatrixAnswer {
     names: Vec<String>,
     cells: Vec<Vec<String>>,
     is_by_site: bool,
+    /// Number of nodes without a row, or of sites that share the last row.
+    left_out: usize,
 }
 
 impl MatrixAnswer {
     /// Returns the matrix of these nodes, or of those of one site.
     pub(super) fn of(nodes: &[pb::NodeTunnels], site: Option<&str>) -> Self {
-        let Matrix { names, cells, is_by_site } = match site {
+        let Matrix { names, cells, is_by_site, left_out } = match site {
             None => Matrix::of(nodes),
             Some(site) => {
                 let of_site = nodes.iter().filter(|node| node.site == site);
                 Matrix::of(&of_site.cloned().collect::<Vec<_>>())
             }
         };
-        Self { names, cells, is_by_site }
+        Self { names, cells, is_by_site, left_out }
     }
 }
 
@@ -77,7 +82,7 @@ pub(super) struct NodeAnswer {
     node: NodeStatus,
     /// Tunnels that the node reported.
     reported: Vec<TunnelStatus>,
-    /// Tunnels to the node that others reported.
+    /// Tunnels to the node that others reported, those that are not up first, at most [`REPORTED_BY`].
     reported_by: Vec<TunnelStatus>,
 }
 
@@ -87,11 +92,11 @@ impl NodeAnswer {
         let node = nodes.iter().find(|node| node.name == name)?;
         let has_it = |other: &&pb::NodeTunnels| other.peers.iter().any(|peer| peer.name == name);
         let others = nodes.iter().filter(has_it).flat_map(tunnels);
-        Some(Self {
-            node: NodeStatus::from(node),
-            reported: tunnels(node).collect(),
-            reported_by: others.filter(|tunnel| tunnel.to == name).collect(),
-        })
+        let mut reported_by: Vec<TunnelStatus> =
+            others.filter(|tunnel| tunnel.to == name).collect();
+        reported_by.sort_by_key(|tunnel| matches!(tunnel.state.as_str(), "direct" | "relay"));
+        reported_by.truncate(REPORTED_BY);
+        Some(Self { node: NodeStatus::from(node), reported: tunnels(node).collect(), reported_by })
     }
 }
 
@@ -104,7 +109,10 @@ pub(super) struct EventsAnswer {
 
 #[cfg(test)]
 mod tests {
+    use towline_service::output;
+
     use super::*;
+    use crate::tunnels::matrix::ROWS;
     use crate::tunnels::testing::{direct, in_state, node};
 
     fn mesh() -> Vec<pb::NodeTunnels> {
@@ -139,5 +147,44 @@ mod tests {
         assert_eq!((to, from), (vec!["b", "c"], vec!["b"]));
         assert_eq!(NodeAnswer::of(&mesh(), "d"), None);
         assert_eq!(MatrixAnswer::of(&mesh(), Some("dc")).names, ["a", "b"]);
+    }
+
+    #[test]
+    fn reports_of_trouble_with_a_node_come_first_and_are_bounded() {
+        let mut nodes: Vec<_> = (0..REPORTED_BY + 10)
+            .map(|number| node(&format!("n{number:04}"), "dc", vec![direct("target", 420)]))
+            .collect();
+        nodes.push(node("z", "dc", vec![in_state("target", pb::TunnelState::Down)]));
+        nodes.push(node("target", "dc", Vec::new()));
+        let answer = NodeAnswer::of(&nodes, "target").unwrap();
+        assert_eq!(answer.reported_by.len(), REPORTED_BY);
+        assert_eq!(
+            (answer.reported_by[0].from.as_str(), &*answer.reported_by[0].state),
+            ("z", "down")
+        );
+    }
+
+    /// With 1,000 nodes, each at a site of its own and with as many reported peers as are kept.
+    #[test]
+    fn answers_about_a_large_mesh_stay_small() {
+        /// Size that a browser on a slow line still loads at once, in bytes.
+        const LARGE: usize = 512 * 1024;
+        let name = |number: usize| format!("node-{:04}", number % 1_000);
+        let nodes: Vec<_> = (0..1_000)
+            .map(|own| {
+                let peers = (1..=64).map(|step| direct(&name(own + step), 420)).collect();
+                node(&name(own), &format!("site-{own:04}"), peers)
+            })
+            .collect();
+        let matrix = MatrixAnswer::of(&nodes, None);
+        let cells: usize = matrix.cells.iter().map(Vec::len).sum();
+        assert!(cells <= ROWS * ROWS, "{cells} cells");
+        for text in [
+            output::json_line(&MeshAnswer::of(&nodes)).unwrap(),
+            output::json_line(&matrix).unwrap(),
+            output::json_line(&NodeAnswer::of(&nodes, "node-0003")).unwrap(),
+        ] {
+            assert!(text.len() < LARGE, "{} bytes", text.len());
+        }
     }
 }

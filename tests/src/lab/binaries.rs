@@ -110,22 +110,23 @@ impl Binaries {
         Ok(built)
     }
 
+    /// Builds an example of a package in release mode, and returns its path.
+    pub fn build_example(package: &str, name: &str) -> anyhow::Result<PathBuf> {
+        line(&format!("building the example {name} of {package} (release)"));
+        let mut command = build_command(checkout::root());
+        // The lab's own package for the same reason as in `build_in`.
+        command.args(["-p", package, "-p", "towline-tests", "--example", name, "--release"]);
+        take(&mut built(command)?, name)
+    }
+
     fn build_in(checkout: &Path, profile: Profile, target: Option<&Path>) -> anyhow::Result<Self> {
-        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let terminal = std::io::stderr().is_terminal();
-        let release = profile != Profile::Dev;
-        let mut command = Command::new(&cargo);
+        let mut command = build_command(checkout);
         command
-            .args(["build", "--message-format=json-render-diagnostics"])
             // The lab's own package is selected, though not built, so that dependencies get the
             // same features as for the lab and are not built twice.
             .args(["-p", "towline-agent", "-p", "towline-controller", "-p", "towline-tests"])
-            .args(["--bin", "towline", "--bin", "towline-controller"])
-            .current_dir(checkout)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::inherit());
-        if release {
+            .args(["--bin", "towline", "--bin", "towline-controller"]);
+        if profile != Profile::Dev {
             command.arg("--release");
         }
         match target {
@@ -136,38 +137,10 @@ impl Binaries {
         if profile == Profile::Bench {
             command.args(["--bin", "lab"]);
         }
-        if !terminal {
-            command.arg("--quiet");
-        }
-        for (name, _) in std::env::vars_os() {
-            if name.to_str().is_some_and(of_an_outer_cargo) {
-                command.env_remove(name);
-            }
-        }
-        let name = cargo.display();
-        let mut child = command.spawn().with_context(|| format!("cannot start `{name} build`"))?;
-        let messages = child.stdout.take().ok_or_else(|| anyhow!("cargo has no output"))?;
-        let mut found = BTreeMap::new();
-        let mut reported = Instant::now();
-        let mut units = 0;
-        for message in BufReader::new(messages).lines() {
-            units += 1;
-            if let Some((name, path)) = executable(&message?) {
-                found.insert(name, path);
-            }
-            if !terminal && reported.elapsed() > Duration::from_secs(20) {
-                reported = Instant::now();
-                line(&format!("still building: {units} units done"));
-            }
-        }
-        if !child.wait()?.success() {
-            bail!("cannot build the daemons: see the compiler's errors above");
-        }
-        let mut take = |name: &str| {
-            found.remove(name).ok_or_else(|| anyhow!("cargo built no binary named {name}"))
-        };
-        let (towline, controller) = (take("towline")?, take("towline-controller")?);
-        let lab = if profile == Profile::Bench { Some(take("lab")?) } else { None };
+        let mut found = built(command)?;
+        let (towline, controller) =
+            (take(&mut found, "towline")?, take(&mut found, "towline-controller")?);
+        let lab = if profile == Profile::Bench { Some(take(&mut found, "lab")?) } else { None };
         Ok(Self { towline, controller, lab })
     }
 
@@ -175,6 +148,56 @@ impl Binaries {
     pub fn directory(&self) -> &Path {
         self.towline.parent().unwrap_or(Path::new("/"))
     }
+}
+
+/// Returns the command `cargo build` in a checkout, whose messages can be read from its output.
+fn build_command(checkout: &Path) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command
+        .args(["build", "--message-format=json-render-diagnostics"])
+        .current_dir(checkout)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::inherit());
+    command
+}
+
+/// Runs a command of [`build_command`], and returns the path of each executable by its name.
+fn built(mut command: Command) -> anyhow::Result<BTreeMap<String, PathBuf>> {
+    let terminal = std::io::stderr().is_terminal();
+    if !terminal {
+        command.arg("--quiet");
+    }
+    for (name, _) in std::env::vars_os() {
+        if name.to_str().is_some_and(of_an_outer_cargo) {
+            command.env_remove(name);
+        }
+    }
+    let name = command.get_program().display().to_string();
+    let mut child = command.spawn().with_context(|| format!("cannot start `{name} build`"))?;
+    let messages = child.stdout.take().ok_or_else(|| anyhow!("cargo has no output"))?;
+    let mut found = BTreeMap::new();
+    let mut reported = Instant::now();
+    let mut units = 0;
+    for message in BufReader::new(messages).lines() {
+        units += 1;
+        if let Some((name, path)) = executable(&message?) {
+            found.insert(name, path);
+        }
+        if !terminal && reported.elapsed() > Duration::from_secs(20) {
+            reported = Instant::now();
+            line(&format!("still building: {units} units done"));
+        }
+    }
+    if !child.wait()?.success() {
+        bail!("cannot build the programs: see the compiler's errors above");
+    }
+    Ok(found)
+}
+
+/// Takes the path of an executable out of what was built.
+fn take(found: &mut BTreeMap<String, PathBuf>, name: &str) -> anyhow::Result<PathBuf> {
+    found.remove(name).ok_or_else(|| anyhow!("cargo built no binary named {name}"))
 }
 
 /// Fails with [`Forbidden`] if the history of this checkout does not have a commit.

@@ -142,6 +142,7 @@ mod tests {
             "nodes --addressing node-ip --rp-filter 1 --json",
             "cohabit --netlink",
             "plan --here --json",
+            "page --nodes 1000 --rounds 3 --json",
             "vm --case smoke --kernel 6.1 --json",
             "cluster --cni host-gw --proxy nftables --dual-stack --json",
             "cluster --cni flannel",

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use clap::{Arg, Command};
-use towline_service::manual;
+use towline_service::manual::{self, Shell};
 
 use super::{NOTE, compare, header, root, row};
 
@@ -162,6 +162,40 @@ fn every_command_has_a_man_page_with_its_examples() {
                 page.file,
                 page.text
             );
+        }
+    }
+}
+
+#[test]
+fn the_completions_know_every_command_flag_and_value() {
+    for (program, built) in programs().into_iter().zip(built()) {
+        for shell in Shell::ALL {
+            let script = manual::completions(program.clone(), shell);
+            let words: BTreeSet<&str> = script
+                .split(|c: char| !c.is_ascii_alphanumeric() && c != '-' && c != '_')
+                .collect();
+            let mut missing = Vec::new();
+            for command in shown(&built) {
+                let arguments = command.get_arguments().filter(|argument| !argument.is_hide_set());
+                let mut wanted = vec![command.get_name().to_owned()];
+                for argument in arguments {
+                    let flag = argument.get_long().map(|long| match shell {
+                        Shell::Bash | Shell::Zsh => format!("--{long}"),
+                        Shell::Fish => long.to_owned(),
+                    });
+                    wanted.extend(flag);
+                    // The scripts for fish do not complete values without a flag.
+                    let is_completed = argument.get_long().is_some() || shell != Shell::Fish;
+                    if argument.get_action().takes_values() && is_completed {
+                        let values = argument.get_possible_values();
+                        let values = values.iter().filter(|value| !value.is_hide_set());
+                        wanted.extend(values.map(|value| value.get_name().to_owned()));
+                    }
+                }
+                wanted.retain(|word| !words.contains(word.as_str()));
+                missing.extend(wanted.into_iter().map(|word| format!("{}: {word}", name(command))));
+            }
+            assert!(missing.is_empty(), "not in the completions of {shell:?}: {missing:?}");
         }
     }
 }

@@ -2,11 +2,13 @@
 //! traffic.
 //!
 //! The agent and the ten nodes that exchange traffic with it are real. The other nodes have joined
-//! and published a record, but do not run.
+//! and published a record, but do not run. The agent's metrics are read every 15 s, as Prometheus would.
 
 use std::fmt::Write as _;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -25,9 +27,10 @@ use towline_proto::token::JoinToken;
 use super::Setting;
 use crate::lab::interrupt::{self, sleep, wait_for};
 use crate::lab::mesh::{Controller, Node, START_LIMIT};
+use crate::lab::peers::uapi;
 use crate::lab::privilege::Rank;
-use crate::lab::process::{processor_time, resident_mb};
-use crate::lab::report::{Figures, Promises, round};
+use crate::lab::process::{Program, processor_time, resident_mb};
+use crate::lab::report::{Figures, Promises, Skipped, round};
 use crate::lab::topology::Lab;
 
 /// Results of one run.
@@ -49,6 +52,25 @@ pub struct Many {
     pub handshakes: u64,
     /// Number of keepalives per second that the agent sent during the measurement.
     pub keepalives_per_s: f64,
+    /// Processor time of the agent without traffic, in percent of a core. As with traffic, its metrics are read.
+    pub idle_pct: f64,
+    /// Upper bound of `idle_pct` and `agent_cpu_pct`.
+    pub idle_pct_max: f64,
+    /// Resident memory of the agent at the end, in megabytes.
+    pub rss_mb: f64,
+    /// Upper bound of `rss_mb` and `agent_rss_mb`.
+    pub rss_mb_max: f64,
+    /// Number of times that the metrics were read during the measurements.
+    pub scrapes: usize,
+    /// Longest time for reading the metrics, in milliseconds.
+    pub scrape_ms: f64,
+    /// Largest size of the metrics in bytes.
+    pub scrape_bytes: usize,
+    /// Number of peers that `wg show` prints. Absent if it cannot be run here.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub wg_peers: Option<usize>,
+    /// What this machine cannot show.
+    pub skipped: Vec<Skipped>,
     /// Promises that did not hold.
     pub failed: Vec<String>,
 }
@@ -61,10 +83,18 @@ const ACTIVE: usize = 10;
 const SETTLE: Duration = Duration::from_secs(15);
 /// Length of the measurement.
 const WINDOW: Duration = Duration::from_secs(30);
-/// Upper bound of [`Many::agent_cpu_pct`].
+/// Upper bound of [`Many::agent_cpu_pct`] and [`Many::idle_pct`].
 const CPU_PCT: f64 = 1.0;
-/// Upper bound of [`Many::agent_rss_mb`].
+/// Upper bound of [`Many::agent_rss_mb`] and [`Many::rss_mb`].
 const RSS_MB: f64 = 60.0;
+/// Interval between two scrapes, a usual one of Prometheus.
+const SCRAPE: Duration = Duration::from_secs(15);
+/// Address of the agent's metrics.
+const METRICS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9586);
+/// Limit for a read of the metrics, after which Prometheus gives up.
+const SCRAPE_LIMIT: Duration = Duration::from_secs(10);
+/// Limit for `wg show`.
+const WG_LIMIT: Duration = Duration::from_secs(10);
 /// Number of joins that run at the same time.
 const AT_ONCE: usize = 8;
 /// Interval between two datagrams to each active peer.
@@ -72,7 +102,12 @@ const PACE: Duration = Duration::from_millis(500);
 
 /// Runs the scenario and returns its results.
 pub fn run(setting: &Setting) -> anyhow::Result<Many> {
-    let mut figures = Many { rootless: setting.rank == Rank::Rootless, ..Many::default() };
+    let mut figures = Many {
+        rootless: setting.rank == Rank::Rootless,
+        idle_pct_max: CPU_PCT,
+        rss_mb_max: RSS_MB,
+        ..Many::default()
+    };
     let mut promises = Promises::new();
     if let Err(error) = figures.measure(setting, &mut promises) {
         promises.fail(format!("{error:#}"));
@@ -104,10 +139,14 @@ impl Many {
             runtime.block_on(join_all(&directory, &token, absent))
         })?;
         setting.output.step("starting the agent and the ten nodes that exchange traffic with it");
+        let socket = UapiSocket::unique();
+        let measured =
+            format!("[link]\nname = {:?}\n[metrics]\nlisten = \"{METRICS}\"\n", socket.link);
         let mut nodes = Vec::new();
         for (number, host) in hosts.iter().enumerate() {
             let name = host.name().to_owned();
-            let mut node = Node::new(&lab, &Arc::clone(host), &name, &setting.binaries, "")?;
+            let more = if number == 0 { measured.as_str() } else { "" };
+            let mut node = Node::new(&lab, &Arc::clone(host), &name, &setting.binaries, more)?;
             node.join(&controller.operator().token(&format!("site-{number}"))?)?;
             if number == 0 {
                 count(&node)?;
@@ -122,14 +161,20 @@ impl Many {
         })?;
         let targets: Vec<IpAddr> =
             nodes[1..].iter().map(Node::overlay_v4).collect::<anyhow::Result<_>>()?;
-        setting.output.step("waiting until the agent is idle");
-        send_traffic(one, &targets, SETTLE)?;
-        setting.output.step(&format!("measuring for {} s", WINDOW.as_secs()));
+        wait_for("metrics of the agent", START_LIMIT, || {
+            Ok(one.host().namespace().run(scrape).ok())
+        })?;
+        self.wg_peers = self.list_peers(setting, one, &socket.link)?;
+        setting.output.step("waiting until the work of the start is done");
+        self.send_traffic(one, &targets, SETTLE)?;
+        // These were not part of a measurement.
+        self.scrapes = 0;
+        setting.output.step(&format!("measuring with traffic for {} s", WINDOW.as_secs()));
         let keepalives = counted(one, KEEPALIVES)?;
         let pid = nodes[0].agent()?.pid();
         let one = &nodes[0];
         let (begun, before) = (Instant::now(), processor_time(pid)?);
-        send_traffic(one, &targets, WINDOW)?;
+        self.send_traffic(one, &targets, WINDOW)?;
         let (window, after) = (begun.elapsed().as_secs_f64(), processor_time(pid)?);
         let peers = one.peers()?;
         self.active = peers.iter().filter(|peer| peer.is_up()).count();
@@ -139,15 +184,117 @@ impl Many {
         self.handshakes = counted(one, HANDSHAKES)?;
         let keepalives = counted(one, KEEPALIVES)? - keepalives;
         self.keepalives_per_s = round(keepalives as f64 / window);
+        setting.output.step(&format!("measuring without traffic for {} s", WINDOW.as_secs()));
+        self.send_traffic(one, &[], SETTLE)?;
+        let (begun, before) = (Instant::now(), processor_time(pid)?);
+        self.send_traffic(one, &[], WINDOW)?;
+        let (window, after) = (begun.elapsed().as_secs_f64(), processor_time(pid)?);
+        self.idle_pct = round((after - before).as_secs_f64() / window * 100.0);
+        self.rss_mb = round(resident_mb(pid)?);
         promises.hold(self.active == ACTIVE, || format!("{ACTIVE} peers up: {}", self.active));
-        promises.hold(self.agent_cpu_pct < CPU_PCT, || {
-            format!("agent_cpu_pct below {CPU_PCT}: {}", self.agent_cpu_pct)
-        });
-        promises.hold(self.agent_rss_mb < RSS_MB, || {
-            format!("agent_rss_mb below {RSS_MB}: {}", self.agent_rss_mb)
-        });
+        for (what, percent) in [("agent_cpu_pct", self.agent_cpu_pct), ("idle_pct", self.idle_pct)]
+        {
+            promises.hold(percent < CPU_PCT, || format!("{what} below {CPU_PCT}: {percent}"));
+        }
+        for (what, size) in [("agent_rss_mb", self.agent_rss_mb), ("rss_mb", self.rss_mb)] {
+            promises.hold(size < RSS_MB, || format!("{what} below {RSS_MB}: {size}"));
+        }
+        if let Some(shown) = self.wg_peers {
+            promises.hold(shown == PEERS, || format!("wg show prints {PEERS} peers: {shown}"));
+        }
         Ok(())
     }
+
+    /// Returns the number of peers that `wg show` prints. `None` if it cannot be run here.
+    fn list_peers(
+        &mut self,
+        setting: &Setting,
+        node: &Node,
+        link: &str,
+    ) -> anyhow::Result<Option<usize>> {
+        let version = Command::new("wg").arg("--version").stdout(Stdio::null()).status();
+        let why = match version {
+            _ if setting.rank == Rank::Rootless => {
+                "only root may create sockets in /run/wireguard: run as root".to_owned()
+            }
+            Err(error) => format!("cannot run wg: {error}: install wireguard-tools"),
+            Ok(_) => {
+                let program = Program::new("wg").args(["show", link, "peers"]);
+                let shown = program.run_ok(node.host().namespace(), WG_LIMIT)?;
+                return Ok(Some(shown.lines().count()));
+            }
+        };
+        self.skipped.push(Skipped { name: "wg_peers".to_owned(), why });
+        Ok(None)
+    }
+
+    /// Sends datagrams to all targets for this time, and reads the metrics at its beginning and every [`SCRAPE`].
+    fn send_traffic(
+        &mut self,
+        node: &Node,
+        targets: &[IpAddr],
+        time: Duration,
+    ) -> anyhow::Result<()> {
+        let (mut scrapes, mut bytes, mut longest) = (0, 0_usize, Duration::ZERO);
+        node.host().namespace().run(|| {
+            let socket = UdpSocket::bind((IpAddr::from([0, 0, 0, 0]), 0))?;
+            let begun = Instant::now();
+            let end = begun + time;
+            let mut due = begun;
+            while Instant::now() < end {
+                if Instant::now() >= due {
+                    due += SCRAPE;
+                    let asked = Instant::now();
+                    bytes = bytes.max(scrape()?);
+                    longest = longest.max(asked.elapsed());
+                    scrapes += 1;
+                }
+                for target in targets {
+                    // UDP port of the discard service (RFC 863). An error shows later in the number of
+                    // active peers.
+                    let _ = socket.send_to(b"towline", SocketAddr::new(*target, 9));
+                }
+                sleep(PACE.min(end.saturating_duration_since(Instant::now())))?;
+            }
+            Ok(())
+        })?;
+        self.scrapes += scrapes;
+        self.scrape_bytes = self.scrape_bytes.max(bytes);
+        self.scrape_ms = self.scrape_ms.max(round(longest.as_secs_f64() * 1e3));
+        Ok(())
+    }
+}
+
+/// Socket of `wg show` of the measured agent. Dropping it removes what a killed agent leaves.
+struct UapiSocket {
+    /// Name of the link. It is unique, because all links of the machine have their sockets in one directory.
+    link: String,
+}
+
+impl UapiSocket {
+    fn unique() -> Self {
+        Self { link: format!("tl{}", std::process::id()) }
+    }
+}
+
+impl Drop for UapiSocket {
+    fn drop(&mut self) {
+        // There is none if the agent could not create it.
+        let _ = std::fs::remove_file(uapi::socket(&self.link));
+    }
+}
+
+/// Reads the agent's metrics as Prometheus does, and returns their size in bytes.
+fn scrape() -> anyhow::Result<usize> {
+    let mut stream = TcpStream::connect(METRICS)?;
+    stream.set_read_timeout(Some(SCRAPE_LIMIT))?;
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let (head, body) = answer.split_once("\r\n\r\n").context("the metrics have no body")?;
+    let is_complete = head.contains(" 200 ") && body.contains("towline_peers_without_series ");
+    anyhow::ensure!(is_complete, "the agent does not answer with its metrics: {head}");
+    Ok(body.len())
 }
 
 /// Joins `count` nodes and publishes a record for each. They do not run.
@@ -202,23 +349,6 @@ async fn publish(directory: &Path, token: &JoinToken, number: usize) -> anyhow::
     Ok(())
 }
 
-/// Sends datagrams to all targets for this time.
-fn send_traffic(node: &Node, targets: &[IpAddr], time: Duration) -> anyhow::Result<()> {
-    node.host().namespace().run(|| {
-        let socket = UdpSocket::bind((IpAddr::from([0, 0, 0, 0]), 0))?;
-        let end = Instant::now() + time;
-        while Instant::now() < end {
-            for target in targets {
-                // UDP port of the discard service (RFC 863). An error shows later in the number of
-                // active peers.
-                let _ = socket.send_to(b"towline", SocketAddr::new(*target, 9));
-            }
-            sleep(PACE.min(end.saturating_duration_since(Instant::now())))?;
-        }
-        Ok(())
-    })
-}
-
 /// Name of the nftables table with the counters.
 const TABLE: &str = "count";
 /// Name of the chain with the counters.
@@ -270,11 +400,27 @@ impl Figures for Many {
             "{} peers, {} of them active, for {} s:",
             self.peers, self.active, self.window_s
         );
-        let _ = write!(
+        let _ = writeln!(
             text,
             "  {} % of a core, {} MB resident, {} initiations, {} keepalives a second",
             self.agent_cpu_pct, self.agent_rss_mb, self.handshakes, self.keepalives_per_s
         );
-        text
+        let _ = writeln!(
+            text,
+            "without traffic: {} % of a core, {} MB resident (bounds: {} %, {} MB)",
+            self.idle_pct, self.rss_mb, self.idle_pct_max, self.rss_mb_max
+        );
+        let _ = writeln!(
+            text,
+            "metrics read {} times: at most {} ms and {} bytes",
+            self.scrapes, self.scrape_ms, self.scrape_bytes
+        );
+        if let Some(shown) = self.wg_peers {
+            let _ = writeln!(text, "wg show prints {shown} peers");
+        }
+        for Skipped { name, why } in &self.skipped {
+            let _ = writeln!(text, "without {name}: {why}");
+        }
+        text.trim_end().to_owned()
     }
 }

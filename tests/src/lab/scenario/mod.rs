@@ -33,6 +33,7 @@ pub mod mtu;
 pub mod nat;
 pub mod nodes;
 pub mod outage;
+pub mod page;
 pub mod plan;
 pub mod scale;
 mod scene;

@@ -21,6 +21,8 @@ use crate::lab::traffic::Pattern;
 
 /// Limit for two agents to connect. An ordinary pair takes less than a second.
 pub(super) const UP_LIMIT: Duration = Duration::from_secs(20);
+/// Limit for the same where the time is not what is tested: other cases may run on the same processors.
+pub(super) const SETTLE_LIMIT: Duration = Duration::from_secs(60);
 /// Limit for a problem to be in the status.
 const PROBLEM_LIMIT: Duration = Duration::from_secs(10);
 /// Number of echo requests by which a case judges whether one host reaches another.
@@ -131,6 +133,11 @@ impl Pair {
     pub(super) fn is_connected(&self) -> anyhow::Result<()> {
         connected(&self.cp, &self.worker)
     }
+
+    /// Waits as [`settled`] does.
+    pub(super) fn settles(&self) -> anyhow::Result<()> {
+        settled(&self.cp, &self.worker)
+    }
 }
 
 /// Joins and starts a node with the usual configuration.
@@ -192,6 +199,24 @@ pub(super) fn connected_within(limit: Duration, one: &Node, other: &Node) -> any
     for (from, to) in [(one, other), (other, one)] {
         answers(from.host(), to.overlay_v4()?)
             .with_context(|| format!("{} does not reach {}", from.name(), to.name()))?;
+    }
+    Ok(())
+}
+
+/// Waits until two nodes are connected and each answers all echo requests of the other, for at most
+/// [`SETTLE_LIMIT`] each. Unlike [`connected`] it allows for replies that are late or lost at first.
+pub(super) fn settled(one: &Node, other: &Node) -> anyhow::Result<()> {
+    require_tunnel(one, other, SETTLE_LIMIT)?;
+    for (from, to) in [(one, other), (other, one)] {
+        let target = to.overlay_v4()?;
+        let mut last = None;
+        let answered = wait_up_to(SETTLE_LIMIT, || {
+            last = answers(from.host(), target).err();
+            Ok(last.is_none().then_some(()))
+        })?;
+        if let (None, Some(error)) = (answered, last) {
+            return Err(error.context(format!("{} does not reach {}", from.name(), to.name())));
+        }
     }
     Ok(())
 }

@@ -9,8 +9,8 @@ use clap::{ArgMatches, Args, Command, FromArgMatches};
 use super::selection::{Entry, Selection, list};
 use super::{
     Setting, attack, bench, bootstrap, cluster, coexist, crash, demo, departure, explain, failover,
-    flood, ha, hosts, idle, interop, kubernetes, leak, many, mixed, mtu, nat, nodes, outage, plan,
-    scale, vm,
+    flood, ha, hosts, idle, interop, kubernetes, leak, many, mixed, mtu, nat, nodes, outage, page,
+    plan, scale, vm,
 };
 use crate::lab::binaries::{Binaries, Profile};
 use crate::lab::interrupt;
@@ -196,6 +196,16 @@ pub const SCENARIOS: &[Scenario] = &[
         help: "Measure what a host's network costs with 5,000 prefixes (release build)",
         arguments: plan::Options::augment_args,
         run: run_plan,
+    },
+    Scenario {
+        name: "page",
+        aliases: &[],
+        help: "Load the controller's web page of 1,000 nodes (release build; needs Chromium)",
+        arguments: page::Options::augment_args,
+        run: |matches, flags| {
+            interrupt::install()?;
+            finish(&page::run(&page::Options::from_arg_matches(matches)?)?, flags.json)
+        },
     },
     Scenario {
         name: "bootstrap",

@@ -40,7 +40,7 @@ fn wrong(setting: &Setting, case: &Case, offset: i64) -> anyhow::Result<Outcome>
         Err(why) => return Ok(Outcome::NotShown(why)),
     };
     let mut pair = scene.join(setting)?;
-    pair.is_connected()?;
+    pair.settles()?;
     clock.show(&mut pair.worker, offset);
     pair.worker.restart()?;
     ask(case, &[View::new(&pair.worker, "cp")])
@@ -56,7 +56,7 @@ fn expired(setting: &Setting, case: &Case) -> anyhow::Result<Outcome> {
         Err(why) => return Ok(Outcome::NotShown(why)),
     };
     let mut pair = scene.join(setting)?;
-    pair.is_connected()?;
+    pair.settles()?;
     drop(pair.controller.take_daemon());
     for node in [&mut pair.cp, &mut pair.worker] {
         clock.show(node, PASSED);

@@ -66,6 +66,26 @@ mod tests {
         assert_eq!(table, wanted, "run cargo lab explain --update-docs");
     }
 
+    /// Faults that not every machine can show may lack a command. A document of which no run wrote the commands
+    /// does not help anybody.
+    #[test]
+    fn the_document_says_which_command_names_most_faults() {
+        /// Least number of faults with a command.
+        const LEAST: usize = 30;
+        let path = checkout::root().join("docs/troubleshooting.md");
+        let text = std::fs::read_to_string(path).unwrap();
+        let (_, table, _) = parts(&text).expect("the table of faults");
+        let rows = table.lines().skip(2);
+        let unnamed = format!("| {UNNAMED} |");
+        let (without, with): (Vec<&str>, Vec<&str>) = rows.partition(|row| row.ends_with(&unnamed));
+        assert!(with.len() >= LEAST, "run cargo lab explain --update-docs: {without:#?}");
+        for row in with {
+            let mut commands = row.rsplit('|').nth(1).unwrap_or_default().trim().split(", ");
+            let is_known = |command: &str| matches!(command, "`doctor`" | "`explain`" | "`peer`");
+            assert!(commands.all(is_known), "{row}");
+        }
+    }
+
     #[test]
     fn a_fault_that_was_not_tried_keeps_its_commands() {
         let case = |name, fault| Case::new(name, fault, "no-answer", |_, _| unreachable!());

@@ -1,12 +1,14 @@
 //! Faults of a host: other programs that drop, remove or take what Towline needs.
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::time::Duration;
 
-use towline_netlink::{Family, MAIN_TABLE, Rule, RuleAction};
+use towline_netlink::{Family, MAIN_TABLE, Rtnetlink, Rule, RuleAction};
 use towline_nftables::{Chain, ChainKind, CtState, Hook, Rule as Filter, Table, TableFamily};
 
 use super::ask::{View, ask, ask_while};
 use super::{Case, Outcome};
+use crate::lab::interrupt::wait_up_to;
 use crate::lab::scenario::Setting;
 use crate::lab::scenario::foreign_firewalls::{docker, filter, ufw};
 use crate::lab::scenario::scene::{Scene, add_route, change, load};
@@ -32,11 +34,7 @@ pub(super) fn cases() -> Vec<Case> {
             "hosts/flushed-rules",
             "Another program removes Towline's policy rules again and again",
             "state-removed",
-            |setting, case| {
-                while_connected(setting, case, |host| {
-                    host.namespace().run(|| Tampering::FlushRules.apply())
-                })
-            },
+            |setting, case| while_connected(setting, case, flush_rules),
         ),
         Case::new(
             "hosts/full-conntrack",
@@ -122,7 +120,7 @@ pub(super) fn cases() -> Vec<Case> {
                 let announce = "[node]\nprefixes = [\"10.9.0.0/16\"]\n";
                 let flags = ["--prefix", "10.9.0.0/16"];
                 let pair = scene.join_with(setting, ("", &[]), (announce, &flags))?;
-                pair.is_connected()?;
+                pair.settles()?;
                 ask_while(case, &[View::new(&pair.worker, "cp")], || {
                     scene.worker.namespace().sysctl("net.ipv4.ip_forward", "0")
                 })
@@ -139,8 +137,28 @@ fn while_connected(
 ) -> anyhow::Result<Outcome> {
     let scene = Scene::build(setting)?;
     let pair = scene.join(setting)?;
-    pair.is_connected()?;
+    pair.settles()?;
     ask_while(case, &[View::new(&pair.worker, "cp")], || action(&scene.worker))
+}
+
+/// Removes the rules a few times, each time after the agent has restored them: it counts what it restores within a
+/// minute, and on a busy machine a round of questions takes long.
+fn flush_rules(host: &Host) -> anyhow::Result<()> {
+    /// Number of times in one round.
+    const TIMES: usize = 3;
+    /// Limit for the agent to restore them.
+    const RESTORED: Duration = Duration::from_secs(10);
+    for _ in 0..TIMES {
+        host.namespace().run(|| Tampering::FlushRules.apply())?;
+        wait_up_to(RESTORED, || {
+            host.namespace().run(|| {
+                let rules = Rtnetlink::open()?.rules(Family::V4)?;
+                let is_restored = rules.iter().any(|rule| rule.made_by != libc::RTPROT_KERNEL);
+                Ok(is_restored.then_some(()))
+            })
+        })?;
+    }
+    Ok(())
 }
 
 /// Has another program do something to the worker before its agent starts.
@@ -159,7 +177,7 @@ fn before_start(
 fn with_firewall(setting: &Setting, case: &Case, table: &Table) -> anyhow::Result<Outcome> {
     let scene = Scene::build(setting)?;
     let pair = scene.join(setting)?;
-    pair.is_connected()?;
+    pair.settles()?;
     load(&scene.worker, table)?;
     ask(case, &[View::new(&pair.worker, "cp")])
 }
@@ -171,7 +189,7 @@ fn forwarding_dropped(setting: &Setting, case: &Case) -> anyhow::Result<Outcome>
     let _pod = scene.worker.pod("pod", network.parse()?, "2001:db8:244:1::/64".parse()?)?;
     let announce = format!("[node]\nprefixes = [\"{network}\"]\n");
     let pair = scene.join_with(setting, ("", &[]), (&announce, &["--prefix", network]))?;
-    pair.is_connected()?;
+    pair.settles()?;
     load(&scene.worker, &docker())?;
     ask(case, &[View::new(&pair.worker, "cp")])
 }
@@ -184,7 +202,7 @@ fn full_conntrack(setting: &Setting, case: &Case) -> anyhow::Result<Outcome> {
     const FIRST: u16 = 20_000;
     let scene = Scene::build(setting)?;
     let pair = scene.join(setting)?;
-    pair.is_connected()?;
+    pair.settles()?;
     // The kernel tracks connections where a rule asks for their state.
     let states = CtState::ESTABLISHED | CtState::RELATED;
     let chain = Chain::base(ChainKind::Filter, Hook::Output, 0);

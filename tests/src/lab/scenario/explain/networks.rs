@@ -37,7 +37,7 @@ pub(super) fn cases() -> Vec<Case> {
                 let scene = Scene::build(setting)?;
                 let announce = "[node]\nprefixes = [\"10.9.0.0/16\"]\n";
                 let pair = scene.join_with(setting, ("", &[]), (announce, &[]))?;
-                pair.is_connected()?;
+                pair.settles()?;
                 ask(case, &[View::new(&pair.worker, "cp")])
             },
         ),
@@ -67,7 +67,7 @@ fn covered(setting: &Setting, case: &Case) -> anyhow::Result<Outcome> {
     let net = "172.17.0.0/16".parse()?;
     let _container = scene.worker.container("container", net, "2001:db8:17::/64".parse()?)?;
     let pair = scene.join(setting)?;
-    pair.is_connected()?;
+    pair.settles()?;
     pair.controller.operator().command_ok(&["mesh", "set", "--protected", "172.16.0.0/12"])?;
     ask(case, &[View::new(&pair.worker, "cp")])
 }
@@ -83,7 +83,7 @@ fn announced(setting: &Setting, case: &Case, network: &str) -> anyhow::Result<Ou
     let (first, second) = (announce("10.9.0.0/16"), announce(network));
     let flags = ["--prefix", "10.9.0.0/16"];
     let pair = scene.join_with(setting, (&first, &flags), (&second, &flags))?;
-    pair.is_connected()?;
+    pair.settles()?;
     ask(case, &[View::new(&pair.worker, "cp")])
 }
 
@@ -100,7 +100,7 @@ fn sending(
     };
     let pod = pods.map(pod).transpose()?;
     let pair = scene.join(setting)?;
-    pair.is_connected()?;
+    pair.settles()?;
     let to = SocketAddr::new(pair.cp.overlay_v4()?, 6_443);
     let from = pod.as_ref().map_or(scene.worker.namespace(), Host::namespace);
     ask_while(case, &[View::new(&pair.worker, "cp")], || send(from, source, to))

@@ -9,7 +9,7 @@ use super::ask::{View, ask};
 use super::{Case, Outcome};
 use crate::lab::mesh::{Controller, Node};
 use crate::lab::scenario::Setting;
-use crate::lab::scenario::scene::{Pair, Scene, connected};
+use crate::lab::scenario::scene::{Pair, Scene, settled};
 use crate::lab::small_disk::SmallDisk;
 
 pub(super) fn cases() -> Vec<Case> {
@@ -31,7 +31,7 @@ pub(super) fn cases() -> Vec<Case> {
             |setting, case| {
                 let scene = Scene::build(setting)?;
                 let pair = scene.join(setting)?;
-                pair.is_connected()?;
+                pair.settles()?;
                 pair.controller.operator().command_ok(&["node", "remove", "worker"])?;
                 ask(case, &[View::new(&pair.cp, "worker")])
             },
@@ -98,7 +98,7 @@ pub(super) fn cases() -> Vec<Case> {
                 scene.worker.namespace().sysctl(&name, "1")?;
             }
             let pair = scene.join(setting)?;
-            pair.is_connected()?;
+            pair.settles()?;
             ask(case, &[View::new(&pair.worker, "cp")])
         })
         .note(),
@@ -110,7 +110,7 @@ pub(super) fn cases() -> Vec<Case> {
                 let scene = Scene::build(setting)?;
                 let configuration = "[offloads]\nudp_segment = false\n";
                 let pair = scene.join_with(setting, ("", &[]), (configuration, &[]))?;
-                pair.is_connected()?;
+                pair.settles()?;
                 ask(case, &[View::new(&pair.worker, "cp")])
             },
         )
@@ -126,7 +126,7 @@ fn broken(
 ) -> anyhow::Result<Outcome> {
     let scene = Scene::build(setting)?;
     let mut pair = scene.join(setting)?;
-    pair.is_connected()?;
+    pair.settles()?;
     change(&mut pair)?;
     ask(case, &[View::new(&pair.worker, "cp")])
 }
@@ -135,7 +135,7 @@ fn cloned(setting: &Setting, case: &Case) -> anyhow::Result<Outcome> {
     let mut scene = Scene::build(setting)?;
     let host = scene.lab.host("clone").behind(&scene.router).build()?;
     let pair = scene.join(setting)?;
-    pair.is_connected()?;
+    pair.settles()?;
     let mut clone = Node::new(&scene.lab, &host, "clone", &setting.binaries, "")?;
     copy(&pair.worker.state(), &clone.state())?;
     clone.restart()?;
@@ -175,7 +175,7 @@ fn on_small_disk(
     };
     worker.join(&controller.operator().token_with(&[])?)?;
     worker.restart()?;
-    connected(&cp, &worker)?;
+    settled(&cp, &worker)?;
     change(&mut worker, &disk)?;
     ask(case, &[View::new(&worker, "cp")])
 }

@@ -8,10 +8,10 @@ use towline_nftables::{Chain, ChainKind, Hook, Rule, Table, TableFamily};
 
 use super::ask::{View, ask, ask_while, poke};
 use super::{Case, Outcome};
-use crate::lab::mesh::{Controller, START_LIMIT, require_tunnel};
+use crate::lab::mesh::{Controller, require_tunnel};
 use crate::lab::nat::Nat;
 use crate::lab::scenario::Setting;
-use crate::lab::scenario::scene::{Scene, drop_first, load, node_behind};
+use crate::lab::scenario::scene::{SETTLE_LIMIT, Scene, drop_first, load, node_behind};
 use crate::lab::topology::{Host, Lab, Router};
 use crate::lab::wire::Weather;
 
@@ -90,7 +90,7 @@ fn one_way(setting: &Setting, case: &Case) -> anyhow::Result<Outcome> {
 fn peer_off(setting: &Setting, case: &Case) -> anyhow::Result<Outcome> {
     let scene = Scene::build(setting)?;
     let mut pair = scene.join(setting)?;
-    pair.is_connected()?;
+    pair.settles()?;
     let address = pair.worker.overlay_v4()?;
     drop(pair.worker.take_agent());
     ask_while(case, &[View::new(&pair.cp, "worker")], || poke(&scene.cp, address))
@@ -124,7 +124,7 @@ fn mtu_hole(setting: &Setting, case: &Case) -> anyhow::Result<Outcome> {
     let controller = Controller::start(&lab, &controller_host, &setting.binaries)?;
     let inner = node_behind(setting, &lab, &controller, &inside, "inside")?;
     let outer = node_behind(setting, &lab, &controller, &outside, "outside")?;
-    require_tunnel(&inner, &outer, START_LIMIT)?;
+    require_tunnel(&inner, &outer, SETTLE_LIMIT)?;
     let address = outer.overlay_v4()?;
     // The MTU of a path is measured while it has traffic.
     ask_while(case, &[View::new(&inner, "outside")], || poke(&inside, address))
@@ -158,7 +158,7 @@ fn bad_link(setting: &Setting, case: &Case, weather: Weather) -> anyhow::Result<
     let controller = Controller::start(&lab, &near_host, &setting.binaries)?;
     let near = node_behind(setting, &lab, &controller, &near_host, "near")?;
     let far = node_behind(setting, &lab, &controller, &far_host, "far")?;
-    require_tunnel(&near, &far, START_LIMIT)?;
+    require_tunnel(&near, &far, SETTLE_LIMIT)?;
     let address = far.overlay_v4()?;
     ask_while(case, &[View::new(&near, "far")], || poke(&near_host, address))
 }
@@ -166,7 +166,7 @@ fn bad_link(setting: &Setting, case: &Case, weather: Weather) -> anyhow::Result<
 fn second_port(setting: &Setting, case: &Case) -> anyhow::Result<Outcome> {
     let scene = Scene::build_v4(setting)?;
     let pair = scene.join(setting)?;
-    pair.is_connected()?;
+    pair.settles()?;
     let out = udp().input("lan0").source_port(51_830).drop();
     drop_first(scene.router.host(), "site", [out])?;
     ask(case, &[View::new(&pair.worker, "cp")])
@@ -176,6 +176,6 @@ fn silent_reflector(setting: &Setting, case: &Case) -> anyhow::Result<Outcome> {
     let scene = Scene::build_v4(setting)?;
     drop_first(&scene.cp, "service", [udp().destination_port(7_443).drop()])?;
     let pair = scene.join(setting)?;
-    pair.is_connected()?;
+    pair.settles()?;
     ask(case, &[View::new(&pair.worker, "cp")])
 }

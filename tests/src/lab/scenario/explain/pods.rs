@@ -13,7 +13,7 @@ use super::{Case, Outcome};
 use crate::cluster::{ClusterCa, kubeconfig, replace};
 use crate::lab::mesh::{Controller, Node};
 use crate::lab::scenario::Setting;
-use crate::lab::scenario::scene::{Scene, change, connected};
+use crate::lab::scenario::scene::{Scene, change, settled};
 use crate::lab::topology::Host;
 use crate::scripted_api::ScriptedApi;
 
@@ -65,7 +65,7 @@ impl Machine {
         );
         let worker =
             scene.node(setting, &controller, &scene.worker, "worker", (&configuration, &[]))?;
-        connected(&cp, &worker)?;
+        settled(&cp, &worker)?;
         Ok(Self { worker, _cp: cp, _controller: controller, api, scene })
     }
 }

@@ -5,10 +5,10 @@ use towline_nftables::Rule;
 
 use super::ask::{View, ask, ask_while, poke};
 use super::{Case, Outcome};
-use crate::lab::mesh::{Controller, Node, START_LIMIT, require_tunnel};
+use crate::lab::mesh::{Controller, Node, require_tunnel};
 use crate::lab::nat::Nat;
 use crate::lab::scenario::Setting;
-use crate::lab::scenario::scene::{drop_first, node_behind, relay_with};
+use crate::lab::scenario::scene::{SETTLE_LIMIT, drop_first, node_behind, relay_with};
 use crate::lab::topology::{Lab, Router};
 
 pub(super) fn cases() -> Vec<Case> {
@@ -83,7 +83,7 @@ impl Sites {
 
     /// Waits until the two nodes are connected.
     fn is_connected(&self) -> anyhow::Result<()> {
-        require_tunnel(&self.nodes[0], &self.nodes[1], START_LIMIT)
+        require_tunnel(&self.nodes[0], &self.nodes[1], SETTLE_LIMIT)
     }
 }
 

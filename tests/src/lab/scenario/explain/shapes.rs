@@ -10,7 +10,7 @@ use super::ask::complaints;
 use crate::lab::mesh::Controller;
 use crate::lab::scenario::Setting;
 use crate::lab::scenario::foreign_firewalls::filter;
-use crate::lab::scenario::scene::{Scene, add_address, connected, load, node_behind};
+use crate::lab::scenario::scene::{Scene, add_address, load, node_behind, settled};
 use crate::lab::topology::Lab;
 use crate::lab::wire::Weather;
 
@@ -74,7 +74,7 @@ pub(super) fn all() -> Vec<Shape> {
 /// A control plane, and a worker with this configuration and these flags for its token.
 fn pair(scene: Scene, setting: &Setting, worker: (&str, &[&str])) -> anyhow::Result<Vec<String>> {
     let pair = scene.join_with(setting, ("", &[]), worker)?;
-    pair.is_connected()?;
+    pair.settles()?;
     complaints(&[&pair.cp, &pair.worker])
 }
 
@@ -88,7 +88,7 @@ fn public(setting: &Setting, family: Family, weather: Weather) -> anyhow::Result
     let controller = Controller::start(&lab, &cp_host, &setting.binaries)?;
     let cp = node_behind(setting, &lab, &controller, &cp_host, "cp")?;
     let edge = node_behind(setting, &lab, &controller, &edge_host, "edge")?;
-    connected(&cp, &edge)?;
+    settled(&cp, &edge)?;
     complaints(&[&cp, &edge])
 }
 
@@ -98,7 +98,7 @@ fn neighbours(setting: &Setting) -> anyhow::Result<Vec<String>> {
     let host = scene.lab.host("neighbour").behind(&scene.router).build()?;
     let pair = scene.join(setting)?;
     let neighbour = scene.node(setting, &pair.controller, &host, "neighbour", ("", &[]))?;
-    pair.is_connected()?;
-    connected(&pair.worker, &neighbour)?;
+    pair.settles()?;
+    settled(&pair.worker, &neighbour)?;
     complaints(&[&pair.cp, &pair.worker, &neighbour])
 }
