@@ -16,7 +16,7 @@ use super::kernel::Kernel;
 use super::network::Port;
 use super::runner::{Output, Runner};
 use super::tools::tool;
-use crate::lab::interrupt::{sleep, wait_for, wait_up_to};
+use crate::lab::interrupt::{sleep, wait_for};
 use crate::lab::namespace::tie_to_parent;
 use crate::lab::process::{ending, processor_time};
 
@@ -30,6 +30,15 @@ const BOOT_PROCESSOR_TIME: Duration = Duration::from_secs(120);
 pub const COMMAND_LIMIT: Duration = Duration::from_secs(180);
 /// Time limit of a change of state that needs a few packets or a restart.
 pub const CHANGE_LIMIT: Duration = Duration::from_secs(300);
+/// Delays between two attempts of a command that is repeated until it succeeds: short at first, for
+/// what is nearly there. An attempt costs an emulated machine a fifth of a second of its processor,
+/// which the boot that is waited for needs itself.
+const ATTEMPT_DELAYS: [Duration; 4] = [
+    Duration::from_millis(100),
+    Duration::from_millis(300),
+    Duration::from_millis(600),
+    Duration::from_secs(1),
+];
 
 const MEMORY_MB: u32 = 384;
 /// Kernel command line of every boot. A panic ends QEMU. `no_timer_check` is set because an
@@ -188,14 +197,14 @@ impl Machine {
 
     /// Waits until systemd has no job left, and returns its state: `running` or `degraded`.
     pub fn await_boot_end(&mut self) -> anyhow::Result<String> {
-        let what = format!("end of the boot of {}", self.name);
         // `--wait` would occupy the runner.
-        wait_for(&what, BOOT_LIMIT, || {
-            let state = self.run("systemctl is-system-running; systemctl list-jobs --no-legend")?;
-            let mut lines = state.stdout.lines();
-            let word = lines.next().unwrap_or_default().to_owned();
-            Ok(matches!(word.as_str(), "running" | "degraded").then_some(word))
-        })
+        let state = "state=$(systemctl is-system-running); echo $state; \
+            test $state = running || test $state = degraded";
+        let output = self.run_until_ok(state, BOOT_LIMIT)?;
+        if !output.is_success() {
+            bail!("{} did not end its boot: {output}", self.name);
+        }
+        Ok(output.stdout.trim().to_owned())
     }
 
     /// Runs a bash command in the machine, for at most [`COMMAND_LIMIT`].
@@ -228,13 +237,16 @@ impl Machine {
     /// Repeats a command until it exits with 0 or `limit` passed, and returns its last output. The
     /// caller must check whether it succeeded.
     pub fn run_until_ok(&mut self, command: &str, limit: Duration) -> anyhow::Result<Output> {
-        let mut last = Output::default();
-        let done = wait_up_to(limit, || {
-            last = self.run(command)?;
-            Ok(last.is_success().then_some(()))
-        })?;
-        debug_assert!(done.is_some() == last.is_success());
-        Ok(last)
+        let deadline = Instant::now() + limit;
+        let mut delays = ATTEMPT_DELAYS.into_iter();
+        let [.., longest] = ATTEMPT_DELAYS;
+        loop {
+            let output = self.run(command)?;
+            if output.is_success() || Instant::now() >= deadline {
+                return Ok(output);
+            }
+            sleep(delays.next().unwrap_or(longest))?;
+        }
     }
 
     /// Writes a file in the machine, and creates the directories above it.

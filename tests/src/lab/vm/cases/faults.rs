@@ -4,7 +4,6 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
 
-use crate::lab::interrupt::wait_for;
 use crate::lab::report::Promises;
 use crate::lab::vm::machine::{CHANGE_LIMIT, Machine};
 use crate::lab::vm::pair::{Pair, Testbed};
@@ -228,16 +227,20 @@ pub(super) fn watchdog(
     let before = main_pid(&mut pair.worker)?;
     pair.network.reset();
     pair.worker.run_ok("systemctl kill --kill-whom=main --signal=STOP towline.service")?;
-    let restarted = wait_for("restart of an agent that hangs", CHANGE_LIMIT, || {
-        let now = main_pid(&mut pair.worker)?;
-        Ok((now != before && now != "0").then_some(()))
-    });
-    promises.hold(restarted.is_ok(), || "the watchdog restarts an agent that hangs".to_owned());
+    let restarted = pair.worker.run_until_ok(
+        &format!("pid=$({MAIN_PID}); test $pid != 0 && test $pid != {before}"),
+        CHANGE_LIMIT,
+    )?;
+    promises
+        .hold(restarted.is_success(), || "the watchdog restarts an agent that hangs".to_owned());
     comes_back(pair, "while the agent hung", promises)
 }
 
+/// Command that prints the process id of the agent, or 0.
+const MAIN_PID: &str = "systemctl show --property=MainPID --value towline.service";
+
 fn main_pid(machine: &mut Machine) -> anyhow::Result<String> {
-    let shown = machine.run_ok("systemctl show --property=MainPID --value towline.service")?;
+    let shown = machine.run_ok(MAIN_PID)?;
     Ok(shown.trim().to_owned())
 }
 
