@@ -11,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::accelerator::Accelerator;
-use super::cache::copy_sparse;
+use super::disk::Layers;
 use super::kernel::Kernel;
 use super::network::Port;
 use super::runner::{Output, Runner};
@@ -55,6 +55,8 @@ pub struct Machine {
     name: String,
     /// Directory of the sockets, the disk and the console output.
     directory: PathBuf,
+    /// Highest layer of the disk, which the machine writes.
+    disk: PathBuf,
     port: Port,
     kernel: Kernel,
     accelerator: Accelerator,
@@ -77,8 +79,8 @@ pub struct Parts<'a> {
     pub name: &'a str,
     /// Directory in which the machine's directory is created.
     pub directory: &'a Path,
-    /// Disk image, which is copied.
-    pub disk: &'a Path,
+    /// Contents of the disk.
+    pub layers: &'a Layers,
     /// File that becomes the third disk, read-only.
     pub medium: &'a Path,
     /// Kernel that the machine boots.
@@ -92,10 +94,11 @@ impl Machine {
     pub fn new(parts: Parts<'_>, port: Port) -> anyhow::Result<Self> {
         let directory = parts.directory.join(parts.name);
         std::fs::create_dir(&directory)?;
-        copy_sparse(parts.disk, &directory.join("disk"))?;
+        let disk = parts.layers.stack(&directory)?;
         Ok(Self {
             name: parts.name.to_owned(),
             directory,
+            disk,
             port,
             kernel: parts.kernel.clone(),
             accelerator: parts.accelerator,
@@ -114,9 +117,10 @@ impl Machine {
         &self.port
     }
 
-    /// Returns the path of the disk, whose contents are stable only while the machine is off.
-    pub fn disk(&self) -> PathBuf {
-        self.directory.join("disk")
+    /// Returns the path of the disk's highest layer: what the machine wrote. It is stable only while
+    /// the machine is off.
+    pub fn disk(&self) -> &Path {
+        &self.disk
     }
 
     /// Switches the machine on. `arguments` are appended to the kernel's command line.
@@ -133,8 +137,8 @@ impl Machine {
         let socket = self.socket();
         let _ = std::fs::remove_file(&socket);
         let console = File::options().create(true).append(true).open(self.console_path())?;
-        let disk = |id: usize, path: &Path, mode: &str| {
-            format!("if=virtio,index={id},format=raw,file={}{mode}", path.display())
+        let disk = |id: usize, path: &Path, format: &str| {
+            format!("if=virtio,index={id},file={},format={format}", path.display())
         };
         let mut command = tool("qemu-system-x86_64");
         command
@@ -147,9 +151,9 @@ impl Machine {
             .arg("-initrd")
             .arg(&self.kernel.initramfs)
             .args(["-append", &format!("{KERNEL_ARGUMENTS} {arguments}")])
-            .args(["-drive", &disk(0, &self.disk(), "")])
-            .args(["-drive", &disk(1, &self.kernel.modules, ",readonly=on")])
-            .args(["-drive", &disk(2, &self.medium, ",readonly=on")])
+            .args(["-drive", &disk(0, &self.disk, "qcow2")])
+            .args(["-drive", &disk(1, &self.kernel.modules, "raw,readonly=on")])
+            .args(["-drive", &disk(2, &self.medium, "raw,readonly=on")])
             .arg("-chardev")
             .arg(format!("socket,id=run,path={},server=on,wait=off", socket.display()))
             .args(["-device", "virtio-serial-pci"])

@@ -17,6 +17,7 @@
 //! | [`image`] | the disk that every machine starts from |
 //! | [`kernel`] | kernels of Debian's suites, their modules and the first program |
 //! | [`accelerator`] | whether KVM boots a kernel here |
+//! | [`disk`] | disks in layers, most of which machines share |
 //! | [`machine`] | one QEMU process and its disk: boot, power cut, shutdown |
 //! | [`runner`] | commands in a machine, without its network |
 //! | [`network`] | the switch between machines, and its gateway |
@@ -35,6 +36,7 @@
 pub mod accelerator;
 pub mod cache;
 pub mod cases;
+pub mod disk;
 pub mod image;
 pub mod kernel;
 pub mod machine;
