@@ -19,6 +19,7 @@
 //! | [`accelerator`] | whether KVM boots a kernel here |
 //! | [`disk`] | disks in layers, most of which machines share |
 //! | [`machine`] | one QEMU process and its disk: boot, power cut, shutdown |
+//! | `lines` | lines of text to and from QEMU |
 //! | [`runner`] | commands in a machine, without its network |
 //! | [`network`] | the switch between machines, and its gateway |
 //! | [`witness`] | counts of the packets that left a machine: clear, plain, sealed |
@@ -39,6 +40,7 @@ pub mod cases;
 pub mod disk;
 pub mod image;
 pub mod kernel;
+mod lines;
 pub mod machine;
 pub mod network;
 pub mod pair;
