@@ -4,15 +4,16 @@ use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::accelerator::Accelerator;
-use super::disk::Layers;
+use super::disk::{Layers, link};
 use super::kernel::Kernel;
+use super::monitor::{Monitor, RunState};
 use super::network::Port;
 use super::runner::{Output, Runner};
 use super::tools::tool;
@@ -30,6 +31,12 @@ const BOOT_PROCESSOR_TIME: Duration = Duration::from_secs(120);
 pub const COMMAND_LIMIT: Duration = Duration::from_secs(180);
 /// Time limit of a change of state that needs a few packets or a restart.
 pub const CHANGE_LIMIT: Duration = Duration::from_secs(300);
+/// Time limit of each step of a restore, which takes two seconds. A machine that does not answer
+/// within it is booted instead.
+const RESTORE_LIMIT: Duration = Duration::from_secs(60);
+/// Environment variable of QEMU with the path of the saved state. QEMU passes it to the shell that
+/// copies the state, which thus has no path to quote.
+const STATE_VARIABLE: &str = "LAB_STATE";
 /// Delays between two attempts of a command that is repeated until it succeeds: short at first, for
 /// what is nearly there. An attempt costs an emulated machine a fifth of a second of its processor,
 /// which the boot that is waited for needs itself.
@@ -63,6 +70,7 @@ pub struct Machine {
     /// File that the machine sees as its third disk.
     medium: PathBuf,
     running: Option<Running>,
+    starts: Starts,
 }
 
 #[derive(Debug)]
@@ -70,6 +78,26 @@ struct Running {
     qemu: Child,
     /// Command runner; `None` until QEMU has created its socket.
     runner: Option<Runner>,
+    /// QEMU's monitor; `None` until it is used.
+    monitor: Option<Monitor>,
+}
+
+/// Number of times that a machine was switched on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Starts {
+    /// Starts with a boot.
+    pub boots: u32,
+    /// Starts in a saved state.
+    pub restores: u32,
+}
+
+/// A machine's state while it ran, in files.
+#[derive(Debug, Clone)]
+pub struct SavedState {
+    /// Contents of the disk at that moment.
+    pub layers: Layers,
+    /// Path of the memory and of the devices' state, as QEMU writes them.
+    pub memory: PathBuf,
 }
 
 /// The parts of a new machine.
@@ -104,6 +132,7 @@ impl Machine {
             accelerator: parts.accelerator,
             medium: parts.medium.to_owned(),
             running: None,
+            starts: Starts::default(),
         })
     }
 
@@ -123,6 +152,23 @@ impl Machine {
         &self.disk
     }
 
+    /// Returns how often the machine was switched on.
+    pub fn starts(&self) -> Starts {
+        self.starts
+    }
+
+    /// Returns what a saved state depends on, besides the kernel and the accelerator.
+    pub fn recipe() -> String {
+        format!("{MEMORY_MB} {KERNEL_ARGUMENTS}")
+    }
+
+    /// Replaces the disk of a machine, which is switched off without a shutdown if it is on.
+    pub fn replace_disk(&mut self, layers: &Layers) -> anyhow::Result<()> {
+        self.cut_power()?;
+        self.disk = layers.stack(&self.directory)?;
+        Ok(())
+    }
+
     /// Switches the machine on. `arguments` are appended to the kernel's command line.
     pub fn start(&mut self, arguments: &str) -> anyhow::Result<()> {
         self.start_with(arguments, &[])
@@ -131,11 +177,21 @@ impl Machine {
     /// Switches the machine on as [`Self::start`] does, with more arguments for QEMU, such as `-rtc
     /// base=...`.
     pub fn start_with(&mut self, arguments: &str, qemu: &[&str]) -> anyhow::Result<()> {
+        self.launch(arguments, qemu)?;
+        self.starts.boots += 1;
+        Ok(())
+    }
+
+    /// Starts QEMU. Whatever changes its devices makes saved states useless, so that the recipe of
+    /// the snapshots must change too.
+    fn launch(&mut self, arguments: &str, qemu: &[&str]) -> anyhow::Result<()> {
         if self.running.is_some() {
             bail!("{} is already on", self.name);
         }
         let socket = self.socket();
         let _ = std::fs::remove_file(&socket);
+        let monitor = self.monitor_path();
+        let _ = std::fs::remove_file(&monitor);
         let console = File::options().create(true).append(true).open(self.console_path())?;
         let disk = |id: usize, path: &Path, format: &str| {
             format!("if=virtio,index={id},file={},format={format}", path.display())
@@ -158,6 +214,10 @@ impl Machine {
             .arg(format!("socket,id=run,path={},server=on,wait=off", socket.display()))
             .args(["-device", "virtio-serial-pci"])
             .args(["-device", "virtserialport,chardev=run,name=run"])
+            .arg("-qmp")
+            .arg(format!("unix:{},server=on,wait=off", monitor.display()))
+            // For the shell that writes or reads a saved state.
+            .env(STATE_VARIABLE, self.memory_path())
             .args(self.port.qemu_arguments())
             .args(qemu)
             .stdout(console.try_clone()?)
@@ -165,7 +225,7 @@ impl Machine {
             .stdin(Stdio::null());
         tie_to_parent(&mut command);
         let qemu = command.spawn().context("cannot start QEMU")?;
-        self.running = Some(Running { qemu, runner: None });
+        self.running = Some(Running { qemu, runner: None, monitor: None });
         Ok(())
     }
 
@@ -194,6 +254,82 @@ impl Machine {
             Ok((ready == Some(true)).then_some(()))
         });
         booted.with_context(|| format!("{} failed to boot: {}", self.name, self.last_words()))
+    }
+
+    /// Stops the processor of a running machine, to save its state.
+    pub fn freeze(&mut self) -> anyhow::Result<()> {
+        self.monitor()?.stop()
+    }
+
+    /// Writes the state of a frozen machine to a file, whose path is returned, and ends QEMU. The
+    /// machine's disk then belongs to that state.
+    pub fn save(&mut self) -> anyhow::Result<PathBuf> {
+        let memory = self.memory_path();
+        // If this machine was restored, the file belongs to others too.
+        let _ = std::fs::remove_file(&memory);
+        let monitor = self.monitor()?;
+        monitor.save(&format!("cat >\"${STATE_VARIABLE}\""))?;
+        monitor.quit()?;
+        let what = format!("end of QEMU after the state of {} was saved", self.name);
+        wait_for(&what, COMMAND_LIMIT, || Ok(self.running()?.qemu.try_wait()?))?;
+        self.running = None;
+        Ok(memory)
+    }
+
+    /// Switches the machine on in a saved state. Its processor is stopped until [`Self::thaw`].
+    pub fn start_saved(&mut self, saved: &SavedState) -> anyhow::Result<()> {
+        self.replace_disk(&saved.layers)?;
+        link(&saved.memory, &self.memory_path())?;
+        self.launch("", &["-incoming", &format!("exec:cat \"${STATE_VARIABLE}\"")])
+    }
+
+    /// Waits until QEMU has read the saved state.
+    pub fn await_loaded(&mut self) -> anyhow::Result<()> {
+        let what = format!("saved state of {}", self.name);
+        let loaded = wait_for(&what, RESTORE_LIMIT, || {
+            if let Some(status) = self.running()?.qemu.try_wait()? {
+                bail!("QEMU ended with {}", ending(status));
+            }
+            let socket = self.monitor_path();
+            let running = self.running()?;
+            if running.monitor.is_none() {
+                // QEMU creates the socket shortly after its start.
+                running.monitor = Monitor::connect(&socket)?;
+            }
+            let Some(monitor) = &mut running.monitor else { return Ok(None) };
+            match monitor.run_state()? {
+                RunState::Loading => Ok(None),
+                RunState::Stopped => Ok(Some(())),
+                RunState::Other => bail!("QEMU is in an unknown state"),
+            }
+        });
+        loaded.with_context(|| format!("cannot restore {}: {}", self.name, self.last_words()))
+    }
+
+    /// Lets the processor of a frozen machine continue.
+    pub fn thaw(&mut self) -> anyhow::Result<()> {
+        self.monitor()?.proceed()
+    }
+
+    /// Waits until a thawed machine answers, and sets its clock, which stood still since its state
+    /// was saved.
+    pub fn await_thawed(&mut self) -> anyhow::Result<()> {
+        let stream = UnixStream::connect(self.socket())?;
+        self.running()?.runner = Some(Runner::new(stream)?);
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs_f64();
+        let answer = self.run_ok_for(&format!("date --set=@{now:.3}"), RESTORE_LIMIT);
+        answer.with_context(|| format!("{} does not answer after its restore", self.name))?;
+        self.starts.restores += 1;
+        Ok(())
+    }
+
+    fn monitor(&mut self) -> anyhow::Result<&mut Monitor> {
+        let socket = self.monitor_path();
+        let running = self.running()?;
+        if running.monitor.is_none() {
+            running.monitor = Monitor::connect(&socket)?;
+        }
+        running.monitor.as_mut().context("QEMU has no monitor")
     }
 
     /// Switches the machine on and waits until it accepts commands.
@@ -332,6 +468,15 @@ impl Machine {
 
     fn socket(&self) -> PathBuf {
         self.directory.join("run")
+    }
+
+    fn monitor_path(&self) -> PathBuf {
+        self.directory.join("monitor")
+    }
+
+    /// Returns the path of the saved state that is written or read.
+    fn memory_path(&self) -> PathBuf {
+        self.directory.join("memory")
     }
 
     fn console_path(&self) -> PathBuf {

@@ -18,13 +18,14 @@
 //! | [`kernel`] | kernels of Debian's suites, their modules and the first program |
 //! | [`accelerator`] | whether KVM boots a kernel here |
 //! | [`disk`] | disks in layers, most of which machines share |
-//! | [`machine`] | one QEMU process and its disk: boot, power cut, shutdown |
+//! | [`machine`] | one QEMU process and its disk: boot, power cut, shutdown, saved states |
+//! | `monitor` | QEMU's monitor: stops a processor, saves a state |
 //! | `lines` | lines of text to and from QEMU |
 //! | [`runner`] | commands in a machine, without its network |
 //! | [`network`] | the switch between machines, and its gateway |
 //! | [`witness`] | counts of the packets that left a machine: clear, plain, sealed |
 //! | [`software`] | the package under test |
-//! | [`pair`] | a control plane, and a worker that joined its mesh |
+//! | [`pair`] | a control plane, and a worker that joined its mesh; their saved state |
 //! | [`cases`] | the test cases |
 //!
 //! # Invariants
@@ -42,6 +43,7 @@ pub mod image;
 pub mod kernel;
 mod lines;
 pub mod machine;
+mod monitor;
 pub mod network;
 pub mod pair;
 pub mod runner;
