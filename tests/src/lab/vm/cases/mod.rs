@@ -1,8 +1,9 @@
-//! The test cases: each boots machines, causes a fault or a change, and records the promises that
-//! did not hold.
+//! The test cases: each switches machines on, causes a fault or a change, and records the promises
+//! that did not hold.
 //!
 //! A case is a function and an entry of [`CASES`]. It gets two machines that are off, and acts in
-//! them only through commands.
+//! them only through commands. What a case says of boots is shown by boots; a case that needs a
+//! working mesh first gets it from a snapshot ([`Pair::resume`]).
 
 mod boot;
 mod faults;
@@ -16,7 +17,7 @@ use anyhow::ensure;
 
 use super::kernel::{DEFAULT, RELEASES, Release};
 use super::machine::{CHANGE_LIMIT, Machine};
-use super::pair::{Pair, Testbed};
+use super::pair::{MESH_UP, Pair, Testbed};
 use super::witness::Sent;
 use crate::lab::interrupt::sleep;
 use crate::lab::report::Promises;
@@ -385,8 +386,6 @@ pub const CASES: &[Case] = &[
 
 /// Kernel argument that prevents nftables from being loaded.
 const NO_NFTABLES: &str = "modprobe.blacklist=nf_tables";
-/// Command that exits with 0 once the machine is ready and a peer is up.
-const MESH_UP: &str = "towline wait --timeout 40 && towline peers -o json | grep -q '\"up\"'";
 /// Time for which a machine is watched for clear packets once it is in a state.
 const WINDOW: Duration = Duration::from_secs(5);
 
@@ -420,15 +419,16 @@ fn has_no_nftables(pair: &mut Pair, promises: &mut Promises) -> anyhow::Result<(
     Ok(())
 }
 
-/// Boots both machines and waits until the worker's mesh is up.
-fn boot_mesh(pair: &mut Pair) -> anyhow::Result<()> {
-    pair.boot()?;
+/// Switches both machines on ([`Pair::resume`]) and waits until the worker's mesh is up.
+fn resume_mesh(bed: &Testbed<'_>, pair: &mut Pair) -> anyhow::Result<()> {
+    pair.resume(bed)?;
     holds(&mut pair.worker, MESH_UP, "the mesh comes up")
 }
 
-/// Boots both machines, checks that they reach each other, and counts packets from then on.
-fn boot_working(pair: &mut Pair) -> anyhow::Result<()> {
-    pair.boot()?;
+/// Switches both machines on ([`Pair::resume`]), checks that they reach each other, and counts
+/// packets from then on.
+fn resume_working(bed: &Testbed<'_>, pair: &mut Pair) -> anyhow::Result<()> {
+    pair.resume(bed)?;
     pair.ping()?;
     pair.network.reset();
     Ok(())

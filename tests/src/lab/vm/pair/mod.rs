@@ -1,5 +1,7 @@
 //! A control plane with a controller, and a worker: two machines that form a mesh.
 
+mod snapshot;
+
 use std::fs;
 use std::net::{IpAddr, Ipv6Addr};
 use std::path::Path;
@@ -9,16 +11,18 @@ use anyhow::{Context as _, bail};
 use ipnet::IpNet;
 use serde::Deserialize;
 
-use super::accelerator::Accelerator;
-use super::cache::Cache;
-use super::disk::{Layers, link};
-use super::image::Image;
-use super::kernel::Kernel;
-use super::machine::{CHANGE_LIMIT, Machine, Parts};
-use super::network::{GATEWAY_V4, GATEWAY_V6, Network};
-use super::software::Software;
-use super::witness::{MESH_LABEL, PLAIN_LABEL, Sent};
 use crate::lab::output::ProgressOutput;
+use crate::lab::vm::accelerator::Accelerator;
+use crate::lab::vm::cache::Cache;
+use crate::lab::vm::disk::{Layers, link};
+use crate::lab::vm::image::Image;
+use crate::lab::vm::kernel::Kernel;
+use crate::lab::vm::machine::{CHANGE_LIMIT, Machine, Parts};
+use crate::lab::vm::network::{GATEWAY_V4, GATEWAY_V6, Network};
+use crate::lab::vm::software::Software;
+use crate::lab::vm::witness::{MESH_LABEL, PLAIN_LABEL, Sent};
+
+pub use snapshot::Unusable;
 
 /// Two machines on one network.
 #[derive(Debug)]
@@ -29,6 +33,8 @@ pub struct Pair {
     pub worker: Machine,
     /// The network between them. It is dropped after the machines.
     pub network: Network,
+    /// Why machines were booted that should have been restored.
+    restore_error: Option<String>,
 }
 
 /// Addresses of a node in the mesh.
@@ -53,6 +59,8 @@ pub struct Testbed<'a> {
     pub kernel: Kernel,
     /// Accelerator that QEMU uses.
     pub accelerator: Accelerator,
+    /// Snapshots of running pairs that this run cannot use.
+    pub unusable: &'a Unusable,
     /// Progress output.
     pub output: &'a ProgressOutput,
     /// Directory of this case's machines.
@@ -61,13 +69,13 @@ pub struct Testbed<'a> {
 
 /// The disks of two machines that form a mesh.
 #[derive(Debug)]
-pub(super) struct JoinedDisks {
+struct JoinedDisks {
     /// Disk of the control plane.
-    pub(super) cp: Layers,
+    cp: Layers,
     /// Disk of the worker.
-    pub(super) worker: Layers,
+    worker: Layers,
     /// Text that is another one for each join.
-    pub(super) id: String,
+    id: String,
 }
 
 /// Lifetime of the cached disks with joined nodes: long enough for a run of tests, and shorter than
@@ -83,6 +91,8 @@ const OVERLAY_V6: &str = "fd12:3456:789a:1::/64";
 pub const UNOWNED_V4: &str = "198.19.255.250";
 /// IPv6 address of the mesh that no node owns.
 const UNOWNED_V6: &str = "fd12:3456:789a:1:ffff::250";
+/// Command that exits with 0 once the machine is ready and a peer is up.
+pub const MESH_UP: &str = "towline wait --timeout 40 && towline peers -o json | grep -q '\"up\"'";
 const JOIN_LIMIT: Duration = Duration::from_secs(400);
 
 /// Returns the networks of the mesh, to which nothing may leave a machine in clear.
@@ -106,7 +116,7 @@ impl Testbed<'_> {
 
     /// Returns the disks of a control plane and of a worker that joined its mesh, and were shut
     /// down.
-    pub(super) fn joined_disks(&self) -> anyhow::Result<JoinedDisks> {
+    fn joined_disks(&self) -> anyhow::Result<JoinedDisks> {
         let image = self.image.disk.display().to_string();
         let made_from = [RECIPE.as_bytes(), image.as_bytes(), self.software.bytes()];
         let place = self.cache.entry("pair", &made_from, Some(PAIR_LIFETIME), |place| {
@@ -129,7 +139,7 @@ impl Testbed<'_> {
     }
 
     /// Creates two machines, switched off, with these disks.
-    pub(super) fn pair(&self, cp: &Layers, worker: &Layers) -> anyhow::Result<Pair> {
+    fn pair(&self, cp: &Layers, worker: &Layers) -> anyhow::Result<Pair> {
         let directory = tempfile::Builder::new().prefix("pair-").tempdir_in(self.directory)?.keep();
         let network = Network::new(&directory, 2, &mesh_ranges())?;
         let medium = self.software.medium(&directory)?;
@@ -144,7 +154,12 @@ impl Testbed<'_> {
             };
             Machine::new(parts, network.port(port))
         };
-        Ok(Pair { cp: machine("cp", cp, 0)?, worker: machine("worker", worker, 1)?, network })
+        Ok(Pair {
+            cp: machine("cp", cp, 0)?,
+            worker: machine("worker", worker, 1)?,
+            network,
+            restore_error: None,
+        })
     }
 }
 
