@@ -102,13 +102,12 @@ pub fn list() -> String {
     for case in CASES {
         let kernels: Vec<&str> = case.kernels.releases().iter().map(|one| one.name).collect();
         let quick = if case.is_quick { "quick" } else { "full" };
-        let _ = writeln!(
-            text,
-            "{:<28} {quick:<5}  {:<22}  {}",
-            case.name,
-            kernels.join(" "),
-            case.about
-        );
+        let _ =
+            write!(text, "{:<33} {quick:<5}  {:<22}  {}", case.name, kernels.join(" "), case.about);
+        let _ = match case.kernels.reason() {
+            Some(reason) => writeln!(text, " ({reason})"),
+            None => writeln!(text),
+        };
     }
     text
 }
