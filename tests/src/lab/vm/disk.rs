@@ -60,9 +60,10 @@ impl Layers {
 
 /// Links a file to another path of the same file system, and replaces what is there.
 pub fn link(from: &Path, to: &Path) -> anyhow::Result<()> {
-    match fs::remove_file(to) {
-        Err(error) if error.kind() != ErrorKind::NotFound => return Err(error.into()),
-        _ => {}
+    if let Err(error) = fs::remove_file(to)
+        && error.kind() != ErrorKind::NotFound
+    {
+        return Err(error.into());
     }
     fs::hard_link(from, to)
         .with_context(|| format!("cannot link {} to {}", from.display(), to.display()))

@@ -33,6 +33,8 @@
 //! - Root is not needed: machines exchange Ethernet frames with the lab over Unix sockets.
 //! - Every wait is for a condition. Its limit is generous, since an emulated machine on a loaded
 //!   host is ten times slower than a real one.
+//! - A restored machine saves time, and decides nothing: boots, power cuts and shutdowns are real, and
+//!   a machine that cannot be restored is booted.
 //! - The thread that starts a machine owns it: QEMU ends with that thread.
 
 pub mod accelerator;
