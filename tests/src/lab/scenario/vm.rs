@@ -19,7 +19,8 @@ use crate::lab::vm::cache::Cache;
 use crate::lab::vm::cases::{CASES, Case, Disks};
 use crate::lab::vm::image::Image;
 use crate::lab::vm::kernel::{DEFAULT, Kernel, RELEASES, Release};
-use crate::lab::vm::pair::Testbed;
+use crate::lab::vm::machine::Starts;
+use crate::lab::vm::pair::{Testbed, Unusable};
 use crate::lab::vm::software::Software;
 use crate::lab::vm::tools;
 
@@ -56,6 +57,10 @@ pub struct Vm {
     pub skipped: Vec<Skipped>,
     /// Duration of the run in seconds, without the builds of the programs.
     pub seconds: f64,
+    /// Number of times that the cases booted a machine.
+    pub boots: u32,
+    /// Number of times that the cases restored a machine from a snapshot.
+    pub restored: u32,
     /// Promises that did not hold.
     pub failed: Vec<String>,
 }
@@ -71,6 +76,13 @@ pub struct Ran {
     pub ok: bool,
     /// Duration of the case in seconds.
     pub seconds: f64,
+    /// Number of times that the case booted a machine.
+    pub boots: u32,
+    /// True if the case began with machines that were restored from a snapshot, not booted.
+    pub from_snapshot: bool,
+    /// Why machines were booted that should have been restored; absent if none was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub restore_error: Option<String>,
 }
 
 /// A case that could not run.
@@ -90,13 +102,12 @@ pub fn list() -> String {
     for case in CASES {
         let kernels: Vec<&str> = case.kernels.releases().iter().map(|one| one.name).collect();
         let quick = if case.is_quick { "quick" } else { "full" };
-        let _ = writeln!(
-            text,
-            "{:<28} {quick:<5}  {:<22}  {}",
-            case.name,
-            kernels.join(" "),
-            case.about
-        );
+        let _ =
+            write!(text, "{:<33} {quick:<5}  {:<22}  {}", case.name, kernels.join(" "), case.about);
+        let _ = match case.kernels.reason() {
+            Some(reason) => writeln!(text, " ({reason})"),
+            None => writeln!(text),
+        };
     }
     text
 }
@@ -114,7 +125,8 @@ pub fn run(options: &Options) -> anyhow::Result<Vm> {
     let output = ProgressOutput::new();
     let cache = Cache::open()?;
     let image = Image::get(&cache).map_err(|error| cannot_prepare(&format!("{error:#}")))?;
-    let lab = Lab { cache, image, software, output, kernels: Mutex::default() };
+    let (kernels, unusable) = (Mutex::default(), Unusable::default());
+    let lab = Lab { cache, image, software, output, kernels, unusable };
     let count = selected.len();
     let queue = Mutex::new(selected.into_iter().enumerate());
     let workers: Vec<_> = std::thread::scope(|scope| {
@@ -143,9 +155,9 @@ pub fn run(options: &Options) -> anyhow::Result<Vm> {
     Ok(vm)
 }
 
-/// Pairs of machines that run at the same time. A pair waits for a boot of one machine or for a
-/// limit most of the time, so two of them share two cores well.
-const PAIRS_AT_ONCE: usize = 2;
+/// Pairs of machines that run at the same time. Most of the time at most one machine of a pair works,
+/// or the case waits for a limit, so three of them share two cores well.
+const PAIRS_AT_ONCE: usize = 3;
 
 /// What all cases share.
 struct Lab {
@@ -155,6 +167,8 @@ struct Lab {
     output: ProgressOutput,
     /// Kernels that are ready, by the names of their releases.
     kernels: Mutex<BTreeMap<&'static str, Kernel>>,
+    /// Snapshots that could not be restored.
+    unusable: Unusable,
 }
 
 /// The end of a case.
@@ -171,9 +185,25 @@ enum Outcome {
         accelerator: &'static str,
         kernel_version: String,
         seconds: f64,
-        /// Promises that did not hold.
-        failed: Vec<String>,
+        result: CaseResult,
     },
+}
+
+/// What a case left behind.
+#[derive(Default)]
+struct CaseResult {
+    /// Promises that did not hold.
+    failed: Vec<String>,
+    /// How often its machines were switched on.
+    starts: Starts,
+    /// Why machines were booted that should have been restored.
+    restore_error: Option<String>,
+}
+
+impl CaseResult {
+    fn failed(error: &anyhow::Error) -> Self {
+        Self { failed: vec![format!("{error:#}")], ..Self::default() }
+    }
 }
 
 impl Lab {
@@ -227,21 +257,21 @@ impl Lab {
         self.output.step(&format!("{} on {}", case.name, release.name));
         let begun = Instant::now();
         let kernel_version = kernel.version.clone();
-        let failed = self.failed_promises(case, kernel, accelerator);
+        let result = self.result_of(case, kernel, accelerator);
         let seconds = round(begun.elapsed().as_secs_f64());
         let name = format!("{} on {}", case.name, release.name);
-        let verdict = if failed.is_empty() { "ok" } else { "FAILED" };
+        let verdict = if result.failed.is_empty() { "ok" } else { "FAILED" };
         self.output.note(&format!("{name}: {verdict} after {seconds} s"));
-        for promise in &failed {
+        for promise in &result.failed {
             self.output.note(&format!("{name}: {promise}"));
         }
-        Outcome::Ran { accelerator: accelerator.name(), kernel_version, seconds, failed }
+        Outcome::Ran { accelerator: accelerator.name(), kernel_version, seconds, result }
     }
 
-    fn failed_promises(&self, case: Case, kernel: Kernel, accelerator: Accelerator) -> Vec<String> {
+    fn result_of(&self, case: Case, kernel: Kernel, accelerator: Accelerator) -> CaseResult {
         let scratch = match self.cache.scratch() {
             Ok(scratch) => scratch,
-            Err(error) => return vec![format!("{error:#}")],
+            Err(error) => return CaseResult::failed(&error),
         };
         let bed = Testbed {
             cache: &self.cache,
@@ -249,6 +279,7 @@ impl Lab {
             software: &self.software,
             kernel,
             accelerator,
+            unusable: &self.unusable,
             output: &self.output,
             directory: scratch.path(),
         };
@@ -258,7 +289,7 @@ impl Lab {
         };
         let mut pair = match pair {
             Ok(pair) => pair,
-            Err(error) => return vec![format!("{error:#}")],
+            Err(error) => return CaseResult::failed(&error),
         };
         let mut promises = Promises::new();
         if let Err(error) = (case.run)(&bed, &mut pair, &mut promises) {
@@ -268,7 +299,8 @@ impl Lab {
         if !failed.is_empty() {
             pair.keep_evidence(&bed, case.name);
         }
-        failed
+        let restore_error = pair.restore_error().map(str::to_owned);
+        CaseResult { failed, starts: pair.starts(), restore_error }
     }
 }
 
@@ -288,11 +320,21 @@ impl Vm {
             Outcome::Skipped(reason) => {
                 self.skipped.push(Skipped { name: case.name, kernel: release.name, reason });
             }
-            Outcome::Ran { accelerator, kernel_version, seconds, failed } => {
+            Outcome::Ran { accelerator, kernel_version, seconds, result } => {
+                let CaseResult { failed, starts, restore_error } = result;
                 self.accelerator = accelerator;
                 self.kernels.insert(release.name, kernel_version);
-                let ok = failed.is_empty();
-                self.cases.push(Ran { name: case.name, kernel: release.name, ok, seconds });
+                self.boots += starts.boots;
+                self.restored += starts.restores;
+                self.cases.push(Ran {
+                    name: case.name,
+                    kernel: release.name,
+                    ok: failed.is_empty(),
+                    seconds,
+                    boots: starts.boots,
+                    from_snapshot: starts.restores > 0 && restore_error.is_none(),
+                    restore_error,
+                });
                 for promise in failed {
                     promises.fail(format!("{} on {}: {promise}", case.name, release.name));
                 }
@@ -346,14 +388,22 @@ impl Figures for Vm {
 
     fn for_people(&self) -> String {
         let mut text = format!("accelerator: {}\n", self.accelerator);
-        for Ran { name, kernel, ok, seconds } in &self.cases {
+        for Ran { name, kernel, ok, seconds, boots, from_snapshot, restore_error } in &self.cases {
             let verdict = if *ok { "ok" } else { "FAILED" };
-            let _ = writeln!(text, "{name:<28} {kernel:<8} {verdict:<7} {seconds:>6.1} s");
+            let start = if *from_snapshot { "snapshot, " } else { "" };
+            let _ = writeln!(
+                text,
+                "{name:<28} {kernel:<8} {verdict:<7} {seconds:>6.1} s  {start}boots: {boots}"
+            );
+            if let Some(error) = restore_error {
+                let _ = writeln!(text, "{:<28} {error}", "");
+            }
         }
         for Skipped { name, kernel, reason } in &self.skipped {
             let _ = writeln!(text, "{name:<28} {kernel:<8} skipped: {reason}");
         }
-        let _ = write!(text, "total: {:.0} s", self.seconds);
+        let Self { seconds, boots, restored, .. } = self;
+        let _ = write!(text, "total: {seconds:.0} s, {boots} boots, {restored} restored");
         text
     }
 }
@@ -388,5 +438,25 @@ mod tests {
         assert_eq!((selected[0].0.name, selected[0].1.name), ("leave", "5.10"));
         select(&Options { case: vec!["levae".into()], ..options() }).unwrap_err();
         select(&Options { kernel: vec!["4.4".into()], ..options() }).unwrap_err();
+    }
+
+    #[test]
+    fn a_case_that_could_not_be_restored_says_so() {
+        let mut vm = Vm::default();
+        let mut promises = Promises::new();
+        let restored = (Starts { boots: 1, restores: 2 }, None);
+        let booted = (Starts { boots: 3, restores: 0 }, Some("no answer".to_owned()));
+        for (starts, restore_error) in [restored, booted] {
+            let result = CaseResult { failed: vec![], starts, restore_error };
+            let (accelerator, kernel_version) = ("tcg", "6.1.0".to_owned());
+            let outcome = Outcome::Ran { accelerator, kernel_version, seconds: 1.0, result };
+            vm.record(Ended { case: CASES[0], release: DEFAULT, outcome }, &mut promises);
+        }
+        assert_eq!((vm.boots, vm.restored), (4, 2));
+        let cases = serde_json::to_value(&vm.cases).unwrap();
+        assert_eq!(cases[0]["from_snapshot"], true);
+        assert!(cases[0].get("restore_error").is_none());
+        assert_eq!(cases[1]["from_snapshot"], false);
+        assert_eq!(cases[1]["restore_error"], "no answer");
     }
 }

@@ -63,11 +63,8 @@ impl Cache {
             .with_context(|| format!("cannot move {} into place", scratch.display()))?;
         // `lifetime` counts from the completion.
         File::open(&place)?.set_modified(SystemTime::now())?;
-        let prefix = format!("{kind}-");
-        for other in fs::read_dir(&self.root)?.filter_map(Result::ok) {
-            let path = other.path();
-            let is_stale = other.file_name().to_string_lossy().starts_with(&prefix)
-                && path != place
+        for path in self.of_kind(kind)? {
+            let is_stale = path != place
                 && age(&path).is_some_and(|age| age > lifetime.unwrap_or(STALE_AFTER));
             if is_stale {
                 line(&format!("removing {}, which is no longer used", path.display()));
@@ -75,6 +72,24 @@ impl Cache {
             }
         }
         Ok(place)
+    }
+
+    /// Removes all entries of a kind, while [`Self::entry`] builds a new one. Files that are linked or
+    /// open elsewhere stay usable there.
+    pub fn clear(&self, kind: &str) -> anyhow::Result<()> {
+        for path in self.of_kind(kind)? {
+            fs::remove_dir_all(path)?;
+        }
+        Ok(())
+    }
+
+    /// Returns the paths of all entries of a kind.
+    fn of_kind(&self, kind: &str) -> anyhow::Result<Vec<PathBuf>> {
+        let prefix = format!("{kind}-");
+        let entries = fs::read_dir(&self.root)?.filter_map(Result::ok);
+        let named =
+            entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(&prefix));
+        Ok(named.map(|entry| entry.path()).collect())
     }
 
     /// Writes the evidence of a failed case and returns its path. It replaces earlier evidence of
@@ -176,5 +191,17 @@ mod tests {
         assert!(again.join("image").exists());
         let expired = cache.entry("disk", &[b"1"], Some(Duration::ZERO), |_| Ok(())).unwrap();
         assert!(!expired.join("image").exists());
+    }
+
+    #[test]
+    fn only_the_entries_of_one_kind_are_removed() {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = Cache { root: directory.path().to_owned() };
+        let [old, other] =
+            ["state-6.1", "state-6.12"].map(|kind| cache.entry(kind, &[b"1"], None, |_| Ok(())));
+        let new = cache.entry("state-6.1", &[b"2"], None, |_| cache.clear("state-6.1")).unwrap();
+        assert!(!old.unwrap().exists());
+        assert!(new.exists());
+        assert!(other.unwrap().exists());
     }
 }

@@ -34,7 +34,7 @@ const PACKAGES: [&str; 16] = [
     "etcd-server",
 ];
 /// Files to install: path in the machine, mode and contents.
-const FILES: [(&str, u32, &str); 5] = [
+const FILES: [(&str, u32, &str); 7] = [
     ("usr/local/lib/lab/runner", 0o755, include_str!("guest/runner")),
     ("etc/systemd/system/lab-runner.service", 0o644, include_str!("guest/lab-runner.service")),
     ("usr/local/lib/lab/background-traffic", 0o755, include_str!("guest/background-traffic")),
@@ -44,6 +44,12 @@ const FILES: [(&str, u32, &str); 5] = [
         include_str!("guest/background-traffic.service"),
     ),
     ("etc/lab/targets", 0o644, "# LABEL ADDRESS\n"),
+    (
+        "etc/systemd/system/systemd-udev-trigger.service.d/lab.conf",
+        0o644,
+        include_str!("guest/udev-trigger.conf"),
+    ),
+    ("etc/systemd/system/service.d/lab.conf", 0o644, include_str!("guest/start-limit.conf")),
 ];
 const ENABLED: &str = "lab-runner background-traffic systemd-networkd";
 /// Units that only the cases start that are about them.
@@ -54,7 +60,18 @@ const MASKED: &str = "getty@.service serial-getty@.service systemd-logind.servic
     apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer \
     e2scrub_reap.service fstrim.timer systemd-update-utmp.service systemd-update-utmp-runlevel.service \
     systemd-user-sessions.service modprobe@drm.service modprobe@efi_pstore.service \
-    modprobe@dm_mod.service modprobe@loop.service modprobe@fuse.service";
+    modprobe@dm_mod.service modprobe@loop.service modprobe@fuse.service modprobe@configfs.service \
+    dev-hugepages.mount dev-mqueue.mount sys-fs-fuse-connections.mount sys-kernel-config.mount \
+    sys-kernel-debug.mount sys-kernel-tracing.mount proc-sys-fs-binfmt_misc.automount \
+    proc-sys-fs-binfmt_misc.mount systemd-binfmt.service systemd-network-generator.service \
+    systemd-pstore.service systemd-repart.service systemd-firstboot.service \
+    systemd-pcrphase.service systemd-pcrphase-sysinit.service systemd-tmpfiles-clean.timer \
+    systemd-ask-password-console.path systemd-ask-password-wall.path systemd-initctl.socket \
+    systemd-journald-audit.socket getty.target";
+/// Generators of units that find nothing to generate for: each is a program to start at each boot
+/// and at each reload of systemd. Those for the kernel command line, `/etc/fstab` and netplan stay.
+const MASKED_GENERATORS: &str = "cryptsetup getty gpt-auto hibernate-resume integritysetup rc-local \
+    run system-update sysv veritysetup";
 /// Files that a machine does not need: documentation and translations are half of the tree.
 const EXCLUDED: [&str; 5] = [
     "path-exclude=/usr/share/doc/*",
@@ -90,7 +107,7 @@ impl Image {
         let mut recipe = [
             PACKAGES.as_slice(),
             &EXCLUDED,
-            &[SUITE, ENABLED, DISABLED, MASKED, UNIQUE, DISK_ID, DISK_SIZE],
+            &[SUITE, ENABLED, DISABLED, MASKED, MASKED_GENERATORS, UNIQUE, DISK_ID, DISK_SIZE],
         ]
         .concat()
         .join(" ");
@@ -118,6 +135,10 @@ fn build(place: &std::path::Path) -> anyhow::Result<()> {
         format!("chroot \"$1\" systemctl enable {ENABLED}"),
         format!("chroot \"$1\" systemctl --quiet disable {DISABLED} 2>/dev/null || true"),
         format!("chroot \"$1\" systemctl --quiet mask {MASKED}"),
+        format!(
+            "mkdir -p \"$1\"/etc/systemd/system-generators; for name in {MASKED_GENERATORS}; do \
+             ln -s /dev/null \"$1\"/etc/systemd/system-generators/systemd-$name-generator; done"
+        ),
         // Mount point of a kernel's modules.
         "mkdir -p \"$1\"/usr/lib/modules".to_owned(),
         UNIQUE.to_owned(),

@@ -1,20 +1,18 @@
 //! Runs commands in a machine over a virtio-serial port. They work without a network, on a full
 //! disk and on a read-only root. The other end is `guest/runner`.
 
-use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
 use data_encoding::HEXLOWER;
 
+use super::lines::Lines;
 use crate::lab::interrupt::wait_for;
 
 /// The lab's end of the port.
 #[derive(Debug)]
 pub(super) struct Runner {
-    stream: UnixStream,
-    received: Vec<u8>,
+    lines: Lines,
     /// Id of the last command, which its answer repeats.
     last_id: u64,
 }
@@ -48,25 +46,23 @@ const GRACE: Duration = Duration::from_secs(60);
 
 impl Runner {
     pub(super) fn new(stream: UnixStream) -> anyhow::Result<Self> {
-        stream.set_nonblocking(true)?;
-        Ok(Self { stream, received: Vec::new(), last_id: 0 })
+        Ok(Self { lines: Lines::new(stream)?, last_id: 0 })
     }
 
     /// Returns true once the guest has reported that it is ready.
     pub(super) fn is_ready(&mut self) -> anyhow::Result<bool> {
-        Ok(self.next_line()?.is_some())
+        Ok(self.lines.next_line()?.is_some())
     }
 
     /// Runs a bash command, which the guest kills after `limit`.
     pub(super) fn run(&mut self, command: &str, limit: Duration) -> anyhow::Result<Output> {
         self.last_id += 1;
         let id = self.last_id;
-        let line =
-            format!("{id} {} {}\n", limit.as_secs().max(1), HEXLOWER.encode(command.as_bytes()));
-        self.send(line.as_bytes())?;
+        let hex = HEXLOWER.encode(command.as_bytes());
+        self.lines.send(&format!("{id} {} {hex}\n", limit.as_secs().max(1)))?;
         let what = format!("end of `{}`", command.lines().next().unwrap_or_default());
         wait_for(&what, limit + GRACE, || {
-            while let Some(line) = self.next_line()? {
+            while let Some(line) = self.lines.next_line()? {
                 // Another id belongs to a command that was abandoned.
                 if let Some((of, output)) = parse(&line)
                     && of == id
@@ -76,33 +72,6 @@ impl Runner {
             }
             Ok(None)
         })
-    }
-
-    fn send(&mut self, mut bytes: &[u8]) -> anyhow::Result<()> {
-        wait_for("room in the machine's port", GRACE, || match self.stream.write(bytes) {
-            Ok(count) => {
-                bytes = &bytes[count..];
-                Ok(bytes.is_empty().then_some(()))
-            }
-            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(None),
-            Err(error) => Err(error).context("the machine's port is closed"),
-        })
-    }
-
-    fn next_line(&mut self) -> anyhow::Result<Option<String>> {
-        let mut chunk = [0; 65536];
-        loop {
-            if let Some(end) = self.received.iter().position(|byte| *byte == b'\n') {
-                let line: Vec<u8> = self.received.drain(..=end).collect();
-                return Ok(Some(String::from_utf8_lossy(&line).trim().to_owned()));
-            }
-            match self.stream.read(&mut chunk) {
-                Ok(0) => bail!("the machine ended"),
-                Ok(count) => self.received.extend(&chunk[..count]),
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
-                Err(error) => return Err(error).context("the machine's port is closed"),
-            }
-        }
     }
 }
 
@@ -120,6 +89,8 @@ fn parse(line: &str) -> Option<(u64, Output)> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+
     use super::*;
 
     #[test]

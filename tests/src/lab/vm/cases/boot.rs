@@ -60,31 +60,35 @@ pub(super) fn agent_never_starts(
 
 /// Boots a kernel without IPv6.
 pub(super) fn ipv6_absent(
-    _: &Testbed<'_>,
+    bed: &Testbed<'_>,
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    ipv4_alone(pair, "ipv6.disable=1", promises)
+    ipv4_alone(bed, pair, "ipv6.disable=1", promises)
 }
 
 /// Boots a host whose operator disabled IPv6.
 pub(super) fn ipv6_disabled(
-    _: &Testbed<'_>,
+    bed: &Testbed<'_>,
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
     ipv4_alone(
+        bed,
         pair,
         "sysctl.net.ipv6.conf.all.disable_ipv6=1 sysctl.net.ipv6.conf.default.disable_ipv6=1",
         promises,
     )
 }
 
-fn ipv4_alone(pair: &mut Pair, arguments: &str, promises: &mut Promises) -> anyhow::Result<()> {
-    pair.cp.start("")?;
-    pair.worker.start(arguments)?;
-    pair.cp.await_runner()?;
-    pair.worker.await_runner()?;
+fn ipv4_alone(
+    bed: &Testbed<'_>,
+    pair: &mut Pair,
+    arguments: &str,
+    promises: &mut Promises,
+) -> anyhow::Result<()> {
+    pair.resume_control_plane(bed)?;
+    pair.worker.boot(arguments)?;
     holds(&mut pair.worker, "towline wait --timeout 40", "the mesh comes up")?;
     let cp = overlay_addresses(&mut pair.cp)?;
     let ping = format!("ping -n -c 3 -i 0.3 -W 5 {}", cp.v4);

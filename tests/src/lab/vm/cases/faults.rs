@@ -4,23 +4,22 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
 
-use crate::lab::interrupt::wait_for;
 use crate::lab::report::Promises;
 use crate::lab::vm::machine::{CHANGE_LIMIT, Machine};
 use crate::lab::vm::pair::{Pair, Testbed};
 
 use super::{
-    MESH_UP, NO_NFTABLES, boot_mesh, boot_working, comes_back, has_no_nftables, holds,
-    nothing_in_clear, nothing_to_mesh_in_clear,
+    MESH_UP, NO_NFTABLES, comes_back, has_no_nftables, holds, nothing_in_clear,
+    nothing_to_mesh_in_clear, resume_mesh, resume_working,
 };
 
 /// Fills the disks of both machines, then boots both.
 pub(super) fn full_disk(
-    _: &Testbed<'_>,
+    bed: &Testbed<'_>,
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    pair.boot()?;
+    pair.resume(bed)?;
     for machine in [&mut pair.cp, &mut pair.worker] {
         // First the space that can be allocated at once, then the last blocks.
         machine.run_ok(
@@ -45,11 +44,11 @@ pub(super) fn full_disk(
 
 /// Reboots the worker in order while the control plane runs.
 pub(super) fn reboot(
-    _: &Testbed<'_>,
+    bed: &Testbed<'_>,
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    boot_working(pair)?;
+    resume_working(bed, pair)?;
     pair.worker.shut_down()?;
     pair.worker.boot("")?;
     comes_back(pair, "during a reboot", promises)
@@ -57,11 +56,11 @@ pub(super) fn reboot(
 
 /// Cuts the worker's power while the mesh works, and again during the boot.
 pub(super) fn power_cut_worker(
-    _: &Testbed<'_>,
+    bed: &Testbed<'_>,
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    boot_working(pair)?;
+    resume_working(bed, pair)?;
     pair.worker.cut_power()?;
     pair.worker.boot("")?;
     // In the middle of the boot.
@@ -72,11 +71,11 @@ pub(super) fn power_cut_worker(
 
 /// Cuts the power of the controller's machine right after the controller acknowledged a write.
 pub(super) fn power_cut_control_plane(
-    _: &Testbed<'_>,
+    bed: &Testbed<'_>,
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    pair.boot()?;
+    pair.resume(bed)?;
     pair.ping()?;
     let tokens = "towline-controller token list -o json";
     let token = pair.cp.run_ok("towline-controller token create -o json")?;
@@ -99,11 +98,11 @@ const CUTS: usize = 3;
 
 /// Moves the mesh into etcd. Cuts the power of its machine each time right after the controller acknowledged a write.
 pub(super) fn power_cut_etcd(
-    _: &Testbed<'_>,
+    bed: &Testbed<'_>,
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    pair.cp.boot("")?;
+    pair.resume(bed)?;
     let tokens = "towline-controller token list -o json";
     pair.cp.run_until_ok(tokens, CHANGE_LIMIT)?;
     pair.cp.run_ok_for("systemctl enable --now etcd", CHANGE_LIMIT)?;
@@ -152,21 +151,23 @@ pub(super) fn control_plane_later(
 
 /// Shuts the worker down while it sends to the mesh.
 pub(super) fn shutdown(
-    _: &Testbed<'_>,
+    bed: &Testbed<'_>,
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    pair.worker.boot("")?;
-    holds(&mut pair.worker, "towline status", "the agent answers")?;
+    resume_mesh(bed, pair)?;
     // Stored on the disk, to be read after the shutdown.
     pair.worker.run_ok("mkdir -p /var/log/journal && journalctl --flush")?;
+    let begun = pair.worker.run_ok("date +%s")?;
     pair.network.reset();
     pair.worker.shut_down()?;
     nothing_in_clear(pair, "until the machine is off", promises);
     pair.worker.boot("")?;
-    let late = pair.worker.run(
-        "journalctl -b -1 --no-pager -o cat | grep -i towline | grep -iE 'timed out|killing|failed'",
-    )?;
+    let late = pair.worker.run(&format!(
+        "journalctl -b -1 --since=@{} --no-pager -o cat | grep -i towline | \
+         grep -iE 'timed out|killing|failed'",
+        begun.trim()
+    ))?;
     promises.hold(late.stdout.trim().is_empty(), || {
         format!("the units stop by themselves: {}", late.stdout.trim())
     });
@@ -175,11 +176,11 @@ pub(super) fn shutdown(
 
 /// Boots a host whose `/usr` is read-only.
 pub(super) fn read_only_usr(
-    _: &Testbed<'_>,
+    bed: &Testbed<'_>,
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    pair.boot()?;
+    pair.resume(bed)?;
     pair.worker.write("/etc/fstab", "/usr /usr none rbind,ro 0 0\n")?;
     pair.worker.shut_down()?;
     pair.network.reset();
@@ -199,11 +200,12 @@ pub(super) fn read_only_usr(
 
 /// Restarts networkd, which removes foreign routes and rules when it starts.
 pub(super) fn networkd_restarts(
-    _: &Testbed<'_>,
+    bed: &Testbed<'_>,
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    while_networkd_restarts(pair, "")?;
+    resume_mesh(bed, pair)?;
+    while_networkd_restarts(pair)?;
     nothing_in_clear(pair, "while networkd restarted", promises);
     Ok(())
 }
@@ -212,22 +214,20 @@ pub(super) fn networkd_restarts(
 /// address as source in the moment in which the uplink has no address: the kernel chooses the
 /// source, and no routing rule sees what it chose.
 pub(super) fn networkd_restarts_without_nftables(
-    _: &Testbed<'_>,
+    bed: &Testbed<'_>,
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    while_networkd_restarts(pair, NO_NFTABLES)?;
+    pair.resume_control_plane(bed)?;
+    pair.worker.boot(NO_NFTABLES)?;
+    holds(&mut pair.worker, MESH_UP, "the mesh comes up")?;
+    while_networkd_restarts(pair)?;
     has_no_nftables(pair, promises)?;
     nothing_to_mesh_in_clear(pair, "while networkd restarted", promises);
     Ok(())
 }
 
-fn while_networkd_restarts(pair: &mut Pair, arguments: &str) -> anyhow::Result<()> {
-    pair.cp.start("")?;
-    pair.worker.start(arguments)?;
-    pair.cp.await_runner()?;
-    pair.worker.await_runner()?;
-    holds(&mut pair.worker, MESH_UP, "the mesh comes up")?;
+fn while_networkd_restarts(pair: &mut Pair) -> anyhow::Result<()> {
     for command in ["systemctl restart systemd-networkd", "networkctl reconfigure eth0"] {
         pair.worker.run_ok(command)?;
         pair.ping().with_context(|| format!("after `{command}`"))?;
@@ -258,24 +258,28 @@ pub(super) fn controller_away(
 
 /// Stops the agent's process with SIGSTOP, as if it hung.
 pub(super) fn watchdog(
-    _: &Testbed<'_>,
+    bed: &Testbed<'_>,
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    boot_mesh(pair)?;
+    resume_mesh(bed, pair)?;
     let before = main_pid(&mut pair.worker)?;
     pair.network.reset();
     pair.worker.run_ok("systemctl kill --kill-whom=main --signal=STOP towline.service")?;
-    let restarted = wait_for("restart of an agent that hangs", CHANGE_LIMIT, || {
-        let now = main_pid(&mut pair.worker)?;
-        Ok((now != before && now != "0").then_some(()))
-    });
-    promises.hold(restarted.is_ok(), || "the watchdog restarts an agent that hangs".to_owned());
+    let restarted = pair.worker.run_until_ok(
+        &format!("pid=$({MAIN_PID}); test $pid != 0 && test $pid != {before}"),
+        CHANGE_LIMIT,
+    )?;
+    promises
+        .hold(restarted.is_success(), || "the watchdog restarts an agent that hangs".to_owned());
     comes_back(pair, "while the agent hung", promises)
 }
 
+/// Command that prints the process id of the agent, or 0.
+const MAIN_PID: &str = "systemctl show --property=MainPID --value towline.service";
+
 fn main_pid(machine: &mut Machine) -> anyhow::Result<String> {
-    let shown = machine.run_ok("systemctl show --property=MainPID --value towline.service")?;
+    let shown = machine.run_ok(MAIN_PID)?;
     Ok(shown.trim().to_owned())
 }
 
@@ -286,11 +290,11 @@ const SUSPENDED: Duration = Duration::from_secs(60);
 /// Suspends the worker from outside, as a hypervisor does. An emulated machine that suspends itself
 /// (`/sys/power/state`) is not woken by its clock, so that is not tried.
 pub(super) fn suspend(
-    _: &Testbed<'_>,
+    bed: &Testbed<'_>,
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    boot_working(pair)?;
+    resume_working(bed, pair)?;
     pair.worker.pause(SUSPENDED)?;
     comes_back(pair, "while the worker was suspended", promises)
 }

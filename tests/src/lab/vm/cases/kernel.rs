@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use crate::lab::report::Promises;
 use crate::lab::vm::pair::{Pair, Testbed, overlay_addresses};
 
-use super::{MESH_UP, boot_mesh, holds, nothing_in_clear};
+use super::{MESH_UP, holds, nothing_in_clear, resume_mesh};
 
 /// Offloads that are active on each kernel; `docs/kernels.md` has the same table.
 pub(super) const FEATURES: [(&str, [&str; 5]); 4] = [
@@ -22,7 +22,7 @@ pub(super) fn features(
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    pair.worker.boot("")?;
+    pair.resume(bed)?;
     holds(&mut pair.worker, "towline status", "the agent answers")?;
     let status = pair.worker.run_ok("towline status -o json")?;
     let status: serde_json::Value = serde_json::from_str(&status)?;
@@ -52,11 +52,11 @@ pub(super) fn features(
 
 /// Creates VXLAN and Geneve tunnels between the nodes' mesh addresses, as CNIs do.
 pub(super) fn tunnels(
-    _: &Testbed<'_>,
+    bed: &Testbed<'_>,
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    pair.boot()?;
+    pair.resume(bed)?;
     for machine in [&mut pair.cp, &mut pair.worker] {
         holds(machine, MESH_UP, "the mesh comes up")?;
     }
@@ -86,11 +86,11 @@ pub(super) fn tunnels(
 /// Uses the kernel's WireGuard on the control plane's machine as a static peer of the worker, with
 /// a preshared key, with each of the worker's engines; each time it moves to another port.
 pub(super) fn wireguard_peer(
-    _: &Testbed<'_>,
+    bed: &Testbed<'_>,
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    boot_mesh(pair)?;
+    resume_mesh(bed, pair)?;
     let ours = pair.worker.run_ok("towline pubkey")?.trim().to_owned();
     let psk = pair.cp.run_ok("wg genpsk")?.trim().to_owned();
     let theirs = pair.cp.run_ok("umask 77; wg genkey >/run/wg.key; wg pubkey </run/wg.key")?;

@@ -5,7 +5,7 @@ use crate::lab::report::Promises;
 use crate::lab::vm::machine::CHANGE_LIMIT;
 use crate::lab::vm::pair::{Pair, Testbed, overlay_addresses};
 
-use super::{MESH_UP, boot_mesh, comes_back, holds, nothing_in_clear, watch};
+use super::{MESH_UP, comes_back, holds, nothing_in_clear, resume_mesh, watch};
 
 /// Turns two machines without Towline into a mesh.
 pub(super) fn smoke(
@@ -30,11 +30,11 @@ pub(super) fn smoke(
 
 /// Runs `towline down`, a reboot and `towline up`.
 pub(super) fn down_up(
-    _: &Testbed<'_>,
+    bed: &Testbed<'_>,
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    boot_mesh(pair)?;
+    resume_mesh(bed, pair)?;
     let down = pair.worker.run("towline down")?;
     promises.hold(down.is_success(), || format!("`towline down` exits with 0: {down}"));
     is_open(pair, "after down", promises)?;
@@ -68,11 +68,11 @@ fn is_open(pair: &mut Pair, when: &str, promises: &mut Promises) -> anyhow::Resu
 
 /// Runs `towline leave`, then a reboot.
 pub(super) fn leave(
-    _: &Testbed<'_>,
+    bed: &Testbed<'_>,
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    boot_mesh(pair)?;
+    resume_mesh(bed, pair)?;
     let left = pair.worker.run("towline leave")?;
     promises.hold(left.is_success(), || format!("`towline leave` exits with 0: {left}"));
     let nodes = pair.cp.run_ok("towline-controller node list -o json")?;
@@ -102,11 +102,11 @@ pub(super) fn leave(
 /// Starts a stand-in for the kubelet that takes arguments as kubeadm passes them, with some of the
 /// operator's own.
 pub(super) fn kubelet(
-    _: &Testbed<'_>,
+    bed: &Testbed<'_>,
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    pair.boot()?;
+    pair.resume(bed)?;
     pair.worker.write(
         "/etc/systemd/system/kubelet.service",
         "[Service]\nEnvironmentFile=-/etc/default/kubelet\n\
@@ -138,7 +138,7 @@ pub(super) fn reinstall(
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    boot_mesh(pair)?;
+    resume_mesh(bed, pair)?;
     pair.worker.run_ok_for(&bed.software.install_command(), CHANGE_LIMIT)?;
     pair.worker.run_ok_for("systemctl restart towline.service", CHANGE_LIMIT)?;
     comes_back(pair, "while the package was replaced", promises)
@@ -151,7 +151,7 @@ pub(super) fn downgrade(
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    boot_mesh(pair)?;
+    resume_mesh(bed, pair)?;
     let older = format!(
         "set -e; cd /var/tmp; {}; dpkg-deb --raw-extract towline.deb older; \
          sed -i 's/^Version: .*/Version: 0.0.1/' older/DEBIAN/control; \
@@ -173,11 +173,11 @@ pub(super) fn downgrade(
 
 /// Checks the units with `systemd-analyze`.
 pub(super) fn hardening(
-    _: &Testbed<'_>,
+    bed: &Testbed<'_>,
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    pair.boot()?;
+    pair.resume(bed)?;
     overlay_addresses(&mut pair.cp)?;
     let verified = pair.cp.run(
         "cd /usr/lib/systemd/system && systemd-analyze verify --man=no towline*.service \

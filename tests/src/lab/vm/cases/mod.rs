@@ -1,8 +1,9 @@
-//! The test cases: each boots machines, causes a fault or a change, and records the promises that
-//! did not hold.
+//! The test cases: each switches machines on, causes a fault or a change, and records the promises
+//! that did not hold.
 //!
 //! A case is a function and an entry of [`CASES`]. It gets two machines that are off, and acts in
-//! them only through commands.
+//! them only through commands. What a case says of boots is shown by boots; a case that needs a
+//! working mesh first gets it from a snapshot ([`Pair::resume`]).
 
 mod boot;
 mod faults;
@@ -16,7 +17,7 @@ use anyhow::ensure;
 
 use super::kernel::{DEFAULT, RELEASES, Release};
 use super::machine::{CHANGE_LIMIT, Machine};
-use super::pair::{Pair, Testbed};
+use super::pair::{MESH_UP, Pair, Testbed};
 use super::witness::Sent;
 use crate::lab::interrupt::sleep;
 use crate::lab::report::Promises;
@@ -51,8 +52,8 @@ pub enum Disks {
 /// Kernels on which a case runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kernels {
-    /// Only the default kernel, since the kernel does not matter.
-    Default,
+    /// Only the default kernel. The text says what the case depends on instead.
+    Default(&'static str),
     /// Every kernel in [`RELEASES`].
     All,
 }
@@ -61,11 +62,24 @@ impl Kernels {
     /// Returns the kernels, oldest first.
     pub fn releases(self) -> Vec<Release> {
         match self {
-            Self::Default => vec![DEFAULT],
+            Self::Default(_) => vec![DEFAULT],
             Self::All => RELEASES.to_vec(),
         }
     }
+
+    /// Returns what a case depends on that runs on only one kernel.
+    pub fn reason(self) -> Option<&'static str> {
+        match self {
+            Self::Default(reason) => Some(reason),
+            Self::All => None,
+        }
+    }
 }
+
+const UNITS: &str = "depends on systemd and the units";
+const PACKAGE: &str = "depends on the package's scripts";
+const STATE: &str = "depends on what the programs store and do";
+const HOST: &str = "depends on the programs that configure the host's network";
 
 /// All cases, in the order in which they run.
 pub const CASES: &[Case] = &[
@@ -96,7 +110,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "agent-never-starts",
         about: "only the guard, on a kernel without nftables, while networkd starts and restarts",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(HOST),
         is_quick: true,
         disks: Disks::Joined,
         run: boot::agent_never_starts,
@@ -104,7 +118,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "ipv6-absent",
         about: "ipv6.disable=1: the IPv4 mesh works, nothing in clear",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(STATE),
         is_quick: true,
         disks: Disks::Joined,
         run: boot::ipv6_absent,
@@ -112,7 +126,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "ipv6-disabled",
         about: "disable_ipv6=1: the IPv4 mesh works and no problem is reported, nothing in clear",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(STATE),
         is_quick: false,
         disks: Disks::Joined,
         run: boot::ipv6_disabled,
@@ -120,7 +134,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "read-only-root",
         about: "root and /var read-only, as after a disk error: the guard holds",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(STATE),
         is_quick: true,
         disks: Disks::Joined,
         run: boot::read_only_root,
@@ -128,7 +142,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "full-disk",
         about: "a full disk: agent and controller start, traffic flows",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(STATE),
         is_quick: false,
         disks: Disks::Joined,
         run: faults::full_disk,
@@ -136,7 +150,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "down-up",
         about: "down exits with 0, and lasts over a reboot until up",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(UNITS),
         is_quick: true,
         disks: Disks::Joined,
         run: lifecycle::down_up,
@@ -144,7 +158,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "leave",
         about: "leave exits with 0, disables the units, and the next boot is quiet",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(UNITS),
         is_quick: false,
         disks: Disks::Joined,
         run: lifecycle::leave,
@@ -160,7 +174,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "power-cut-worker",
         about: "the worker loses power while it works: the mesh comes back",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(STATE),
         is_quick: false,
         disks: Disks::Joined,
         run: faults::power_cut_worker,
@@ -168,7 +182,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "power-cut-control-plane",
         about: "controller and control plane lose power right after a token was created: it survives",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(STATE),
         is_quick: false,
         disks: Disks::Joined,
         run: faults::power_cut_control_plane,
@@ -176,7 +190,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "power-cut-etcd",
         about: "etcd and the controller lose power right after tokens were created: they survive",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(STATE),
         is_quick: false,
         disks: Disks::Joined,
         run: faults::power_cut_etcd,
@@ -184,7 +198,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "controller-away",
         about: "boot with the controller stopped: both nodes reach each other with the cached map",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(STATE),
         is_quick: false,
         disks: Disks::Joined,
         run: faults::controller_away,
@@ -192,7 +206,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "watchdog",
         about: "an agent that hangs is restarted, and nothing leaves in clear in the meantime",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(UNITS),
         is_quick: false,
         disks: Disks::Joined,
         run: faults::watchdog,
@@ -200,7 +214,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "hardening",
         about: "systemd-analyze verify and security of the installed units",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(UNITS),
         is_quick: false,
         disks: Disks::Joined,
         run: lifecycle::hardening,
@@ -208,7 +222,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "clock-off",
         about: "the worker boots with its clock an hour behind, then an hour ahead",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(STATE),
         is_quick: false,
         disks: Disks::Joined,
         run: faults::clock_off,
@@ -216,7 +230,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "control-plane-later",
         about: "the worker boots without the control plane, and needs no restart when that comes up",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(STATE),
         is_quick: false,
         disks: Disks::Joined,
         run: faults::control_plane_later,
@@ -224,7 +238,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "shutdown",
         about: "an orderly shutdown: nothing in clear until the end, and no unit has to be killed",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(UNITS),
         is_quick: false,
         disks: Disks::Joined,
         run: faults::shutdown,
@@ -232,7 +246,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "read-only-usr",
         about: "a read-only /usr, and a second join --install on it",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(STATE),
         is_quick: false,
         disks: Disks::Joined,
         run: faults::read_only_usr,
@@ -240,7 +254,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "networkd-restarts",
         about: "networkd restarts while the mesh works: nothing in clear",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(HOST),
         is_quick: false,
         disks: Disks::Joined,
         run: faults::networkd_restarts,
@@ -248,7 +262,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "networkd-restarts-without-nftables",
         about: "networkd restarts while the mesh works, without nftables: nothing in clear",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(HOST),
         is_quick: false,
         disks: Disks::Joined,
         run: faults::networkd_restarts_without_nftables,
@@ -256,7 +270,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "kubelet-arguments",
         about: "the kubelet's drop-in keeps the operator's own arguments",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(UNITS),
         is_quick: false,
         disks: Disks::Joined,
         run: lifecycle::kubelet,
@@ -264,7 +278,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "reinstall",
         about: "the package is replaced while the mesh works",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(PACKAGE),
         is_quick: false,
         disks: Disks::Joined,
         run: lifecycle::reinstall,
@@ -272,7 +286,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "dhcp-lease-changes",
         about: "an address by DHCP, and another lease while the mesh works",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(HOST),
         is_quick: false,
         disks: Disks::Joined,
         run: networks::dhcp_lease_changes,
@@ -280,7 +294,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "network-manager",
         about: "NetworkManager configures the network, and restarts",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(HOST),
         is_quick: false,
         disks: Disks::Joined,
         run: networks::network_manager,
@@ -288,7 +302,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "netplan",
         about: "netplan configures the network, and applies it again",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(HOST),
         is_quick: false,
         disks: Disks::Joined,
         run: networks::netplan,
@@ -296,7 +310,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "bond",
         about: "the uplink is a bond, which goes down and comes up",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(HOST),
         is_quick: false,
         disks: Disks::Joined,
         run: networks::bond,
@@ -304,7 +318,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "vlan",
         about: "the uplink is a VLAN",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(HOST),
         is_quick: false,
         disks: Disks::Joined,
         run: networks::vlan,
@@ -312,7 +326,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "dummy-and-ipvlan",
         about: "a dummy and an ipvlan link come and go",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(HOST),
         is_quick: false,
         disks: Disks::Joined,
         run: networks::dummy_and_ipvlan,
@@ -320,7 +334,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "vrf",
         about: "a VRF with a default route: nothing of the mesh leaves by it in clear",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(HOST),
         is_quick: false,
         disks: Disks::Joined,
         run: networks::vrf,
@@ -328,7 +342,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "ufw",
         about: "ufw denies what comes in, is reloaded, and starts at the next boot",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(HOST),
         is_quick: false,
         disks: Disks::Joined,
         run: networks::ufw,
@@ -336,7 +350,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "firewalld",
         about: "firewalld starts while the mesh works, and is reloaded",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(HOST),
         is_quick: false,
         disks: Disks::Joined,
         run: networks::firewalld,
@@ -344,7 +358,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "docker-rules",
         about: "Docker's rules deny forwarding: the mesh works, nothing in clear",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(HOST),
         is_quick: false,
         disks: Disks::Joined,
         run: networks::docker_rules,
@@ -352,7 +366,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "downgrade",
         about: "an older package replaces the newer one, and the newer one that again",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(PACKAGE),
         is_quick: false,
         disks: Disks::Joined,
         run: lifecycle::downgrade,
@@ -360,7 +374,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "suspend",
         about: "the worker is suspended for a minute: the mesh comes back",
-        kernels: Kernels::Default,
+        kernels: Kernels::Default(STATE),
         is_quick: false,
         disks: Disks::Joined,
         run: faults::suspend,
@@ -393,8 +407,6 @@ pub const CASES: &[Case] = &[
 
 /// Kernel argument that prevents nftables from being loaded.
 const NO_NFTABLES: &str = "modprobe.blacklist=nf_tables";
-/// Command that exits with 0 once the machine is ready and a peer is up.
-const MESH_UP: &str = "towline wait --timeout 40 && towline peers -o json | grep -q '\"up\"'";
 /// Time for which a machine is watched for clear packets once it is in a state.
 const WINDOW: Duration = Duration::from_secs(5);
 
@@ -428,15 +440,16 @@ fn has_no_nftables(pair: &mut Pair, promises: &mut Promises) -> anyhow::Result<(
     Ok(())
 }
 
-/// Boots both machines and waits until the worker's mesh is up.
-fn boot_mesh(pair: &mut Pair) -> anyhow::Result<()> {
-    pair.boot()?;
+/// Switches both machines on ([`Pair::resume`]) and waits until the worker's mesh is up.
+fn resume_mesh(bed: &Testbed<'_>, pair: &mut Pair) -> anyhow::Result<()> {
+    pair.resume(bed)?;
     holds(&mut pair.worker, MESH_UP, "the mesh comes up")
 }
 
-/// Boots both machines, checks that they reach each other, and counts packets from then on.
-fn boot_working(pair: &mut Pair) -> anyhow::Result<()> {
-    pair.boot()?;
+/// Switches both machines on ([`Pair::resume`]), checks that they reach each other, and counts
+/// packets from then on.
+fn resume_working(bed: &Testbed<'_>, pair: &mut Pair) -> anyhow::Result<()> {
+    pair.resume(bed)?;
     pair.ping()?;
     pair.network.reset();
     Ok(())

@@ -5,18 +5,19 @@ use crate::lab::vm::machine::{CHANGE_LIMIT, Machine};
 use crate::lab::vm::network::{GATEWAY_V4, GATEWAY_V6};
 use crate::lab::vm::pair::{Pair, Testbed, UNOWNED_V4, overlay_addresses};
 
-use super::{MESH_UP, boot_mesh, boot_working, comes_back, holds, nothing_in_clear};
+use super::{MESH_UP, comes_back, holds, nothing_in_clear, resume_working};
 
 /// networkd's file that gives `eth0` its addresses, as the lab wrote it.
 const ETH0: &str = "/etc/systemd/network/10-eth0.network";
 
 /// Boots the worker with another configuration of its network, and checks that the mesh works.
 fn boot_reconfigured(
+    bed: &Testbed<'_>,
     pair: &mut Pair,
     command: &str,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    pair.boot()?;
+    pair.resume(bed)?;
     reboot_reconfigured(pair, command, promises)
 }
 
@@ -46,7 +47,7 @@ fn survives(pair: &mut Pair, command: &str, promises: &mut Promises) -> anyhow::
 
 /// Gives the worker another lease while the mesh works: the control plane is the DHCP server.
 pub(super) fn dhcp_lease_changes(
-    _: &Testbed<'_>,
+    bed: &Testbed<'_>,
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
@@ -57,7 +58,7 @@ pub(super) fn dhcp_lease_changes(
              EmitDNS=no\\nEmitNTP=no\\nEmitRouter=yes\\nRouter={GATEWAY_V4}\\n' >>{ETH0}"
         )
     };
-    pair.boot()?;
+    pair.resume(bed)?;
     configure(&mut pair.cp, &server(100))?;
     holds(&mut pair.cp, "networkctl reload", "networkd accepts commands")?;
     let client = format!(
@@ -78,12 +79,13 @@ pub(super) fn dhcp_lease_changes(
 
 /// Lets NetworkManager configure the worker's network.
 pub(super) fn network_manager(
-    _: &Testbed<'_>,
+    bed: &Testbed<'_>,
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
     let profile = "/etc/NetworkManager/system-connections/eth0.nmconnection";
     boot_reconfigured(
+        bed,
         pair,
         &format!(
             "rm {ETH0}; systemctl disable systemd-networkd.service systemd-networkd.socket; \
@@ -100,11 +102,12 @@ pub(super) fn network_manager(
 
 /// Lets netplan write networkd's configuration.
 pub(super) fn netplan(
-    _: &Testbed<'_>,
+    bed: &Testbed<'_>,
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
     boot_reconfigured(
+        bed,
         pair,
         &format!(
             "rm {ETH0}; umask 77; printf 'network:\\n  version: 2\\n  ethernets:\\n    eth0:\\n      \
@@ -119,11 +122,12 @@ pub(super) fn netplan(
 
 /// Puts the worker's card into a bond.
 pub(super) fn bond(
-    _: &Testbed<'_>,
+    bed: &Testbed<'_>,
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
     boot_reconfigured(
+        bed,
         pair,
         &format!(
             "cd /etc/systemd/network; sed 's/^Name=eth0/Name=bond0/' {ETH0} >20-bond0.network; \
@@ -138,11 +142,11 @@ pub(super) fn bond(
 
 /// Tags the frames of both machines with a VLAN.
 pub(super) fn vlan(
-    _: &Testbed<'_>,
+    bed: &Testbed<'_>,
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    pair.boot()?;
+    pair.resume(bed)?;
     // The addresses of the card move to the VLAN.
     let tagged = format!(
         "cd /etc/systemd/network; sed 's/^Name=eth0/Name=eth0.5/' {ETH0} >20-vlan.network; \
@@ -154,17 +158,17 @@ pub(super) fn vlan(
     }
     pair.shut_down()?;
     pair.network.reset();
-    boot_mesh(pair)?;
+    pair.boot()?;
     comes_back(pair, "over a VLAN", promises)
 }
 
 /// Gives the worker links that are no uplinks: a dummy with an address, and an ipvlan link.
 pub(super) fn dummy_and_ipvlan(
-    _: &Testbed<'_>,
+    bed: &Testbed<'_>,
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    boot_working(pair)?;
+    resume_working(bed, pair)?;
     survives(
         pair,
         "ip link add dummy0 type dummy && ip address add 192.0.2.77/32 dev dummy0 && \
@@ -177,8 +181,12 @@ pub(super) fn dummy_and_ipvlan(
 
 /// Adds a VRF with a default route by the uplink, and sends to the mesh out of it: the VRF's table
 /// is looked up before the rules that lead into the tunnel.
-pub(super) fn vrf(_: &Testbed<'_>, pair: &mut Pair, promises: &mut Promises) -> anyhow::Result<()> {
-    boot_working(pair)?;
+pub(super) fn vrf(
+    bed: &Testbed<'_>,
+    pair: &mut Pair,
+    promises: &mut Promises,
+) -> anyhow::Result<()> {
+    resume_working(bed, pair)?;
     survives(
         pair,
         &format!(
@@ -198,8 +206,12 @@ pub(super) fn vrf(_: &Testbed<'_>, pair: &mut Pair, promises: &mut Promises) -> 
 }
 
 /// Denies everything inward with ufw, except the agent's port.
-pub(super) fn ufw(_: &Testbed<'_>, pair: &mut Pair, promises: &mut Promises) -> anyhow::Result<()> {
-    boot_working(pair)?;
+pub(super) fn ufw(
+    bed: &Testbed<'_>,
+    pair: &mut Pair,
+    promises: &mut Promises,
+) -> anyhow::Result<()> {
+    resume_working(bed, pair)?;
     survives(
         pair,
         "ufw default deny incoming && ufw allow 51830/udp && ufw --force enable && \
@@ -215,11 +227,11 @@ pub(super) fn ufw(_: &Testbed<'_>, pair: &mut Pair, promises: &mut Promises) -> 
 
 /// Starts firewalld, whose default zone refuses most of what comes in, and reloads it.
 pub(super) fn firewalld(
-    _: &Testbed<'_>,
+    bed: &Testbed<'_>,
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    boot_working(pair)?;
+    resume_working(bed, pair)?;
     survives(pair, "systemctl start firewalld && firewall-cmd --state", promises)?;
     survives(pair, "firewall-cmd --reload", promises)
 }
@@ -227,11 +239,11 @@ pub(super) fn firewalld(
 /// Sets Docker's rules: forwarding is denied by a policy, but for what a container sends, which gets
 /// the address of the link that it leaves by.
 pub(super) fn docker_rules(
-    _: &Testbed<'_>,
+    bed: &Testbed<'_>,
     pair: &mut Pair,
     promises: &mut Promises,
 ) -> anyhow::Result<()> {
-    boot_working(pair)?;
+    resume_working(bed, pair)?;
     survives(
         pair,
         "for t in iptables ip6tables; do $t -P FORWARD DROP && $t -N DOCKER-USER && \

@@ -1,22 +1,28 @@
 //! A control plane with a controller, and a worker: two machines that form a mesh.
 
+mod snapshot;
+
+use std::fs;
 use std::net::{IpAddr, Ipv6Addr};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, bail};
 use ipnet::IpNet;
 use serde::Deserialize;
 
-use super::accelerator::Accelerator;
-use super::cache::{Cache, copy_sparse};
-use super::image::Image;
-use super::kernel::Kernel;
-use super::machine::{CHANGE_LIMIT, Machine, Parts};
-use super::network::{GATEWAY_V4, GATEWAY_V6, Network};
-use super::software::Software;
-use super::witness::{MESH_LABEL, PLAIN_LABEL, Sent};
 use crate::lab::output::ProgressOutput;
+use crate::lab::vm::accelerator::Accelerator;
+use crate::lab::vm::cache::Cache;
+use crate::lab::vm::disk::{Layers, link};
+use crate::lab::vm::image::Image;
+use crate::lab::vm::kernel::Kernel;
+use crate::lab::vm::machine::{CHANGE_LIMIT, Machine, Parts};
+use crate::lab::vm::network::{GATEWAY_V4, GATEWAY_V6, Network};
+use crate::lab::vm::software::Software;
+use crate::lab::vm::witness::{MESH_LABEL, PLAIN_LABEL, Sent};
+
+pub use snapshot::Unusable;
 
 /// Two machines on one network.
 #[derive(Debug)]
@@ -27,6 +33,8 @@ pub struct Pair {
     pub worker: Machine,
     /// The network between them. It is dropped after the machines.
     pub network: Network,
+    /// Why machines were booted that should have been restored.
+    restore_error: Option<String>,
 }
 
 /// Addresses of a node in the mesh.
@@ -51,10 +59,23 @@ pub struct Testbed<'a> {
     pub kernel: Kernel,
     /// Accelerator that QEMU uses.
     pub accelerator: Accelerator,
+    /// Snapshots of running pairs that this run cannot use.
+    pub unusable: &'a Unusable,
     /// Progress output.
     pub output: &'a ProgressOutput,
     /// Directory of this case's machines.
     pub directory: &'a Path,
+}
+
+/// The disks of two machines that form a mesh.
+#[derive(Debug)]
+struct JoinedDisks {
+    /// Disk of the control plane.
+    cp: Layers,
+    /// Disk of the worker.
+    worker: Layers,
+    /// Text that is another one for each join.
+    id: String,
 }
 
 /// Lifetime of the cached disks with joined nodes: long enough for a run of tests, and shorter than
@@ -62,7 +83,7 @@ pub struct Testbed<'a> {
 const PAIR_LIFETIME: Duration = Duration::from_secs(6 * 3600);
 /// Version of the join steps, as a part of the cache's key. Increase it when they produce other
 /// disks.
-const RECIPE: &str = "2";
+const RECIPE: &str = "3";
 const CONTROLLER_ADDRESS: &str = "203.0.113.10:7443";
 const OVERLAY_V4: &str = "198.19.0.0/16";
 const OVERLAY_V6: &str = "fd12:3456:789a:1::/64";
@@ -70,6 +91,8 @@ const OVERLAY_V6: &str = "fd12:3456:789a:1::/64";
 pub const UNOWNED_V4: &str = "198.19.255.250";
 /// IPv6 address of the mesh that no node owns.
 const UNOWNED_V6: &str = "fd12:3456:789a:1:ffff::250";
+/// Command that exits with 0 once the machine is ready and a peer is up.
+pub const MESH_UP: &str = "towline wait --timeout 40 && towline peers -o json | grep -q '\"up\"'";
 const JOIN_LIMIT: Duration = Duration::from_secs(400);
 
 /// Returns the networks of the mesh, to which nothing may leave a machine in clear.
@@ -80,12 +103,20 @@ pub fn mesh_ranges() -> Vec<IpNet> {
 impl Testbed<'_> {
     /// Creates two machines without Towline, switched off.
     pub fn blank(&self) -> anyhow::Result<Pair> {
-        self.pair(&self.image.disk, &self.image.disk)
+        let image = Layers::raw(&self.image.disk);
+        self.pair(&image, &image)
     }
 
     /// Creates two machines, switched off, with the disks of a control plane and of a worker that
     /// joined its mesh.
     pub fn joined(&self) -> anyhow::Result<Pair> {
+        let disks = self.joined_disks()?;
+        self.pair(&disks.cp, &disks.worker)
+    }
+
+    /// Returns the disks of a control plane and of a worker that joined its mesh, and were shut
+    /// down.
+    fn joined_disks(&self) -> anyhow::Result<JoinedDisks> {
         let image = self.image.disk.display().to_string();
         let made_from = [RECIPE.as_bytes(), image.as_bytes(), self.software.bytes()];
         let place = self.cache.entry("pair", &made_from, Some(PAIR_LIFETIME), |place| {
@@ -94,28 +125,41 @@ impl Testbed<'_> {
             let mut pair = self.blank()?;
             pair.join(self).inspect_err(|_| pair.keep_evidence(self, "pair"))?;
             pair.shut_down()?;
-            copy_sparse(&pair.cp.disk(), &place.join("cp"))?;
-            copy_sparse(&pair.worker.disk(), &place.join("worker"))
+            link(pair.cp.disk(), &place.join("cp"))?;
+            link(pair.worker.disk(), &place.join("worker"))?;
+            let made = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
+            Ok(fs::write(place.join("made"), made.as_nanos().to_string())?)
         })?;
-        self.pair(&place.join("cp"), &place.join("worker"))
+        let image = Layers::raw(&self.image.disk);
+        Ok(JoinedDisks {
+            cp: image.with(place.join("cp")),
+            worker: image.with(place.join("worker")),
+            id: format!("{} {}", place.display(), fs::read_to_string(place.join("made"))?),
+        })
     }
 
-    fn pair(&self, cp: &Path, worker: &Path) -> anyhow::Result<Pair> {
+    /// Creates two machines, switched off, with these disks.
+    fn pair(&self, cp: &Layers, worker: &Layers) -> anyhow::Result<Pair> {
         let directory = tempfile::Builder::new().prefix("pair-").tempdir_in(self.directory)?.keep();
         let network = Network::new(&directory, 2, &mesh_ranges())?;
         let medium = self.software.medium(&directory)?;
-        let machine = |name, disk, port| {
+        let machine = |name, layers, port| {
             let parts = Parts {
                 name,
                 directory: &directory,
-                disk,
+                layers,
                 medium: &medium,
                 kernel: &self.kernel,
                 accelerator: self.accelerator,
             };
             Machine::new(parts, network.port(port))
         };
-        Ok(Pair { cp: machine("cp", cp, 0)?, worker: machine("worker", worker, 1)?, network })
+        Ok(Pair {
+            cp: machine("cp", cp, 0)?,
+            worker: machine("worker", worker, 1)?,
+            network,
+            restore_error: None,
+        })
     }
 }
 
