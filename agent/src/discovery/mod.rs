@@ -54,6 +54,8 @@ const LEAVE_ANSWER: Duration = Duration::from_secs(30);
 const PUBLISH_INTERVAL: Duration = Duration::from_secs(2);
 /// Delay after which a refused record is published again.
 const PUBLISH_RETRY: Duration = Duration::from_secs(30);
+/// Delay after which the certificate is renewed again if the controller could not do so.
+const RENEWAL_RETRY: Duration = Duration::from_secs(60);
 /// Number of missed heartbeats that end a session.
 const MISSED: u32 = 3;
 /// Number of different reasons that are logged once each. A controller that is away for days is news once,
@@ -443,9 +445,10 @@ impl Discovery {
                 }
                 () = sleep_until(save), if session.map_dirty => self.save_map(session).await,
                 () = &mut renewal => {
-                    self.renew(session.channel.clone()).await?;
+                    self.try_renew(session.channel.clone()).await?;
                     self.certificate_event().await?;
                     let next = until_renewal(&self.certificate, SystemTime::now());
+                    let next = next.max(RENEWAL_RETRY);
                     renewal.as_mut().reset(Instant::now() + next);
                 }
                 changed = self.configured.changed() => {

@@ -3,8 +3,9 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use rustls_pki_types::CertificateDer;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 use tokio_stream::wrappers::ReceiverStream;
@@ -14,6 +15,7 @@ use towline_proto::pb::discovery_client::DiscoveryClient;
 use towline_proto::pb::watch_response::Kind;
 use towline_proto::token::ControllerAddress;
 use towline_proto::{pb, refusal};
+use towline_service::certificate;
 
 use super::session::{Ended, Session, reflectors};
 use super::{Discovery, Event, renewal_due};
@@ -56,13 +58,27 @@ impl Discovery {
         Ok(())
     }
 
+    /// Renews the certificate. A controller that is cut off from its store refuses that: as long as the certificate is
+    /// valid, the session goes on without.
+    pub(super) async fn try_renew(&mut self, channel: Channel) -> Result<(), Ended> {
+        match self.renew(channel).await {
+            Err(Ended::Because(reason))
+                if may_wait(&reason, &self.certificate, SystemTime::now()) =>
+            {
+                tracing::info!(%reason, "certificate not renewed yet");
+                Ok(())
+            }
+            renewed => renewed,
+        }
+    }
+
     /// Dials, renews the certificate if that is due, and starts the watch.
     async fn try_open(&mut self, address: &ControllerAddress) -> Result<Session, Ended> {
         if renewal_due(&self.certificate, SystemTime::now()) {
             // The renewal has its own connection: an expired certificate is valid for the renewal
             // only.
             let connection = self.dial(address).await?;
-            self.renew(connection.channel).await?;
+            self.try_renew(connection.channel).await?;
         }
         let connection = self.dial(address).await?;
         let mut client = join::client(connection.channel.clone());
@@ -148,5 +164,33 @@ impl Discovery {
             connection = connection => connection,
             _ = configured.changed() => Err(NotConnected::OtherControllers.into()),
         }
+    }
+}
+
+/// Returns whether a certificate that was not renewed for this reason is good enough for now.
+fn may_wait(reason: &NotConnected, chain: &[CertificateDer<'_>], now: SystemTime) -> bool {
+    let NotConnected::Refused(status) = reason else { return false };
+    let Some((_, until)) = chain.first().and_then(|leaf| certificate::validity(leaf)) else {
+        return false;
+    };
+    let now = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    status.code() == tonic::Code::Unavailable && u64::try_from(until).is_ok_and(|end| now < end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_controller_that_cannot_renew_is_used_while_the_certificate_is_valid() {
+        let now = SystemTime::now();
+        // Valid until the year 4096.
+        let chain = [towline_fixtures::ca::Ca::new(1).certificate()];
+        let cut_off = NotConnected::Refused(tonic::Status::unavailable("cut off"));
+        assert!(may_wait(&cut_off, &chain, now));
+        assert!(!may_wait(&cut_off, &chain, UNIX_EPOCH + Duration::from_secs(100_000_000_000)));
+        assert!(!may_wait(&cut_off, &[], now));
+        let removed = NotConnected::Refused(tonic::Status::permission_denied("removed"));
+        assert!(!may_wait(&removed, &chain, now) && !may_wait(&NotConnected::Ended, &chain, now));
     }
 }

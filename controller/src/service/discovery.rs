@@ -191,6 +191,7 @@ impl Discovery for DiscoveryService {
         request: Request<pb::RenewRequest>,
     ) -> Result<Response<pb::RenewResponse>, Status> {
         let (node, _) = Caller::node(&request)?;
+        self.shared.require_news()?;
         self.shared.spend(&node, Work::Renew)?;
         let (key, public) = csr_key(&request.get_ref().csr).map_err(|error| error.status())?;
         if key != node.identity {
@@ -379,9 +380,13 @@ impl WireJoin {
 mod tests {
     use proptest::prelude::*;
     use prost::Message;
+    use rcgen::{CertificateParams, KeyPair, PKCS_ED25519};
+    use tonic::Code;
     use towline_proto::id::IdentityKey;
 
+    use super::watch::tests::{NODE, shared};
     use super::*;
+    use crate::service::auth::{CallerIdentity, CallingNode};
 
     proptest! {
         #[test]
@@ -405,6 +410,35 @@ mod tests {
                 let _ = signed::record(publish.record.as_ref(), &IdentityKey([1; 32]));
             }
         }
+    }
+
+    #[tokio::test]
+    async fn a_controller_that_is_cut_off_renews_no_certificate() {
+        let key = KeyPair::generate_for(&PKCS_ED25519).unwrap();
+        let csr = CertificateParams::default().serialize_request(&key).unwrap().der().to_vec();
+        let (identity, _) = csr_key(&csr).unwrap();
+        let (shared, _stop, isolate) = shared(identity);
+        let service = DiscoveryService::new(Arc::new(shared));
+        let renew = async || {
+            let name = "a".parse().unwrap();
+            let node = CallingNode { id: NODE, name, identity, expires_at: i64::MAX };
+            let address = Some(SocketAddr::from(([192, 0, 2, 1], 1000)));
+            let mut request = Request::new(pb::RenewRequest { csr: csr.clone() });
+            request
+                .extensions_mut()
+                .insert(Caller { address, identity: CallerIdentity::Node(node) });
+            service.renew(request).await
+        };
+        assert!(renew().await.is_ok());
+        isolate.send(Some(Duration::from_secs(60))).unwrap();
+        // Refusals spend nothing of the node's budget.
+        for _ in 0..100 {
+            let status = renew().await.unwrap_err();
+            assert_eq!(status.code(), Code::Unavailable, "{status}");
+            assert!(status.message().contains("use another one"), "{status}");
+        }
+        isolate.send(None).unwrap();
+        assert!(renew().await.is_ok());
     }
 
     #[test]

@@ -146,8 +146,17 @@ impl Shared {
 
     /// Refuses the watch of a node that another controller should serve, since this one is cut off.
     fn send_away(&self, node: NodeId) -> Result<(), Status> {
-        let is_cut_off = self.cut_off.borrow().is_some();
-        if self.sent_away.is_admitted(node, is_cut_off) { Ok(()) } else { Err(cut_off()) }
+        if self.sent_away.is_admitted(node, self.is_cut_off()) { Ok(()) } else { Err(cut_off()) }
+    }
+
+    /// Refuses what a node must not get if another controller removed it, which this one does not know while it is cut
+    /// off.
+    fn require_news(&self) -> Result<(), Status> {
+        if self.is_cut_off() { Err(cut_off()) } else { Ok(()) }
+    }
+
+    fn is_cut_off(&self) -> bool {
+        self.cut_off.borrow().is_some()
     }
 
     /// Spends one unit of a node's budget.

@@ -498,7 +498,7 @@ pub(super) async fn note_clone(
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::convert::Infallible;
 
     use bytes::{BufMut as _, Bytes, BytesMut};
@@ -524,7 +524,8 @@ mod tests {
     use crate::state_dir::StateDir;
     use crate::writer::Writer;
 
-    const NODE: NodeId = NodeId([1; 16]);
+    /// Id of the only node.
+    pub(crate) const NODE: NodeId = NodeId([1; 16]);
     const SESSION: SessionId = [2; 16];
 
     /// A watch of a mesh with one node, and both ends of it.
@@ -538,6 +539,47 @@ mod tests {
         opened: Instant,
     }
 
+    /// Sender of the time over which watches end.
+    type Ends = watch::Sender<Option<Duration>>;
+
+    /// Returns the state of a controller whose mesh has the node `a` with this identity, and what ends its watches: the
+    /// stop of the controller, and that it is cut off.
+    pub(crate) fn shared(identity: IdentityKey) -> (Shared, Ends, Ends) {
+        let root = tempfile::tempdir().unwrap();
+        let dir = StateDir::new(root.path());
+        let authority = Authority::load_or_create(&dir, true, 1_700_000_000).unwrap();
+        let proof_key = StaticSecret::from([1; 32]);
+        let (stop, stopping) = watch::channel(None);
+        let (isolate, cut_off) = watch::channel(None);
+        let shared = Shared {
+            authority: Arc::new(authority),
+            writer: Writer::ended(),
+            map: Arc::new(Map::new()),
+            view: Arc::default(),
+            sessions: Arc::new(Mutex::new(Sessions::new(HEARTBEAT))),
+            failed_joins: Mutex::new(SourceLimiter::new(FAILED_JOINS)),
+            proof_public: PublicKey::from(&proof_key),
+            proof_key,
+            advertise: Vec::new(),
+            budgets: Budgets::default(),
+            signals: Signals::default(),
+            summaries: Arc::default(),
+            events: Arc::new(Events::new(1)),
+            admin_revoked: Arc::default(),
+            head: Mutex::new(None),
+            admission: Arc::new(Admission::new()),
+            sent_away: SentAway::default(),
+            counters: Arc::default(),
+            reflector: None,
+            stopping,
+            cut_off,
+        };
+        let (name, entry) = ("a".parse().unwrap(), pb::Entry::default());
+        let node = MapChange::Node { revision: 1, id: NODE, name, identity, entry };
+        shared.map.apply(1, 1, vec![node]);
+        (shared, stop, isolate)
+    }
+
     impl Scene {
         fn new() -> Self {
             Self::with_certificate(i64::MAX)
@@ -545,41 +587,9 @@ mod tests {
 
         /// Opens a watch with a certificate that is valid until `expires_at`.
         fn with_certificate(expires_at: i64) -> Self {
-            let root = tempfile::tempdir().unwrap();
-            let dir = StateDir::new(root.path());
-            let authority = Authority::load_or_create(&dir, true, 1_700_000_000).unwrap();
-            let proof_key = StaticSecret::from([1; 32]);
-            let (stop, stopping) = watch::channel(None);
-            let (isolate, cut_off) = watch::channel(None);
-            let shared = Shared {
-                authority: Arc::new(authority),
-                writer: Writer::ended(),
-                map: Arc::new(Map::new()),
-                view: Arc::default(),
-                sessions: Arc::new(Mutex::new(Sessions::new(HEARTBEAT))),
-                failed_joins: Mutex::new(SourceLimiter::new(FAILED_JOINS)),
-                proof_public: PublicKey::from(&proof_key),
-                proof_key,
-                advertise: Vec::new(),
-                budgets: Budgets::default(),
-                signals: Signals::default(),
-                summaries: Arc::default(),
-                events: Arc::new(Events::new(1)),
-                admin_revoked: Arc::default(),
-                head: Mutex::new(None),
-                admission: Arc::new(Admission::new()),
-                sent_away: SentAway::default(),
-                counters: Arc::default(),
-                reflector: None,
-                stopping,
-                cut_off,
-            };
             let identity = IdentityKey([3; 32]);
+            let (shared, stop, isolate) = shared(identity);
             let name: NodeName = "a".parse().unwrap();
-            let entry = pb::Entry::default();
-            let node =
-                MapChange::Node { revision: 1, id: NODE, name: name.clone(), identity, entry };
-            shared.map.apply(1, 1, vec![node]);
             let now = clock::now();
             let address = SocketAddr::from(([192, 0, 2, 1], 1000));
             let session = Session::new(SESSION, vec![1], address, now);
