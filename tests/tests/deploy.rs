@@ -412,7 +412,13 @@ fn units_name_their_order_and_give_up_what_they_do_not_need() {
     let kubelet = read("systemd/kubelet.service.d/10-towline.conf");
     assert!(!kubelet.contains("/run/towline/"), "{kubelet}");
     let guard = read("systemd/towline-guard.service");
-    for line in ["Type=notify", "ExecStart=/usr/bin/towline guard --watch", "Restart=on-failure"] {
+    for line in [
+        "Type=notify",
+        "ExecStart=/usr/bin/towline guard --watch",
+        "Restart=on-failure",
+        // The network would begin without guards.
+        "TimeoutStartSec=infinity",
+    ] {
         assert!(guard.lines().any(|found| found == line), "{line}");
     }
     assert!(!guard.contains("ReadWritePaths"), "it only reads");

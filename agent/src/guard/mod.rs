@@ -22,7 +22,7 @@ use crate::daemon;
 use crate::down::DownMarker;
 use crate::join;
 use crate::state::{CachedPrefixes, Membership, StateDir, StateError};
-use crate::static_peers;
+use crate::static_peers::{self, PeerConfig};
 use crate::tun_owner;
 use towline_host::{CandidatePolicy, Changes, HostNetwork, Problem};
 
@@ -61,7 +61,7 @@ pub fn run(config: &Config) -> anyhow::Result<Guarded> {
         Err(reason) => return Ok(reason),
     };
     let mut network = HostNetwork::open().context("cannot open a netlink socket")?;
-    let plan = Prepared::read(config, &state, &mut network)?.plan;
+    let plan = Prepared::read(config, &state, &mut network, Extent::Whole)?.plan;
     let applied = network.apply(&plan).context("the guards are not installed")?;
     Ok(outcome(config, &plan, &applied))
 }
@@ -137,7 +137,8 @@ impl fmt::Display for Guarded {
 /// the disk.
 pub fn networks(config: &Config) -> anyhow::Result<Vec<IpNet>> {
     let mut network = HostNetwork::open().context("cannot open a netlink socket")?;
-    let prepared = Prepared::read(config, &StateDir::peek(&config.state_dir), &mut network)?;
+    let state = StateDir::peek(&config.state_dir);
+    let prepared = Prepared::read(config, &state, &mut network, Extent::Whole)?;
     Ok(prepared.plan.tunnelled().into_iter().collect())
 }
 
@@ -152,8 +153,28 @@ fn own_link(config: &Config) -> Option<String> {
     Some(format!("cannot give the link {link} to the agent's user: {error:#}"))
 }
 
+/// How much a plan is made from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Extent {
+    /// Everything that is stored, and the networks around this machine.
+    Whole,
+    /// The membership and the configuration, and of the rest what can be read: the mesh's own ranges and those of the
+    /// static peers, without the networks that nodes announced.
+    Ranges,
+}
+
+impl Extent {
+    /// Returns a part of what the plan is made from. The ranges are guarded without it, too.
+    fn part<T: Default, E>(self, read: Result<T, E>) -> Result<T, E> {
+        match (self, read) {
+            (Self::Ranges, Err(_)) => Ok(T::default()),
+            (Self::Whole | Self::Ranges, read) => read,
+        }
+    }
+}
+
 /// Networks around this machine, which the plan depends on.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 struct Surroundings {
     /// Networks to which the machine is connected.
     connected: BTreeSet<IpNet>,
@@ -184,15 +205,20 @@ struct Prepared {
 
 impl Prepared {
     /// Makes the plan from what is stored and from the networks around this machine.
-    fn read(config: &Config, state: &StateDir, network: &mut HostNetwork) -> anyhow::Result<Self> {
+    fn read(
+        config: &Config,
+        state: &StateDir,
+        network: &mut HostNetwork,
+        extent: Extent,
+    ) -> anyhow::Result<Self> {
         let membership = state.membership()?;
-        let cached = state.prefixes()?;
+        let cached = extent.part(state.prefixes())?;
         // The daemon leaves out the same networks.
         let mut excluded = cached.pods.clone();
         excluded.extend(membership.iter().flat_map(|membership| membership.mesh.overlays()));
         let policy = CandidatePolicy { own_link: config.link.name.clone(), excluded };
-        let surroundings = Surroundings::read(network, &policy)?;
-        let plan = plan(config, state, membership.as_ref(), cached, &surroundings)?;
+        let surroundings = extent.part(Surroundings::read(network, &policy))?;
+        let plan = plan(config, state, membership.as_ref(), cached, &surroundings, extent)?;
         Ok(Self { plan, surroundings, policy })
     }
 }
@@ -204,12 +230,17 @@ fn plan(
     membership: Option<&Membership>,
     cached: CachedPrefixes,
     surroundings: &Surroundings,
+    extent: Extent,
 ) -> anyhow::Result<Plan> {
     // The time is read once; no deadline of this plan is due.
     let now = Instant::now();
     // The seed is constant, because no probe is sent.
     let mut mesh = Mesh::new(daemon::core_config(config, membership, 0), [0; 32], now);
-    mesh.set_static_peers(now, static_peers::load(&config.peers)?);
+    // No tunnel is built here, so the guards do not depend on secrets that cannot be read.
+    let without_secret =
+        |peer: &PeerConfig| PeerConfig { preshared_key_file: None, ..peer.clone() };
+    let peers: Vec<PeerConfig> = config.peers.iter().map(without_secret).collect();
+    mesh.set_static_peers(now, static_peers::load(&peers)?);
     daemon::configure(&mut mesh, now, config, state.connected_networks());
     mesh.set_connected_networks(now, surroundings.connected.clone());
     mesh.set_transit(now, surroundings.transit.clone());
@@ -223,8 +254,10 @@ fn plan(
         let host = state.host_addresses().unwrap_or_default();
         let joined = state.connected_networks();
         mesh.set_local_limits(now, config.local_limits(joined, host, &controllers));
-        for change in state.map(membership)?.changes() {
-            mesh.handle_map_change(now, change);
+        if extent == Extent::Whole {
+            for change in state.map(membership)?.changes() {
+                mesh.handle_map_change(now, change);
+            }
         }
     } else {
         mesh.set_underlay(now, config.underlay(&[]));

@@ -11,10 +11,14 @@
 //! The lock of the state directory decides: an agent holds it exclusively, the guard shares it
 //! while it works and is passive while it cannot get it. The nftables table is created without an
 //! owner, so that the agent can adopt it.
+//!
+//! The host's network waits for the start of the guard, which systemd therefore never ends. What fails is tried again
+//! for [`START_LIMIT`]. After that the ranges of the mesh and of static peers are guarded without what cannot be read
+//! or applied, and the boot goes on; the whole plan is tried further.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use ipnet::IpNet;
@@ -22,7 +26,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use towline_core::plan::{Plan, RoutePlan, RouteVia};
 use towline_core::prefixes::{covering, without};
 
-use super::{Guarded, Prepared, Surroundings, enter, outcome};
+use super::{Extent, Guarded, Prepared, Surroundings, enter, outcome};
 use towline_service::notify::Notifier;
 
 use crate::config::Config;
@@ -33,12 +37,20 @@ use towline_netlink::NetlinkError;
 /// Interval between checks of the lock and the files, which send no events.
 const PERIOD: Duration = Duration::from_secs(1);
 
+/// Time for which the start tries to install all guards.
+const START_LIMIT: Duration = Duration::from_secs(30);
+
 /// Installs the guards and keeps them until a signal ends it. The guards stay installed then.
 ///
 /// # Errors
 ///
-/// Fails if the guards cannot be installed at the start. Later failures are logged and retried.
+/// Fails if at the start not even the ranges of the mesh can be guarded. Later failures are logged and retried.
 pub fn watch(config: &Config) -> anyhow::Result<()> {
+    watch_from(config, START_LIMIT)
+}
+
+/// Does the same as [`watch`], with this time for the start.
+fn watch_from(config: &Config, limit: Duration) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -48,9 +60,12 @@ pub fn watch(config: &Config) -> anyhow::Result<()> {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let notifier = Notifier::from_environment();
         let mut keeper = Keeper::new(config.clone());
-        let first = keeper.check()?;
+        let first = tokio::select! {
+            first = start(&mut keeper, &notifier, limit) => first?,
+            _ = terminate.recv() => return Ok(()),
+            _ = interrupt.recv() => return Ok(()),
+        };
         let mut reported = first.to_string();
-        anyhow::ensure!(keeper.is_whole(), "{reported}");
         tracing::info!("{reported}");
         notifier.status(&reported);
         notifier.ready();
@@ -67,10 +82,7 @@ pub fn watch(config: &Config) -> anyhow::Result<()> {
             }
             let now = match keeper.check() {
                 Ok(guarded) => guarded.to_string(),
-                Err(error) => {
-                    keeper.held = None;
-                    format!("cannot keep the guards: {error:#}")
-                }
+                Err(error) => keeper.fall_back(&error),
             };
             if now != reported {
                 tracing::info!("{now}");
@@ -83,9 +95,42 @@ pub fn watch(config: &Config) -> anyhow::Result<()> {
     })
 }
 
+/// Installs the guards for the first time, within `limit`.
+async fn start(
+    keeper: &mut Keeper,
+    notifier: &Notifier,
+    limit: Duration,
+) -> anyhow::Result<Guarded> {
+    let begun = Instant::now();
+    let mut reported = String::new();
+    loop {
+        let (error, is_refused) = match keeper.check() {
+            Ok(guarded) if keeper.is_whole() => return Ok(guarded),
+            Ok(guarded) => (anyhow::anyhow!("{guarded}"), true),
+            Err(error) => (error, false),
+        };
+        keeper.held = None;
+        if begun.elapsed() >= limit {
+            // The kernel, which refuses a part of the whole plan, would refuse one of these, too.
+            let ranges = if is_refused { None } else { keeper.guard_ranges(&error).ok() };
+            // The error of the whole plan says more than that of the ranges.
+            return ranges.filter(|_| keeper.is_whole()).ok_or(error);
+        }
+        let now = format!("the guards are not installed yet: {error:#}");
+        if now != reported {
+            tracing::warn!("{now}");
+            notifier.status(&now);
+            reported = now;
+        }
+        tokio::time::sleep(PERIOD).await;
+    }
+}
+
 /// Keeper of the guards while no other program keeps them.
 struct Keeper {
     config: Config,
+    /// True once all guards were installed, by this program or by an agent.
+    was_complete: bool,
     /// Guards that are kept. `None`: another program keeps them, or there is nothing to guard.
     held: Option<Held>,
 }
@@ -106,12 +151,14 @@ struct Held {
     /// True if state that Towline created was changed, or refused by the kernel, since the last
     /// apply.
     is_stale: bool,
+    /// What the plan was made from.
+    extent: Extent,
     last: Guarded,
 }
 
 impl Keeper {
     fn new(config: Config) -> Self {
-        Self { config, held: None }
+        Self { config, was_complete: false, held: None }
     }
 
     /// Returns whether no guard was refused at the last check.
@@ -129,11 +176,13 @@ impl Keeper {
             Ok(state) => state,
             Err(reason) => {
                 self.held = None;
+                self.was_complete |= reason == Guarded::AgentRuns;
                 return Ok(reason);
             }
         };
         let files = Files::of(&self.config.state_dir);
-        let mut held = self.held.take().filter(|held| held.files == files);
+        let is_current = |held: &Held| held.files == files && held.extent == Extent::Whole;
+        let mut held = self.held.take().filter(is_current);
         if let Some(moved) = held.as_mut().filter(|held| held.has_moved) {
             moved.has_moved = false;
             let surroundings = Surroundings::read(&mut moved.network, &moved.policy)?;
@@ -141,18 +190,41 @@ impl Keeper {
         }
         let held = match held {
             Some(held) => held,
-            None => Held::open(&self.config, &state, files)?,
+            None => Held::open(&self.config, &state, files, Extent::Whole)?,
         };
         let held = self.held.insert(held);
-        if std::mem::take(&mut held.is_stale) {
-            let applied = held.network.apply(&held.plan).context("the guards are not installed")?;
-            // The link is missing until the agent creates it.
-            held.is_stale = applied.problems.iter().any(|problem| {
-                problem.is_worth_retrying() && !matches!(problem, Problem::LinkMissing(_))
-            });
-            held.last = outcome(&self.config, &held.plan, &applied);
+        held.install(&self.config)?;
+        let last = held.last.clone();
+        self.was_complete |= self.is_whole();
+        Ok(last)
+    }
+
+    /// Returns what is to be reported after a check failed. Until all guards were installed once, those of the ranges
+    /// are kept instead; after that, what is installed stays.
+    fn fall_back(&mut self, error: &anyhow::Error) -> String {
+        self.held = None;
+        let ranges = (!self.was_complete).then(|| self.guard_ranges(error));
+        match ranges {
+            Some(Ok(guarded)) => guarded.to_string(),
+            Some(Err(_)) | None => format!("cannot keep the guards: {error:#}"),
         }
-        Ok(held.last.clone())
+    }
+
+    /// Guards the ranges of the mesh and of static peers, if no other program keeps the guards. `error` says why not all
+    /// guards are installed.
+    fn guard_ranges(&mut self, error: &anyhow::Error) -> anyhow::Result<Guarded> {
+        let state = match enter(&self.config)? {
+            Ok(state) => state,
+            Err(reason) => return Ok(reason),
+        };
+        let files = Files::of(&self.config.state_dir);
+        let mut held = Held::open(&self.config, &state, files, Extent::Ranges)?;
+        held.install(&self.config)?;
+        if let Guarded::Installed { problems, .. } = &mut held.last {
+            problems
+                .insert(0, format!("only those of the mesh itself and of static peers: {error:#}"));
+        }
+        Ok(self.held.insert(held).last.clone())
     }
 
     /// Waits for a change or for the next periodic check.
@@ -191,11 +263,17 @@ impl Held {
         }
     }
 
-    fn open(config: &Config, state: &StateDir, files: Files) -> anyhow::Result<Self> {
+    fn open(
+        config: &Config,
+        state: &StateDir,
+        files: Files,
+        extent: Extent,
+    ) -> anyhow::Result<Self> {
         let mut network = HostNetwork::open_unowned().context("cannot open a netlink socket")?;
         // Opened before the addresses are read, so that no change is missed.
         let watch = network.watch(&config.names()).context("cannot watch the host's network")?;
-        let Prepared { plan, surroundings, policy } = Prepared::read(config, state, &mut network)?;
+        let Prepared { plan, surroundings, policy } =
+            Prepared::read(config, state, &mut network, extent)?;
         let plan = with_guarded(plan, &mut network)?;
         Ok(Self {
             network,
@@ -206,8 +284,22 @@ impl Held {
             has_moved: false,
             files,
             is_stale: true,
+            extent,
             last: Guarded::NotJoined,
         })
+    }
+
+    /// Applies the plan, if that is needed.
+    fn install(&mut self, config: &Config) -> anyhow::Result<()> {
+        if std::mem::take(&mut self.is_stale) {
+            let applied = self.network.apply(&self.plan).context("the guards are not installed")?;
+            // The link is missing until the agent creates it.
+            self.is_stale = applied.problems.iter().any(|problem| {
+                problem.is_worth_retrying() && !matches!(problem, Problem::LinkMissing(_))
+            });
+            self.last = outcome(config, &self.plan, &applied);
+        }
+        Ok(())
     }
 }
 
@@ -337,8 +429,45 @@ mod tests {
             let file = dir.path().join("file");
             std::fs::write(&file, "").unwrap();
             let unreadable = Config { state_dir: file, ..Config::default() };
-            let error = format!("{:#}", watch(&unreadable).unwrap_err());
+            let error = format!("{:#}", watch_from(&unreadable, Duration::ZERO).unwrap_err());
             assert!(error.contains("membership.json"), "{error}");
+        }
+    }
+
+    namespace_test! {
+        fn the_ranges_of_the_mesh_are_guarded_though_the_map_cannot_be_read() {
+            let dir = tempfile::tempdir().unwrap();
+            host();
+            run(async {
+                let mut keeper = keeper(dir.path());
+                let map = keeper.config.state_dir.join("map.bin");
+                let stored = std::fs::read(&map).unwrap();
+                std::fs::remove_file(&map).unwrap();
+                std::fs::create_dir(&map).unwrap();
+                assert!(keeper.check().is_err());
+                // The start tries again at least once before its time is over.
+                let quiet = Notifier::default();
+                let limit = Duration::from_millis(100);
+                let first = start(&mut keeper, &quiet, limit).await.unwrap().to_string();
+                assert!(first.contains("only those of the mesh itself"), "{first}");
+                assert!(first.contains("map.bin"), "{first}");
+                assert!(!leaves("198.19.0.2") && !leaves("10.1.2.3"));
+                assert!(leaves("172.20.0.1"), "a network of a node is not known");
+
+                // systemd-networkd does this when it starts.
+                delete_rules();
+                delete_routes();
+                delete_table();
+                assert!(leaves("198.19.0.2"));
+                let error = keeper.check().err().unwrap();
+                assert_eq!(keeper.fall_back(&error), first);
+                assert!(!leaves("198.19.0.2") && !leaves("10.1.2.3"));
+
+                std::fs::remove_dir(&map).unwrap();
+                std::fs::write(&map, stored).unwrap();
+                until(&mut keeper, "once it can be read", || !leaves("172.20.0.1")).await;
+                assert!(!keeper.check().unwrap().to_string().contains("only those"));
+            });
         }
     }
 
@@ -376,7 +505,8 @@ mod tests {
                 let mut keeper = keeper(dir.path());
                 let state = enter(&keeper.config).unwrap().unwrap();
                 let files = Files::of(&keeper.config.state_dir);
-                let mut held = Held::open(&keeper.config, &state, files).unwrap();
+                let mut held =
+                    Held::open(&keeper.config, &state, files, Extent::Whole).unwrap();
                 held.network.lack_nftables();
                 keeper.held = Some(held);
                 let Guarded::Installed { is_whole, problems, .. } = keeper.check().unwrap() else {
