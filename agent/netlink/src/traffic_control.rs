@@ -142,7 +142,9 @@ mod tests {
             netlink.remove_queueing_discipline(link, HANDLE).unwrap();
             assert!(is_default(netlink.queueing_discipline(link).unwrap()));
         }
+    }
 
+    namespace_test! {
         fn a_kind_that_the_kernel_does_not_have_is_refused() {
             let link = add_link("near");
             let mut netlink = Rtnetlink::open().unwrap();

@@ -142,7 +142,7 @@ pub(super) fn gather(
             bench.subjects.insert(name, env!("CARGO_PKG_VERSION").to_owned());
         }
     }
-    for (name, program) in programs(options, &wanted, lab) {
+    for (name, program) in programs(options, wanted, lab) {
         // The others take part in the main cases only, so that a run does not get long.
         let is_given = options.peer_binaries.iter().any(|given| given.name == name);
         let all = is_given || name == WireGuard::Go.name();

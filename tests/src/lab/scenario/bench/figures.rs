@@ -327,14 +327,20 @@ impl Figures for Bench {
         let tcp1 = self.cases.get(Case::Tcp1.name());
         let cpu = |subject: &str| tcp1.and_then(|case| case.subjects.get(subject)?.cpu_s_per_gbit);
         let machine = |subject: &str| self.machine_cpu_per_gb.get(subject).copied();
-        let of: [(&str, &dyn Fn(&str) -> Option<f64>); 2] = [
-            ("CPU-seconds of the daemons per Gb, one stream", &cpu),
-            ("CPU-seconds of the machine per Gb", &machine),
+        let costs: [(&str, Vec<Option<f64>>); 2] = [
+            (
+                "CPU-seconds of the daemons per Gb, one stream",
+                subjects.iter().map(|subject| cpu(subject)).collect(),
+            ),
+            (
+                "CPU-seconds of the machine per Gb",
+                subjects.iter().map(|subject| machine(subject)).collect(),
+            ),
         ];
-        for (what, of) in of {
+        for (what, costs) in costs {
             let _ = write!(text, "\n{what:46}");
-            for subject in &subjects {
-                match of(subject) {
+            for cost in costs {
+                match cost {
                     Some(cpu) => drop(write!(text, "{cpu:>19.3}")),
                     None => drop(write!(text, "{:>19}", "-")),
                 }
