@@ -353,7 +353,7 @@ impl Controller {
         };
         let showing = tokio::spawn(ui::serve(self.ui, page));
         let (mut writer_ended, last) = (self.writer_ended, counters.clone());
-        tracing::info!(event = MeshEvent::ControllerStarted.code(), %address, "listening");
+        tracing::info!(%address, event = MeshEvent::ControllerStarted.code(), "listening");
         let (accepted, connections) = mpsc::channel(64);
         // While watches end, no connection is accepted, but the server must not take that for its end.
         let _connections_open = accepted.clone();
