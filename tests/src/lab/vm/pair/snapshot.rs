@@ -35,7 +35,7 @@ struct Snapshot {
     worker: SavedState,
 }
 
-/// Which machines of a pair are restored.
+/// Machines of a pair that are restored from their stored state; the case boots the others itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Which {
     Both,
