@@ -110,6 +110,7 @@ fn start_data_plane(
         copy_dscp: config.wireguard.copy_dscp,
         engine: Engine::select(config.wireguard.engine.into(), config.wireguard.aead.into()),
         spin: Duration::from_micros(config.wireguard.spin_us.into()),
+        seal_helpers: 0,
     };
     let data_plane = match purpose {
         Purpose::Node => {

@@ -76,6 +76,7 @@ impl End {
             copy_dscp: false,
             engine: engine_of(number),
             spin: Duration::from_micros(20),
+            seal_helpers: 0,
         };
         let plane =
             DataPlane::start(config, [(tun, network.bind(address).unwrap())], sender).unwrap();
