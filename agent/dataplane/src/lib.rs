@@ -6,8 +6,8 @@
 //!
 //! # Contract
 //!
-//! - [`DataPlane::start`] runs one thread for each pair of a TUN queue and a socket. The handle is
-//!   cheap to clone. Only [`DataPlane::stop`] waits for the threads.
+//! - [`DataPlane::start`] runs one thread for each pair of a TUN queue and a socket, and the threads that
+//!   seal for it ([`Config::seal_helpers`]). The handle is cheap to clone. Only [`DataPlane::stop`] waits for the threads.
 //! - [`DataPlane::apply`] replaces the whole table at once: one packet uses one table from lookup
 //!   to send. Peers that stay in the table keep their sessions, even when their pre-shared key or
 //!   boot epoch changes.
