@@ -139,7 +139,8 @@ pub struct Config {
     /// Zero: it sleeps at once.
     pub spin: Duration,
     /// Number of threads for each worker that seal its large batches while it goes on. Without effect
-    /// with an engine that seals one packet at a time.
+    /// with an engine that seals one packet at a time. Should be 0 with several workers: they may share
+    /// a session, whose packets would then be out of order by more than the replay window of some peers.
     pub seal_helpers: usize,
 }
 

@@ -73,8 +73,8 @@ fn text(status: &pb::StatusResponse, health: String, wide: bool) -> String {
         let (engine, aead) = (&status.wireguard_engine, &status.wireguard_aead);
         let helpers = match status.wireguard_seal_helpers {
             0 => String::new(),
-            1 => ", 1 helper for each worker".to_owned(),
-            count => format!(", {count} helpers for each worker"),
+            1 => ", 1 sealing thread".to_owned(),
+            count => format!(", {count} sealing threads"),
         };
         line("wireguard", format!("engine {engine}, cipher {aead}{helpers}"));
     }

@@ -1,4 +1,9 @@
-//! Number of threads that help a worker to encrypt, in the words of the configuration.
+//! Number of threads that help the worker to encrypt, in the words of the configuration.
+//!
+//! Only a single worker has helpers. Several workers share the session with a node that has many
+//! addresses, such as those of its pods. With the batches that a ring of each holds back, packets of
+//! that session would be out of order by more than the replay window of some peers, which is 1,024
+//! with boringtun.
 
 use std::fmt;
 use std::num::NonZeroU8;
@@ -6,18 +11,18 @@ use std::num::NonZeroU8;
 use serde::de::{self, Deserialize, Deserializer, Visitor};
 use serde::ser::{Serialize, Serializer};
 
-/// Largest number of helpers of one worker. A worker cannot keep more of them busy.
+/// Largest number of helpers. A worker cannot keep more of them busy.
 const MOST_HELPERS: u8 = 8;
-/// Number of cores for each worker and helper that `auto` starts. The worker and its helper need one each;
-/// the others are for the programs that send and receive.
+/// Number of cores for each helper that `auto` starts. The worker and its helper need one each; the others
+/// are for the programs that send and receive.
 const CORES_PER_HELPER: usize = 4;
-/// Largest number of helpers of one worker that `auto` starts.
+/// Largest number of helpers that `auto` starts.
 const MOST_AUTO_HELPERS: usize = 2;
 
-/// Number of threads that encrypt for each worker while it goes on.
+/// Number of threads that encrypt for the worker while it goes on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum SealAhead {
-    /// As many as the cores of the machine allow: none below four.
+    /// As many as the cores of the machine allow: none below four. None with several workers.
     #[default]
     Auto,
     /// No thread.
@@ -27,11 +32,14 @@ pub enum SealAhead {
 }
 
 impl SealAhead {
-    /// Returns the number of helpers of each of `workers` on a machine with `cores` that this process may
-    /// use.
+    /// Returns the number of helpers with this number of workers, on a machine with `cores` that this
+    /// process may use.
     pub fn helpers(self, cores: usize, workers: usize) -> usize {
+        if workers > 1 {
+            return 0;
+        }
         match self {
-            Self::Auto => (cores / (CORES_PER_HELPER * workers.max(1))).min(MOST_AUTO_HELPERS),
+            Self::Auto => (cores / CORES_PER_HELPER).min(MOST_AUTO_HELPERS),
             Self::Off => 0,
             Self::Helpers(helpers) => helpers.get().into(),
         }
@@ -89,25 +97,23 @@ mod tests {
 
     #[test]
     fn the_default_starts_no_helper_below_four_cores() {
-        for (cores, workers, helpers) in [
-            (1, 1, 0),
-            (3, 1, 0),
-            (4, 1, 1),
-            (7, 1, 1),
-            (8, 1, 2),
-            (64, 1, 2),
-            (4, 2, 0),
-            (8, 2, 1),
-        ] {
-            let started = SealAhead::Auto.helpers(cores, workers);
-            assert_eq!(started, helpers, "{cores} cores, {workers} workers");
+        for (cores, helpers) in [(1, 0), (3, 0), (4, 1), (7, 1), (8, 2), (64, 2)] {
+            assert_eq!(SealAhead::Auto.helpers(cores, 1), helpers, "{cores} cores");
         }
     }
 
     #[test]
     fn a_number_holds_on_every_machine() {
         let three = SealAhead::Helpers(NonZeroU8::new(3).unwrap());
-        assert_eq!((three.helpers(1, 1), three.helpers(64, 4)), (3, 3));
+        assert_eq!((three.helpers(1, 1), three.helpers(64, 1)), (3, 3));
         assert_eq!(SealAhead::Off.helpers(64, 1), 0);
+    }
+
+    #[test]
+    fn several_workers_have_no_helpers() {
+        let three = SealAhead::Helpers(NonZeroU8::new(3).unwrap());
+        for choice in [SealAhead::Auto, SealAhead::Off, three] {
+            assert_eq!(choice.helpers(64, 2), 0);
+        }
     }
 }

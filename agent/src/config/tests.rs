@@ -31,6 +31,7 @@ fn values_out_of_bounds_say_what_would_be_right() {
         ("[wireguard]\nseal_ahead = 0", "1 to 8"),
         ("[wireguard]\nseal_ahead = 9", "1 to 8"),
         ("[wireguard]\nseal_ahead = -1", "1 to 8"),
+        ("[wireguard]\nseal_ahead = 1\nworkers = 2", "needs `workers = 1`"),
         ("[routing]\ntable = 254", "kernel"),
         ("[routing]\nmark = 0x100", "mask"),
         ("[routing]\nmark = 0x30", "at least one bit"),
