@@ -221,6 +221,7 @@ fn pair_with(offloads: Offloads, outer: [&str; 2], workers: usize) -> [Node; 2] 
                 copy_dscp: false,
                 engine: Engine::select(choice, Aead::Auto),
                 spin: Duration::from_micros(20),
+                seal_helpers: 0,
             };
             (DataPlane::start(config, queues.zip(sockets), sender).unwrap(), events)
         });

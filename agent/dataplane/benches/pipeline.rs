@@ -172,7 +172,15 @@ impl End {
         let probes = Probes::new(private_key.clone(), 1);
         let engine = Engine::select(EngineChoice::Auto, Aead::Auto);
         let spin = Duration::ZERO;
-        let config = Config { private_key, probes, link: None, copy_dscp: false, engine, spin };
+        let config = Config {
+            private_key,
+            probes,
+            link: None,
+            copy_dscp: false,
+            engine,
+            spin,
+            seal_helpers: 0,
+        };
         let plane = DataPlane::start(config, [(link, wire)], sender).expect("a data plane");
         Self { plane, host, events, address: address(number) }
     }

@@ -172,9 +172,19 @@ impl SendBatch {
         if self.unsealed.is_empty() || self.unsealed.seal(&mut self.bytes) {
             return 0;
         }
-        let lost = self.gso_batches.iter().map(|gso| gso.segments).sum();
+        let lost = self.datagrams();
         self.clear();
         lost
+    }
+
+    /// Returns the number of bytes in use if a message among them is in clear, otherwise 0.
+    pub(crate) fn bytes_to_seal(&self) -> usize {
+        if self.unsealed.is_empty() { 0 } else { self.used }
+    }
+
+    /// Returns the number of datagrams, sealed or not.
+    pub(crate) fn datagrams(&self) -> usize {
+        self.gso_batches.iter().map(|gso| gso.segments).sum()
     }
 
     /// Returns the GSO batches, in order. None as long as a message is in clear.

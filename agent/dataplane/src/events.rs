@@ -63,7 +63,7 @@ pub enum Fault {
     /// A socket or the worker's epoll descriptor failed.
     #[error("the data plane's worker failed: {0}")]
     Worker(String),
-    /// A panic, which is a defect of this program, ended a worker's thread.
+    /// A panic, which is a defect of this program, ended the thread of a worker or of its helper.
     #[error("the data plane's worker panicked")]
     Panicked,
 }
@@ -93,7 +93,7 @@ impl FaultState {
 }
 
 impl Drop for FaultState {
-    /// Sets [`Fault::Panicked`] if the worker that holds this state panics.
+    /// Sets [`Fault::Panicked`] if the thread that holds this state panics.
     fn drop(&mut self) {
         if std::thread::panicking() {
             self.set(Fault::Panicked);

@@ -6,8 +6,8 @@
 //!
 //! # Contract
 //!
-//! - [`DataPlane::start`] runs one thread for each pair of a TUN queue and a socket. The handle is
-//!   cheap to clone. Only [`DataPlane::stop`] waits for the threads.
+//! - [`DataPlane::start`] runs one thread for each pair of a TUN queue and a socket, and the threads that
+//!   seal for it ([`Config::seal_helpers`]). The handle is cheap to clone. Only [`DataPlane::stop`] waits for the threads.
 //! - [`DataPlane::apply`] replaces the whole table at once: one packet uses one table from lookup
 //!   to send. Peers that stay in the table keep their sessions, even when their pre-shared key or
 //!   boot epoch changes.
@@ -29,6 +29,7 @@
 //! | `worker` | a thread: what wakes it, and the order of its work |
 //! | `batch_delay` | the delay after a batch of small packets |
 //! | `pipeline` | the path of a batch in each direction |
+//! | `seal_ahead` | threads that seal a worker's batches, and the order in which they are sent |
 //! | `runs` | received messages that are opened together |
 //! | `tunnel` | one tunnel: timers, keepalives, waiting packets |
 //! | `inner_traffic` | when it is reported that inner packets travelled |
@@ -63,6 +64,7 @@ mod pipeline;
 mod probes;
 mod roaming;
 mod runs;
+mod seal_ahead;
 mod spin;
 pub mod split;
 mod steering;
@@ -80,6 +82,7 @@ use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -110,9 +113,10 @@ use drops::Drops;
 use events::{EventSink, FaultState};
 use forwarding::Forwarding;
 use pipeline::Pipeline;
+use seal_ahead::SealAhead;
 use switch::Switch;
 use table::Table;
-use worker::{Command, Inbox, Worker, WorkerShared};
+use worker::{Command, Inbox, Worker, WorkerShared, send_batch};
 
 /// Index of a peer in the table of peers.
 type Slot = u32;
@@ -134,6 +138,10 @@ pub struct Config {
     /// Longest time for which a worker that moves packets looks for more of them before it sleeps.
     /// Zero: it sleeps at once.
     pub spin: Duration,
+    /// Number of threads for each worker that seal its large batches while it goes on. Without effect
+    /// with an engine that seals one packet at a time. Should be 0 with several workers: they may share
+    /// a session, whose packets would then be out of order by more than the replay window of some peers.
+    pub seal_helpers: usize,
 }
 
 impl std::fmt::Debug for Config {
@@ -258,6 +266,10 @@ struct Running {
     drops: Vec<Arc<Drops>>,
     /// Time of the start, from which the counters of handshakes count.
     started: Instant,
+    /// Number of threads for each worker that seal its batches.
+    seal_helpers: usize,
+    /// Number of batches that these threads sealed.
+    sealed_ahead: Arc<AtomicU64>,
     /// Offloads in use. The workers share them.
     features: Vec<Switch>,
     /// First fault of any worker.
@@ -298,8 +310,8 @@ impl Drop for Running {
 }
 
 impl DataPlane {
-    /// Starts the workers, with one thread for each of `shards`: queues of one link, each with
-    /// sockets of one port. Without peers they drop every packet, so call [`DataPlane::apply`]
+    /// Starts the workers, with one thread for each of `shards`, and their helpers: queues of one link, each
+    /// with sockets of one port. Without peers they drop every packet, so call [`DataPlane::apply`]
     /// next.
     ///
     /// `events` should have room for some hundred events, because a worker never waits for it. A
@@ -316,6 +328,8 @@ impl DataPlane {
         let started = Instant::now();
         let (fault_state, faults) = FaultState::new();
         let (alive, ended) = mpsc::channel();
+        // The engine that opens in place is the one that leaves messages for `SendBatch::seal`.
+        let seal_helpers = if config.engine.opens_in_place() { config.seal_helpers } else { 0 };
         let mut running = Running {
             secrets: Arc::new(Secrets::with_engine(config.private_key, config.engine)),
             probes: config.probes.clone(),
@@ -326,6 +340,8 @@ impl DataPlane {
             inboxes: Vec::new(),
             drops: Vec::new(),
             started,
+            seal_helpers,
+            sealed_ahead: Arc::default(),
             features: Vec::new(),
             faults,
             loops_seen: Mutex::default(),
@@ -351,6 +367,8 @@ impl DataPlane {
                 started,
             );
             pipeline.set_copy_dscp(config.copy_dscp);
+            let sealed = &running.sealed_ahead;
+            let udp = SealAhead::start(udp, seal_helpers, send_batch, &fault_state, sealed)?;
             let mut worker = Worker::new(
                 tun,
                 udp,
@@ -386,6 +404,17 @@ impl DataPlane {
     /// Returns the WireGuard engine of all tunnels.
     pub fn engine(&self) -> Engine {
         self.0.secrets.engine()
+    }
+
+    /// Returns the number of threads for each worker that seal its large batches. 0 if the workers seal
+    /// all batches themselves.
+    pub fn seal_helpers(&self) -> usize {
+        self.0.seal_helpers
+    }
+
+    /// Returns the number of batches that these threads sealed since the start.
+    pub fn sealed_ahead(&self) -> u64 {
+        self.0.sealed_ahead.load(Ordering::Relaxed)
     }
 
     /// Replaces the peer table. Peers that stay in it keep their sessions.

@@ -177,7 +177,7 @@ pub struct Datagram {
 /// Function that decides whether a datagram is delivered.
 type Filter = Box<dyn FnMut(&Datagram) -> bool + Send>;
 
-/// Network in memory, which records every datagram.
+/// Network in memory, which records every datagram unless it is [`Network::unrecorded`].
 #[derive(Clone)]
 pub struct Network(Arc<Mutex<Wire>>);
 
@@ -185,6 +185,8 @@ struct Wire {
     sockets: BTreeMap<SocketAddr, Arc<Queue<Datagram>>>,
     /// Every datagram sent, in order, including those not delivered.
     seen: Vec<Datagram>,
+    /// False if datagrams are not added to `seen`.
+    is_recorded: bool,
     filter: Option<Filter>,
     /// True if coalesced datagrams are corrupted on arrival.
     corrupts_coalesced: bool,
@@ -205,9 +207,20 @@ impl Default for Network {
 impl Network {
     /// Creates a network without sockets that delivers everything.
     pub fn new() -> Self {
+        Self::with_record(true)
+    }
+
+    /// Creates a network like [`Network::new`] that records nothing, for more datagrams than memory has
+    /// room for.
+    pub fn unrecorded() -> Self {
+        Self::with_record(false)
+    }
+
+    fn with_record(is_recorded: bool) -> Self {
         Self(Arc::new(Mutex::new(Wire {
             sockets: BTreeMap::new(),
             seen: Vec::new(),
+            is_recorded,
             filter: None,
             corrupts_coalesced: false,
         })))
@@ -250,7 +263,9 @@ impl Network {
             Some(filter) => filter(&datagram),
             None => true,
         };
-        wire.seen.push(datagram.clone());
+        if wire.is_recorded {
+            wire.seen.push(datagram.clone());
+        }
         if let Some(inbox) = wire.sockets.get(&datagram.to).filter(|_| delivered) {
             inbox.push(datagram);
         }

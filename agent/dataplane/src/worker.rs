@@ -7,6 +7,8 @@
 //! worker to another, so a flow keeps its order: the TUN steers all packets for one address to one
 //! queue, and the kernel steers all datagrams between the same two addresses and ports to one socket.
 //! Packets that waited for a session are sent by the worker that completes the handshake.
+//!
+//! A worker may have helpers, which only seal its batches ([`SealAhead`]). It sends them itself, in order.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -25,6 +27,7 @@ use super::batch_delay::BatchDelay;
 use super::drops::{DropReason, Drops};
 use super::events::{Fault, FaultState};
 use super::pipeline::{Coalesced, Pipeline, RECEIVE_SLOTS};
+use super::seal_ahead::SealAhead;
 use super::spin::Spin;
 use super::tun::TunIo;
 use super::udp::{Ready, TooBig, Udp, UdpIo};
@@ -164,7 +167,7 @@ impl WorkerShared {
 /// One worker: its queue of the TUN, its sockets and its buffers.
 pub(super) struct Worker<T, U> {
     tun: T,
-    udp: U,
+    udp: SealAhead<U>,
     pipeline: Pipeline,
     shared: Arc<WorkerShared>,
     inbox: Arc<Inbox>,
@@ -177,6 +180,11 @@ pub(super) struct Worker<T, U> {
     out: SendBatch,
     batch_delay: BatchDelay,
     spin: Spin,
+}
+
+/// Returns an empty send batch of a worker.
+pub(super) fn send_batch() -> SendBatch {
+    SendBatch::new(SEND_BYTES, SEND_GSO_BATCHES)
 }
 
 /// Epoll token of the inbox.
@@ -192,7 +200,7 @@ const READY: usize = 6;
 impl<T: TunIo, U: UdpIo> Worker<T, U> {
     pub(super) fn new(
         tun: T,
-        udp: U,
+        udp: SealAhead<U>,
         pipeline: Pipeline,
         shared: Arc<WorkerShared>,
         inbox: Arc<Inbox>,
@@ -219,7 +227,7 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
             received: RecvBatch::new(RECEIVE_SLOTS),
             writes: WriteBatch::new(RECEIVE_SLOTS),
             read: TunBatch::new(TUN_LARGE, TUN_PACKETS),
-            out: SendBatch::new(SEND_BYTES, SEND_GSO_BATCHES),
+            out: send_batch(),
             batch_delay,
             spin: Spin::new(Duration::ZERO),
         })
@@ -255,6 +263,7 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
             let is_ready = |what: u64| ready.iter().any(|event| event.data() == what);
             if is_ready(WAKE) {
                 if self.inbox.stop.load(Ordering::Acquire) {
+                    self.udp.finish(now, &self.drops);
                     return Ok(());
                 }
                 self.run_commands(now)?;
@@ -267,7 +276,11 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
             if is_ready(TUN) {
                 self.outbound(now)?;
                 let (packets, bytes) = (self.read.packets().len(), self.read.bytes());
-                self.batch_delay.wait(BatchDelay::due(packets, bytes, || now.elapsed()));
+                let delay = BatchDelay::due(packets, bytes, || now.elapsed());
+                if !delay.is_zero() {
+                    self.udp.finish(now, &self.drops);
+                    self.batch_delay.wait(delay);
+                }
             }
             self.spin.record_work(!sockets.is_empty() || is_ready(TUN));
             if !ready.is_empty() && next_tick.is_none() {
@@ -295,6 +308,14 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
     /// Waits for input, but not longer than until the next tick. Returns the number of descriptors that
     /// are ready.
     fn wait(&mut self, ready: &mut [EpollEvent], next_tick: Option<Instant>) -> nix::Result<usize> {
+        if self.udp.is_behind() {
+            let count = self.epoll.wait(ready, EpollTimeout::ZERO)?;
+            if count > 0 {
+                self.udp.wake_helpers();
+                return Ok(count);
+            }
+            self.udp.finish(Instant::now(), &self.drops);
+        }
         let began = Instant::now();
         let longest = self.spin.due();
         if !longest.is_zero() {
@@ -366,6 +387,7 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
                 }
                 Command::SecondPort(sockets) => {
                     self.flush(now);
+                    self.udp.finish(now, &self.drops);
                     self.set_second_port(sockets.map(|sockets| *sockets))?;
                 }
             }

@@ -71,7 +71,12 @@ fn text(status: &pb::StatusResponse, health: String, wide: bool) -> String {
     // Older agents do not report it, and one that is down has none.
     if !status.wireguard_engine.is_empty() {
         let (engine, aead) = (&status.wireguard_engine, &status.wireguard_aead);
-        line("wireguard", format!("engine {engine}, cipher {aead}"));
+        let helpers = match status.wireguard_seal_helpers {
+            0 => String::new(),
+            1 => ", 1 sealing thread".to_owned(),
+            count => format!(", {count} sealing threads"),
+        };
+        line("wireguard", format!("engine {engine}, cipher {aead}{helpers}"));
     }
     if let Some(controller) = status.controller.as_ref().filter(|_| !down) {
         let last_heard = controller.last_heard_ms.map(Duration::from_millis).map(output::span);

@@ -4,6 +4,7 @@
 //! is an error that names the key. Flags and environment variables take precedence over the file;
 //! see `cli`.
 
+mod seal_ahead;
 #[cfg(test)]
 mod tests;
 
@@ -29,6 +30,7 @@ use towline_proto::token::ControllerAddress;
 use crate::prefixes::Filter;
 use crate::static_peers::{self, PeerConfig};
 use crate::telemetry::{self, TelemetryConfig};
+pub use seal_ahead::SealAhead;
 use towline_dataplane::{Aead, EngineChoice, Offloads};
 use towline_host::Names;
 use towline_service::config_file::{self, FileError};
@@ -138,6 +140,11 @@ pub struct WireguardConfig {
     /// it sleeps, 0 to 1,000. It shortens latency, most of all in virtual machines, and takes processor
     /// time only while packets follow one another closely. 0: it sleeps at once.
     pub spin_us: u32,
+    /// Number of threads that encrypt large batches while the worker goes on: `"auto"`, `"off"` or 1 to 8.
+    /// They are for more throughput with one peer, on a machine with idle cores, and work with the engine
+    /// `batch` and one worker only. `auto` starts one for each four cores, at most two, and none below four
+    /// cores or with several workers.
+    pub seal_ahead: SealAhead,
     /// True if `wg show` is answered, at `/run/wireguard/LINK.sock`.
     pub uapi: bool,
 }
@@ -478,6 +485,7 @@ impl Default for WireguardConfig {
             engine: WireguardEngine::Auto,
             aead: WireguardAead::Auto,
             spin_us: 20,
+            seal_ahead: SealAhead::Auto,
             uapi: true,
         }
     }
@@ -564,6 +572,13 @@ impl Config {
         if self.wireguard.spin_us > 1000 {
             let spin = self.wireguard.spin_us;
             return Err(("wireguard.spin_us", format!("{spin} is outside 0 to 1000")));
+        }
+        let workers = self.wireguard.workers;
+        if workers > 1 && matches!(self.wireguard.seal_ahead, SealAhead::Helpers(_)) {
+            return Err((
+                "wireguard.seal_ahead",
+                format!("a number needs `workers = 1`, not {workers}: use \"auto\" or \"off\""),
+            ));
         }
         let routing = &self.routing;
         // The next two tables are used too, so they must not be the kernel's either.

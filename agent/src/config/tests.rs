@@ -27,6 +27,11 @@ fn values_out_of_bounds_say_what_would_be_right() {
         ("[link]\nname = \"a-name-that-is-too-long\"", "15"),
         ("[wireguard]\nport = 0", "port"),
         ("[wireguard]\nspin_us = 1001", "0 to 1000"),
+        ("[wireguard]\nseal_ahead = \"on\"", "\"off\" or a number of 1 to 8"),
+        ("[wireguard]\nseal_ahead = 0", "1 to 8"),
+        ("[wireguard]\nseal_ahead = 9", "1 to 8"),
+        ("[wireguard]\nseal_ahead = -1", "1 to 8"),
+        ("[wireguard]\nseal_ahead = 1\nworkers = 2", "needs `workers = 1`"),
         ("[routing]\ntable = 254", "kernel"),
         ("[routing]\nmark = 0x100", "mask"),
         ("[routing]\nmark = 0x30", "at least one bit"),
@@ -65,6 +70,17 @@ fn the_log_is_text_unless_json_is_asked_for() {
 fn one_offload_is_switched_off_without_the_others() {
     let offloads = parse("[offloads]\ntun_udp = false").unwrap().offloads;
     assert_eq!(offloads, Offloads { tun_udp: false, ..Offloads::default() });
+}
+
+#[test]
+fn the_number_of_threads_that_seal_is_a_word_or_a_number() {
+    let of = |text: &str| parse(&format!("[wireguard]\nseal_ahead = {text}")).unwrap();
+    for text in ["\"auto\"", "\"off\"", "1", "8"] {
+        let config = of(text);
+        assert_eq!(parse(&toml::to_string(&config).unwrap()).unwrap(), config, "{text}");
+    }
+    assert_eq!(of("\"auto\""), Config::default());
+    assert_eq!(of("8").wireguard.seal_ahead.helpers(1, 1), 8);
 }
 
 #[test]

@@ -49,8 +49,9 @@ impl Reporter<'_> {
             total += 1;
             up += u32::from(state == PeerState::Up);
         }
-        let snapshot = daemon.tunnels.data_plane().snapshot();
-        let engine = daemon.tunnels.data_plane().engine();
+        let data_plane = daemon.tunnels.data_plane();
+        let snapshot = data_plane.snapshot();
+        let engine = data_plane.engine();
         let blocked = daemon.host.blocked();
         let (problems, mut notes) = (self.problems(), daemon.host.notes());
         let configured = config.wireguard.port;
@@ -78,6 +79,8 @@ impl Reporter<'_> {
             mtu: config.link.mtu.into(),
             wireguard_engine: engine.name().into(),
             wireguard_aead: engine.aead().into(),
+            wireguard_seal_helpers: u32::try_from(data_plane.seal_helpers()).unwrap_or(u32::MAX),
+            wireguard_sealed_ahead: data_plane.sealed_ahead(),
             candidates: daemon.announcer.candidates().iter().map(Into::into).collect(),
             controller: daemon.controller.status(),
             kubernetes: daemon.kubernetes.status(),

@@ -1,5 +1,6 @@
 //! The running data plane, and how it is started again after a fault.
 
+use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -110,6 +111,7 @@ fn start_data_plane(
         copy_dscp: config.wireguard.copy_dscp,
         engine: Engine::select(config.wireguard.engine.into(), config.wireguard.aead.into()),
         spin: Duration::from_micros(config.wireguard.spin_us.into()),
+        seal_helpers: 0,
     };
     let data_plane = match purpose {
         Purpose::Node => {
@@ -117,9 +119,11 @@ fn start_data_plane(
             queueing::apply(&config.link.name, config.link.queueing);
             let sockets = dataplane::open_udp_group(port, mark, offloads, queues.len())
                 .map_err(reserved_port::not_opened)?;
+            let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+            let seal_helpers = config.wireguard.seal_ahead.helpers(cores, queues.len());
             let queues = queues.into_iter().map(|tun| tun.with_host_tunnels(host_tunnels.clone()));
             let link = nix::net::if_::if_nametoindex(config.link.name.as_str()).ok();
-            let settings = dataplane::Config { link, ..settings };
+            let settings = dataplane::Config { link, seal_helpers, ..settings };
             DataPlane::start(settings, queues.zip(sockets), events)
         }
         Purpose::Relay => {

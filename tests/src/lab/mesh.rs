@@ -107,6 +107,9 @@ pub struct Status {
     /// Optional features of the data plane.
     #[serde(default)]
     pub features: Vec<Feature>,
+    /// Number of batches that helpers of the workers encrypted.
+    #[serde(default)]
+    pub wireguard_sealed_ahead: u64,
 }
 
 /// An optional feature of the data plane.

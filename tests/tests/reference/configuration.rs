@@ -26,6 +26,7 @@ const SCALARS: &[(&str, &str)] = &[
     ("NonZeroU16", "integer"),
     ("OtlpEndpoint", "`\"http://address:port\"`"),
     ("PathBuf", "path"),
+    ("SealAhead", "`\"auto\"`, `\"off\"` or integer"),
     ("SignedDuration", "duration"),
     ("SocketAddr", "`\"address:port\"`"),
     ("String", "string"),

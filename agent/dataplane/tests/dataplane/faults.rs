@@ -89,7 +89,15 @@ impl Faulty {
         let probes = Probes::new(private_key.clone(), 1);
         let engine = Engine::BORINGTUN;
         let spin = Duration::ZERO;
-        let config = Config { private_key, probes, link: None, copy_dscp: false, engine, spin };
+        let config = Config {
+            private_key,
+            probes,
+            link: None,
+            copy_dscp: false,
+            engine,
+            spin,
+            seal_helpers: 0,
+        };
         let plane = DataPlane::start(config, shards, sender).unwrap();
         Self { plane, host, reading, events }
     }
@@ -175,7 +183,8 @@ fn orders_that_a_worker_does_not_take_are_bounded_and_counted() {
     let probes = Probes::new(private_key.clone(), 1);
     let engine = Engine::BORINGTUN;
     let spin = Duration::ZERO;
-    let config = Config { private_key, probes, link: None, copy_dscp: false, engine, spin };
+    let config =
+        Config { private_key, probes, link: None, copy_dscp: false, engine, spin, seal_helpers: 0 };
     let plane = DataPlane::start(config, [shard], sender).unwrap();
     host.send(&[0x45; 20]);
     let deadline = Instant::now() + TIMEOUT;

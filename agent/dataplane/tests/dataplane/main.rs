@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a panic is the report")]
 
 mod faults;
+mod seal_ahead;
 mod sources;
 mod strangers;
 mod traffic;
@@ -64,6 +65,11 @@ struct End {
 
 impl End {
     fn new(network: &Network, number: u8) -> Self {
+        Self::with_helpers(network, number, 0)
+    }
+
+    /// Creates an end whose worker has helpers that seal its batches.
+    fn with_helpers(network: &Network, number: u8, seal_helpers: usize) -> Self {
         let address = SocketAddr::from(([192, 0, 2, number], 51830));
         let (tun, host) = memory::tun(1420).unwrap();
         let (sender, events) = channel(256);
@@ -76,6 +82,7 @@ impl End {
             copy_dscp: false,
             engine: engine_of(number),
             spin: Duration::from_micros(20),
+            seal_helpers,
         };
         let plane =
             DataPlane::start(config, [(tun, network.bind(address).unwrap())], sender).unwrap();

@@ -62,6 +62,8 @@ pub(super) struct Contestant {
     /// Tunnel between agents with two workers. Built only if a case or the check of the order needs
     /// it.
     pub(super) shared: Option<Subject>,
+    /// Tunnel between agents whose workers have two helpers. Built only if the order is checked.
+    pub(super) ahead: Option<Subject>,
     /// Cases that are measured.
     range: Range,
 }
@@ -234,7 +236,7 @@ fn version_of(program: &Path, lab: &Lab) -> Option<String> {
 
 impl Contestant {
     fn new(name: &'static str, subject: Subject, range: Range) -> Self {
-        Self { name, subject, over_v6: None, crowded: None, shared: None, range }
+        Self { name, subject, over_v6: None, crowded: None, shared: None, ahead: None, range }
     }
 
     /// Starts another implementation with all tunnels that the cases need.
@@ -265,7 +267,10 @@ impl Contestant {
         let plain = Agents::default();
         let has = |case| cases.contains(&case);
         let is_shared = has(Case::Tcp4Workers2) || has(Case::PingWorkers2);
-        let is_shared = is_shared || name == NOW && super::ordered(options);
+        let is_ordered = name == NOW && super::ordered(options);
+        let is_shared = is_shared || is_ordered;
+        // Helpers need the batch engine, which other processors have with ring as its cipher.
+        let ahead = Agents { engine: Some("batch"), seal_ahead: Some(2), ..plain };
         Ok(Self {
             name,
             subject: subject("", plain)?,
@@ -278,6 +283,7 @@ impl Contestant {
             shared: is_shared
                 .then(|| subject("-two", Agents { workers: 2, ..plain }))
                 .transpose()?,
+            ahead: is_ordered.then(|| subject("-ahead", ahead)).transpose()?,
             range: Range::All,
         })
     }

@@ -49,6 +49,9 @@ pub struct Bench {
     pub reordered: u64,
     /// Number of Towline's datagrams whose order was checked.
     pub ordered_datagrams: u64,
+    /// Number of batches that helpers of the workers encrypted while the order was checked with them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sealed_ahead: Option<u64>,
     /// Subjects and cases that could not run.
     pub skipped: Vec<Skipped>,
     /// Promises that did not hold. A ratio is never a promise.
@@ -370,6 +373,9 @@ impl Figures for Bench {
         }
         let _ =
             writeln!(text, "reordered: {} of {} datagrams", self.reordered, self.ordered_datagrams);
+        if let Some(batches) = self.sealed_ahead {
+            let _ = writeln!(text, "batches encrypted by helpers: {batches}");
+        }
         let Quiet { waited_s, begun_busy, repeated, disturbed, .. } = &self.quiet;
         let _ = writeln!(
             text,

@@ -212,10 +212,16 @@ fn measure(
     }
     bench.quiet = watch.into_quiet();
     let now = contestants.iter().find(|contestant| contestant.name == NOW);
-    if let Some(shared) = now.and_then(|now| now.shared.as_ref())
-        && ordered(options)
-    {
-        watch_order(setting, options, shared, bench)?;
+    if let Some(now) = now.filter(|_| ordered(options)) {
+        if let Some(shared) = &now.shared {
+            watch_order(setting, options, shared, "two workers", bench)?;
+        }
+        if let Some(ahead) = &now.ahead {
+            watch_order(setting, options, ahead, "two helpers", bench)?;
+            let sealed = ahead.sealed_ahead()?;
+            bench.sealed_ahead = Some(sealed);
+            promises.hold(sealed > 0, || "helpers encrypt batches: they did nothing".to_owned());
+        }
     }
     for contestant in contestants.iter().filter(|one| !one.subject.daemons.is_empty()) {
         let peaks = contestant
@@ -234,17 +240,18 @@ fn ordered(options: &Options) -> bool {
     options.cases.is_empty() || options.full
 }
 
-/// Checks the order of datagrams in four flows between two agents with two workers each. The
-/// receivers answer all the time.
+/// Checks the order of datagrams in four flows between two agents. `threads` says what they have more
+/// than one of. The receivers answer all the time.
 fn watch_order(
     setting: &Setting,
     options: &Options,
-    shared: &Subject,
+    subject: &Subject,
+    threads: &str,
     bench: &mut Bench,
 ) -> anyhow::Result<()> {
     let datagrams = if options.full { FULL_ORDERED } else { ORDERED };
-    setting.output.step(&format!("checking the order of {datagrams} datagrams with two workers"));
-    let each = [false, true].map(|v6| [shared.there(v6), shared.back(v6)]);
+    setting.output.step(&format!("checking the order of {datagrams} datagrams with {threads}"));
+    let each = [false, true].map(|v6| [subject.there(v6), subject.back(v6)]);
     let carried = load::order(each.as_flattened(), datagrams)?;
     bench.reordered += carried.reordered;
     bench.ordered_datagrams += carried.arrived;

@@ -33,8 +33,8 @@ pub(super) struct Subject {
     links: [String; 2],
     /// Process ids of the two tunnel programs. Empty without a tunnel.
     pub(super) daemons: Vec<Pid>,
-    /// Programs of the subject. They are only kept to be stopped when the subject is dropped.
-    _running: Running,
+    /// Programs of the subject. They are stopped when the subject is dropped.
+    running: Running,
 }
 
 /// Programs that run for a subject.
@@ -58,11 +58,13 @@ pub(super) struct Agents {
     pub(super) workers: u32,
     /// WireGuard engine. `None` for a build that has no such setting, or for the default.
     pub(super) engine: Option<&'static str>,
+    /// Number of helpers of each worker. `None` for a build that has no such setting, or for the default.
+    pub(super) seal_ahead: Option<u32>,
 }
 
 impl Default for Agents {
     fn default() -> Self {
-        Self { outer: Outer::V4, peers: 1, workers: 1, engine: None }
+        Self { outer: Outer::V4, peers: 1, workers: 1, engine: None, seal_ahead: None }
     }
 }
 
@@ -106,12 +108,14 @@ impl Subject {
         name: &str,
         agents: Agents,
     ) -> anyhow::Result<Self> {
-        let Agents { outer, peers, workers, engine } = agents;
+        let Agents { outer, peers, workers, engine, seal_ahead } = agents;
         let names = [format!("{name}-1"), format!("{name}-2")];
         let hosts = lab.pair([&names[0], &names[1]], outer.net())?;
         let engine = engine.map(|engine| format!("engine = {engine:?}\n")).unwrap_or_default();
+        let helpers = seal_ahead.map(|helpers| format!("seal_ahead = {helpers}\n"));
+        let helpers = helpers.unwrap_or_default();
         let silent = silent_peers(peers - 1);
-        let more = format!("[wireguard]\nworkers = {workers}\n{engine}{silent}");
+        let more = format!("[wireguard]\nworkers = {workers}\n{engine}{helpers}{silent}");
         let controller = Controller::start(lab, &hosts[0], binaries)?;
         let mut nodes = Vec::new();
         for (host, name) in hosts.iter().zip(&names) {
@@ -136,7 +140,7 @@ impl Subject {
             inner: [inner[0], inner[1]],
             links: ["towline0".to_owned(), "towline0".to_owned()],
             daemons,
-            _running: Running::Towline(nodes, controller),
+            running: Running::Towline(nodes, controller),
         }
         .ready()
     }
@@ -178,7 +182,7 @@ impl Subject {
         let mut peers = [start(0)?, start(1)?];
         let [one, two] = &mut peers;
         let daemons = vec![one.daemon().pid(), two.daemon().pid()];
-        Self { hosts, inner, links, daemons, _running: Running::Others(peers) }.ready()
+        Self { hosts, inner, links, daemons, running: Running::Others(peers) }.ready()
     }
 
     /// Starts two ends of the bare limit. With `null` they do not encrypt.
@@ -208,7 +212,7 @@ impl Subject {
         let ends = [start(0)?, start(1)?];
         let daemons = ends.iter().map(Daemon::pid).collect();
         let links = [link.to_owned(), link.to_owned()];
-        Self { hosts, inner, links, daemons, _running: Running::Limit(ends) }.ready()
+        Self { hosts, inner, links, daemons, running: Running::Limit(ends) }.ready()
     }
 
     /// Builds two hosts whose traffic takes the cable itself, without a tunnel.
@@ -223,7 +227,7 @@ impl Subject {
             })?;
         }
         let links = [CABLE.to_owned(), CABLE.to_owned()];
-        Self { hosts, inner, links, daemons: Vec::new(), _running: Running::Nothing }.ready()
+        Self { hosts, inner, links, daemons: Vec::new(), running: Running::Nothing }.ready()
     }
 
     /// Waits until both inner address families work.
@@ -235,6 +239,12 @@ impl Subject {
                 .with_context(|| format!("{address} does not reply through the tunnel"))?;
         }
         Ok(self)
+    }
+
+    /// Returns the number of batches that helpers of both agents encrypted. 0 for another program.
+    pub(super) fn sealed_ahead(&self) -> anyhow::Result<u64> {
+        let Running::Towline(nodes, _) = &self.running else { return Ok(0) };
+        nodes.iter().map(|node| anyhow::Ok(node.status()?.wireguard_sealed_ahead)).sum()
     }
 
     pub(super) fn namespaces(&self) -> [&Namespace; 2] {
