@@ -420,7 +420,7 @@ impl Daemon {
                 tracing::info!(event = event.code(), code = reason.code(), %reason, "controller lost");
                 self.observer.happened(&event);
             }
-            discovery::Event::Heard { .. } => self.map_confirmed(),
+            discovery::Event::Heard { is_synced: true, .. } => self.map_confirmed(),
             _ => {}
         }
         match self.controller.handle(Instant::now(), &mut self.mesh, event) {
