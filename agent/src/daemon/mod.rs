@@ -271,6 +271,8 @@ impl Daemon {
         // Pod networks are known before the uplinks are chosen: none of them is one.
         self.kubernetes_changed();
         self.configuration_changed();
+        // Nothing of a map that is too old is used, not even until the first input.
+        self.begin_map_age();
         let exit = loop {
             if let Some(slept) = sleep.woke(sleep::asleep()) {
                 let event = Event::MachineSlept { time: slept };
@@ -300,7 +302,7 @@ impl Daemon {
             let deadline = self.mesh.poll_timeout().map(|(at, _reason)| at);
             let (search_at, look_at) = (self.firewalls.due(), self.observer.due());
             let report_at = self.summaries.due().filter(|_| self.controller.is_connected());
-            let expires_at = self.map_age.expires_at().filter(|_| !self.mesh.is_map_expired());
+            let expires_at = self.map_expires_at();
             tokio::select! {
                 () = at(deadline) => self.mesh.handle_timeout(Instant::now()),
                 () = at(Some(watchdog.due())) => {}
@@ -781,6 +783,8 @@ impl Daemon {
         let problems = Reporter(self).problems();
         let traffic = self.tunnels.data_plane().traffic();
         self.observer.look(Instant::now(), &problems, traffic);
+        // The clock may have been set.
+        self.check_map_age();
         // Round-trip times change without an event.
         self.api_servers_changed();
     }
