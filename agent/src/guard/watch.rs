@@ -13,8 +13,8 @@
 //! owner, so that the agent can adopt it.
 //!
 //! The host's network waits for the start of the guard, which systemd therefore never ends. What fails is tried again
-//! for [`START_LIMIT`]. After that the ranges of the mesh and of static peers are guarded without what cannot be read
-//! or applied, and the boot goes on; the whole plan is tried further.
+//! for [`START_LIMIT`]. After that the ranges of the mesh and of static peers, and those networks of nodes that can be
+//! read, are guarded, and the boot goes on; the whole plan is tried further.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
@@ -210,8 +210,8 @@ impl Keeper {
         }
     }
 
-    /// Guards the ranges of the mesh and of static peers, if no other program keeps the guards. `error` says why not all
-    /// guards are installed.
+    /// Guards the ranges of the mesh and of static peers and what else can be read, if no other program keeps
+    /// the guards. `error` says why not all guards are installed.
     fn guard_ranges(&mut self, error: &anyhow::Error) -> anyhow::Result<Guarded> {
         let state = match enter(&self.config)? {
             Ok(state) => state,
@@ -221,8 +221,7 @@ impl Keeper {
         let mut held = Held::open(&self.config, &state, files, Extent::Ranges)?;
         held.install(&self.config)?;
         if let Guarded::Installed { problems, .. } = &mut held.last {
-            problems
-                .insert(0, format!("only those of the mesh itself and of static peers: {error:#}"));
+            problems.insert(0, format!("some may be missing: {error:#}"));
         }
         Ok(self.held.insert(held).last.clone())
     }
@@ -435,6 +434,24 @@ mod tests {
     }
 
     namespace_test! {
+        fn a_map_that_can_be_read_is_guarded_though_another_file_cannot() {
+            let dir = tempfile::tempdir().unwrap();
+            host();
+            run(async {
+                let mut keeper = keeper(dir.path());
+                let prefixes = keeper.config.state_dir.join("prefixes.json");
+                std::fs::remove_file(&prefixes).unwrap();
+                std::fs::create_dir(&prefixes).unwrap();
+                let first = start(&mut keeper, &Notifier::default(), Duration::ZERO).await.unwrap();
+                assert!(first.to_string().contains("prefixes.json"), "{first}");
+                assert!(!leaves("172.20.0.1"), "node 2 announces it");
+                assert!(!leaves("198.19.0.2") && !leaves("10.1.2.3"));
+                assert!(leaves("203.0.113.1"));
+            });
+        }
+    }
+
+    namespace_test! {
         fn the_ranges_of_the_mesh_are_guarded_though_the_map_cannot_be_read() {
             let dir = tempfile::tempdir().unwrap();
             host();
@@ -449,7 +466,7 @@ mod tests {
                 let quiet = Notifier::default();
                 let limit = Duration::from_millis(100);
                 let first = start(&mut keeper, &quiet, limit).await.unwrap().to_string();
-                assert!(first.contains("only those of the mesh itself"), "{first}");
+                assert!(first.contains("some may be missing"), "{first}");
                 assert!(first.contains("map.bin"), "{first}");
                 assert!(!leaves("198.19.0.2") && !leaves("10.1.2.3"));
                 assert!(leaves("172.20.0.1"), "a network of a node is not known");
@@ -466,7 +483,7 @@ mod tests {
                 std::fs::remove_dir(&map).unwrap();
                 std::fs::write(&map, stored).unwrap();
                 until(&mut keeper, "once it can be read", || !leaves("172.20.0.1")).await;
-                assert!(!keeper.check().unwrap().to_string().contains("only those"));
+                assert!(!keeper.check().unwrap().to_string().contains("missing"));
             });
         }
     }
