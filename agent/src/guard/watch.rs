@@ -40,6 +40,11 @@ const PERIOD: Duration = Duration::from_secs(1);
 /// Time for which the start tries to install all guards.
 const START_LIMIT: Duration = Duration::from_secs(30);
 
+/// Interval between attempts to install all guards while only those of a fallback are. Each attempt reads the
+/// whole map under the lock that an agent waits for. A change of the files or of the host's networks begins the
+/// next one at once.
+const RETRY_PERIOD: Duration = Duration::from_secs(30);
+
 /// Installs the guards and keeps them until a signal ends it. The guards stay installed then.
 ///
 /// # Errors
@@ -151,9 +156,17 @@ struct Held {
     /// True if state that Towline created was changed, or refused by the kernel, since the last
     /// apply.
     is_stale: bool,
-    /// What the plan was made from.
-    extent: Extent,
+    /// Set if the plan is not the whole one.
+    fallback: Option<Fallback>,
     last: Guarded,
+}
+
+/// A plan without all that is stored.
+struct Fallback {
+    /// Why not all guards are installed, for status output.
+    reason: String,
+    /// Time of the next attempt to install all guards.
+    retry_at: Instant,
 }
 
 impl Keeper {
@@ -181,7 +194,10 @@ impl Keeper {
             }
         };
         let files = Files::of(&self.config.state_dir);
-        let is_current = |held: &Held| held.files == files && held.extent == Extent::Whole;
+        let now = Instant::now();
+        let is_due = |fallback: &Fallback| now >= fallback.retry_at;
+        let is_current =
+            |held: &Held| held.files == files && !held.fallback.as_ref().is_some_and(is_due);
         let mut held = self.held.take().filter(is_current);
         if let Some(moved) = held.as_mut().filter(|held| held.has_moved) {
             moved.has_moved = false;
@@ -190,12 +206,12 @@ impl Keeper {
         }
         let held = match held {
             Some(held) => held,
-            None => Held::open(&self.config, &state, files, Extent::Whole)?,
+            None => Held::open(&self.config, &state, files, None)?,
         };
         let held = self.held.insert(held);
         held.install(&self.config)?;
-        let last = held.last.clone();
-        self.was_complete |= self.is_whole();
+        let (last, is_all) = (held.last.clone(), held.fallback.is_none());
+        self.was_complete |= is_all && self.is_whole();
         Ok(last)
     }
 
@@ -218,11 +234,10 @@ impl Keeper {
             Err(reason) => return Ok(reason),
         };
         let files = Files::of(&self.config.state_dir);
-        let mut held = Held::open(&self.config, &state, files, Extent::Ranges)?;
+        let reason = format!("some may be missing: {error:#}");
+        let fallback = Fallback { reason, retry_at: Instant::now() + RETRY_PERIOD };
+        let mut held = Held::open(&self.config, &state, files, Some(fallback))?;
         held.install(&self.config)?;
-        if let Guarded::Installed { problems, .. } = &mut held.last {
-            problems.insert(0, format!("some may be missing: {error:#}"));
-        }
         Ok(self.held.insert(held).last.clone())
     }
 
@@ -266,8 +281,9 @@ impl Held {
         config: &Config,
         state: &StateDir,
         files: Files,
-        extent: Extent,
+        fallback: Option<Fallback>,
     ) -> anyhow::Result<Self> {
+        let extent = if fallback.is_some() { Extent::Ranges } else { Extent::Whole };
         let mut network = HostNetwork::open_unowned().context("cannot open a netlink socket")?;
         // Opened before the addresses are read, so that no change is missed.
         let watch = network.watch(&config.names()).context("cannot watch the host's network")?;
@@ -283,7 +299,7 @@ impl Held {
             has_moved: false,
             files,
             is_stale: true,
-            extent,
+            fallback,
             last: Guarded::NotJoined,
         })
     }
@@ -297,6 +313,11 @@ impl Held {
                 problem.is_worth_retrying() && !matches!(problem, Problem::LinkMissing(_))
             });
             self.last = outcome(config, &self.plan, &applied);
+            if let (Some(fallback), Guarded::Installed { problems, .. }) =
+                (&self.fallback, &mut self.last)
+            {
+                problems.insert(0, fallback.reason.clone());
+            }
         }
         Ok(())
     }
@@ -315,7 +336,7 @@ fn with_guarded(mut plan: Plan, network: &mut HostNetwork) -> anyhow::Result<Pla
     Ok(plan)
 }
 
-/// Inode and modification time of each file that the plan is made from.
+/// Inode and change time of each file that the plan is made from. The change time also shows new permissions.
 #[derive(Debug, PartialEq, Eq)]
 struct Files(Vec<Option<(u64, i64, i64)>>);
 
@@ -323,7 +344,7 @@ impl Files {
     fn of(directory: &Path) -> Self {
         let of = |name: &str| {
             let metadata = std::fs::metadata(directory.join(name)).ok()?;
-            Some((metadata.ino(), metadata.mtime(), metadata.mtime_nsec()))
+            Some((metadata.ino(), metadata.ctime(), metadata.ctime_nsec()))
         };
         Self(
             [
@@ -476,6 +497,11 @@ mod tests {
                 delete_routes();
                 delete_table();
                 assert!(leaves("198.19.0.2"));
+                until(&mut keeper, "the ranges", || !leaves("198.19.0.2") && !leaves("10.1.2.3")).await;
+                assert_eq!(keeper.check().unwrap().to_string(), first, "the rest is not tried yet");
+                assert!(!keeper.was_complete);
+                let held = keeper.held.as_mut().unwrap();
+                held.fallback.as_mut().unwrap().retry_at = Instant::now();
                 let error = keeper.check().err().unwrap();
                 assert_eq!(keeper.fall_back(&error), first);
                 assert!(!leaves("198.19.0.2") && !leaves("10.1.2.3"));
@@ -523,7 +549,7 @@ mod tests {
                 let state = enter(&keeper.config).unwrap().unwrap();
                 let files = Files::of(&keeper.config.state_dir);
                 let mut held =
-                    Held::open(&keeper.config, &state, files, Extent::Whole).unwrap();
+                    Held::open(&keeper.config, &state, files, None).unwrap();
                 held.network.lack_nftables();
                 keeper.held = Some(held);
                 let Guarded::Installed { is_whole, problems, .. } = keeper.check().unwrap() else {
