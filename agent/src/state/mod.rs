@@ -12,7 +12,7 @@
 //! | `host.json` | gateways, DNS servers and uplink addresses of the machine when it joined | at the join |
 //! | `map.bin` | the signed network map, as last received | at the start, and when the journal would exceed it |
 //! | `map.journal` | changes of the map since then | after changes, debounced |
-//! | `confirmed` | time of the map's last confirmation | at the start, then every 10 minutes, with `max_map_age_hours` |
+//! | `confirmed` | time of the map's last confirmation | at the start and every 10 minutes, if the age is bounded |
 //! | `kubernetes.json` | the last valid facts of this machine's Node object | when they change |
 //! | `confirm-by` | the deadline for confirming the join (`confirm.rs`) | at the join; removed by `towline confirm` |
 //! | `join-failure` | why the last join failed or was undone | when that happens; removed by a join |
