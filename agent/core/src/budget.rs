@@ -26,9 +26,11 @@ const ADDRESSES: usize = 4_096;
 /// Addresses of one peer that get something within [`WINDOW`] though they never answered. Twice as many
 /// as a record names.
 const ADDRESSES_OF_PEER: usize = 64;
-/// Prefix lengths of a network that is counted as one: what is usually the smallest that is routed on the
-/// internet (IPv4), and what a site gets (IPv6, RFC 6177).
-const NETWORK_BITS: (u8, u8) = (24, 56);
+/// Prefix length of an IPv4 network that is counted as one: usually the longest that is routed on the
+/// internet.
+const V4_NETWORK_BITS: u8 = 24;
+/// Prefix length of an IPv6 network that is counted as one: what a site gets (RFC 6177).
+const V6_NETWORK_BITS: u8 = 56;
 
 /// Datagrams to one address or network.
 #[derive(Debug)]
@@ -37,11 +39,22 @@ struct Count {
     since: Instant,
     /// Datagrams sent since then.
     sent: u32,
+    /// Those that the current window of the address's network has in its sum. Zero in a count of a network.
+    in_network: Share,
+}
+
+/// Part of one address in the sum of its network.
+#[derive(Debug, Clone, Copy)]
+struct Share {
+    /// Begin of the network's window.
+    since: Instant,
+    /// Datagrams in it.
+    sent: u32,
 }
 
 impl Count {
     fn new(now: Instant) -> Self {
-        Self { since: now, sent: 0 }
+        Self { since: now, sent: 0, in_network: Share { since: now, sent: 0 } }
     }
 
     fn is_over(&self, now: Instant) -> bool {
@@ -56,14 +69,22 @@ impl Count {
     /// Counts one more datagram, in a new window if the last one is over.
     fn add(&mut self, now: Instant) {
         if self.is_over(now) {
-            *self = Self::new(now);
+            (self.since, self.sent) = (now, 0);
         }
         self.sent += 1;
     }
 
+    /// Records that the last datagram is also in the sum of a network, whose window began at `since`.
+    fn add_to_network(&mut self, since: Instant) {
+        if self.in_network.since != since {
+            self.in_network = Share { since, sent: 0 };
+        }
+        self.in_network.sent += 1;
+    }
+
     /// Takes back datagrams that were answered. Those of an earlier window are not in this count.
-    fn take_back(&mut self, answered: &Self) {
-        if answered.since >= self.since {
+    fn take_back(&mut self, answered: Share) {
+        if answered.since == self.since {
             self.sent = self.sent.saturating_sub(answered.sent);
         }
     }
@@ -84,9 +105,17 @@ pub(crate) struct Unanswered {
 }
 
 impl Unanswered {
-    /// Counts one more datagram for a peer to an address. Returns whether it may be sent.
-    pub(crate) fn take(&mut self, now: Instant, peer: NodeId, to: IpAddr) -> bool {
-        let network = network_of(to);
+    /// Counts one more datagram for a peer to an address. Returns whether it may be sent. `has_answered` says
+    /// that the peer once answered from there: then the network does not count it, so that others who name
+    /// its neighbours cannot keep it from connecting again. The address and the peer have their limits.
+    pub(crate) fn take(
+        &mut self,
+        now: Instant,
+        peer: NodeId,
+        to: IpAddr,
+        has_answered: bool,
+    ) -> bool {
+        let network = network_of(to).filter(|_| !has_answered);
         let has_room =
             |count: Option<&Count>, limit| count.is_none_or(|count| count.has_room(now, limit));
         // What one of them refuses is not sent, so none of the others counts it.
@@ -100,12 +129,12 @@ impl Unanswered {
             return false;
         }
         evict(&mut self.by_address, now, &to);
-        count(&mut self.by_address, now, to);
-        count(&mut self.by_peer, now, (peer, to));
+        let of_address = count(&mut self.by_address, now, to);
+        let of_peer = count(&mut self.by_peer, now, (peer, to));
         if let Some(net) = network {
             evict(&mut self.by_network, now, &net);
-            count(&mut self.by_network, now, net);
-            count(&mut self.by_peer_and_network, now, (peer, net));
+            of_address.add_to_network(count(&mut self.by_network, now, net).since);
+            of_peer.add_to_network(count(&mut self.by_peer_and_network, now, (peer, net)).since);
         }
         true
     }
@@ -116,11 +145,11 @@ impl Unanswered {
         let of_peer = self.by_peer.remove(&(peer, from));
         let Some(net) = network_of(from) else { return };
         if let (Some(count), Some(sum)) = (of_address, self.by_network.get_mut(&net)) {
-            sum.take_back(&count);
+            sum.take_back(count.in_network);
         }
         let sum = self.by_peer_and_network.get_mut(&(peer, net));
         if let (Some(count), Some(sum)) = (of_peer, sum) {
-            sum.take_back(&count);
+            sum.take_back(count.in_network);
         }
     }
 
@@ -155,13 +184,15 @@ impl Unanswered {
     }
 }
 
-/// Counts one more datagram under a key.
-fn count<K: Ord>(counts: &mut BTreeMap<K, Count>, now: Instant, key: K) {
-    counts.entry(key).or_insert_with(|| Count::new(now)).add(now);
+/// Counts one more datagram under a key. Returns the count.
+fn count<K: Ord>(counts: &mut BTreeMap<K, Count>, now: Instant, key: K) -> &mut Count {
+    let count = counts.entry(key).or_insert_with(|| Count::new(now));
+    count.add(now);
+    count
 }
 
 /// Makes a place for a key that is not counted yet. No peer alone can fill the table, and none keeps the
-/// others out: what was counted first gives way.
+/// others out: a full table removes the oldest.
 fn evict<K: Ord + Copy>(counts: &mut BTreeMap<K, Count>, now: Instant, key: &K) {
     if counts.len() < ADDRESSES || counts.contains_key(key) {
         return;
@@ -180,7 +211,7 @@ fn network_of(address: IpAddr) -> Option<IpNet> {
     if is_private(address) {
         return None;
     }
-    let bits = if address.is_ipv4() { NETWORK_BITS.0 } else { NETWORK_BITS.1 };
+    let bits = if address.is_ipv4() { V4_NETWORK_BITS } else { V6_NETWORK_BITS };
     IpNet::new(address, bits).ok().map(|net| net.trunc())
 }
 
@@ -197,7 +228,7 @@ mod tests {
     }
 
     fn sent(unanswered: &mut Unanswered, now: Instant, peer: u8, to: IpAddr) -> usize {
-        (0..1_000).filter(|_| unanswered.take(now, NodeId([peer; 16]), to)).count()
+        (0..1_000).filter(|_| unanswered.take(now, NodeId([peer; 16]), to, false)).count()
     }
 
     #[test]
@@ -213,10 +244,11 @@ mod tests {
     fn a_peer_with_ever_new_addresses_keeps_nobody_else_from_trying() {
         let (mut unanswered, now) = (Unanswered::default(), start());
         let numbered = |number: u32| IpAddr::from(number.to_be_bytes());
-        let tried = (1..100_000).filter(|n| unanswered.take(now, NodeId([1; 16]), numbered(*n)));
-        assert_eq!(tried.count(), ADDRESSES_OF_PEER);
-        assert!(unanswered.take(now, NodeId([2; 16]), NOBODY));
-        assert!(unanswered.take(now + WINDOW, NodeId([1; 16]), NOBODY));
+        let mut take = |now, peer: u8, to| unanswered.take(now, NodeId([peer; 16]), to, false);
+        let tried = (1..100_000).filter(|number| take(now, 1, numbered(*number))).count();
+        assert_eq!(tried, ADDRESSES_OF_PEER);
+        assert!(take(now, 2, NOBODY));
+        assert!(take(now + WINDOW, 1, NOBODY));
         let counted: usize = unanswered.by_peer.len();
         assert!(counted <= 2 * ADDRESSES_OF_PEER, "{counted}");
         unanswered.answered(NodeId([2; 16]), NOBODY);
@@ -261,5 +293,36 @@ mod tests {
         unanswered.answered(NodeId([101; 16]), node(101));
         let sum = unanswered.by_network.values().map(|count| count.sent).sum::<u32>();
         assert_eq!(sum, 125);
+    }
+
+    #[test]
+    fn the_sum_of_a_network_keeps_no_peer_from_an_address_that_it_answered_from() {
+        let (mut unanswered, now) = (Unanswered::default(), start());
+        let host = |number: u8| IpAddr::from([198, 51, 100, number]);
+        for liar in [1, 2] {
+            let to_each = (1..=8).map(|number| sent(&mut unanswered, now, liar, host(number)));
+            assert_eq!(to_each.sum::<usize>(), 500);
+        }
+        assert_eq!(sent(&mut unanswered, now, 3, host(99)), 0, "the network gets no more");
+        let known = (0..1_000).filter(|_| unanswered.take(now, NodeId([3; 16]), host(99), true));
+        assert_eq!(known.count(), 125, "the address still has its limit");
+    }
+
+    #[test]
+    fn an_answer_is_taken_out_of_a_sum_that_began_after_the_first_datagram() {
+        let (mut unanswered, now) = (Unanswered::default(), start());
+        let host = |number: u8| IpAddr::from([198, 51, 100, number]);
+        let sum = |unanswered: &Unanswered| {
+            unanswered.by_network.values().map(|count| count.sent).sum::<u32>()
+        };
+        // The network's next window begins inside that of the address.
+        let (early, late) = (now + WINDOW / 2, now + WINDOW);
+        assert!(unanswered.take(now, NodeId([2; 16]), host(2), false));
+        let peer = NodeId([3; 16]);
+        assert!((0..3).all(|_| unanswered.take(early, peer, host(3), false)));
+        assert!((0..4).all(|_| unanswered.take(late, peer, host(3), false)));
+        assert_eq!(sum(&unanswered), 4, "a new window");
+        unanswered.answered(peer, host(3));
+        assert_eq!(sum(&unanswered), 0, "those of the earlier window are not taken back twice");
     }
 }

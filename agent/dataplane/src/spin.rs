@@ -52,9 +52,21 @@ impl Spin {
         self.longest
     }
 
-    /// Records whether the looks before a sleep found work, so that there was no sleep.
-    pub(super) fn record_looks(&mut self, found: bool) {
-        self.misses = if found { 0 } else { self.misses + 1 };
+    /// Records that the looks before a sleep found work after this time, so that there was no sleep. On a
+    /// busy processor `sched_yield` returns only after the time slice of another thread: work that is found
+    /// after that would have woken up a sleep just as early, and counts as one without success.
+    pub(super) fn record_found(&mut self, after: Duration) {
+        if after <= self.longest + SHORT {
+            self.misses = 0;
+        } else {
+            self.record_nothing_found();
+            self.record_sleep(after);
+        }
+    }
+
+    /// Records that the looks before a sleep found no work.
+    pub(super) fn record_nothing_found(&mut self) {
+        self.misses += 1;
         if self.misses == MISSES {
             (self.misses, self.pause) = (0, PAUSE);
         }
@@ -113,7 +125,7 @@ mod tests {
         let mut spin = after(GAP);
         for _ in 0..MISSES {
             assert_eq!(spin.due(), LONGEST);
-            spin.record_looks(false);
+            spin.record_nothing_found();
         }
         for _ in 0..PAUSE {
             assert_eq!(spin.due(), Duration::ZERO);
@@ -127,9 +139,35 @@ mod tests {
         for _ in 0..100 {
             for found in [false, false, false, true] {
                 assert_eq!(spin.due(), LONGEST);
-                spin.record_looks(found);
+                if found {
+                    spin.record_found(LONGEST);
+                } else {
+                    spin.record_nothing_found();
+                }
             }
         }
+    }
+
+    #[test]
+    fn work_that_is_found_after_a_time_slice_of_another_thread_is_no_success() {
+        let slice = Duration::from_millis(3);
+        let mut spin = after(GAP);
+        spin.record_found(slice);
+        assert_eq!(spin.due(), Duration::ZERO, "the packets are far apart");
+        // Packets that are close together in between do not hide it.
+        for _ in 1..MISSES {
+            spin.record_sleep(GAP);
+            assert_eq!(spin.due(), LONGEST);
+            spin.record_found(slice);
+        }
+        spin.record_sleep(GAP);
+        for _ in 0..PAUSE {
+            assert_eq!(spin.due(), Duration::ZERO);
+        }
+        assert_eq!(spin.due(), LONGEST);
+        // A thread that had the processor for a short time may have sent the packet.
+        spin.record_found(GAP);
+        assert_eq!(spin.due(), LONGEST);
     }
 
     #[test]

@@ -322,7 +322,7 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
             loop {
                 let count = self.epoll.wait(ready, EpollTimeout::ZERO)?;
                 if count > 0 {
-                    self.spin.record_looks(true);
+                    self.spin.record_found(began.elapsed());
                     return Ok(count);
                 }
                 if began.elapsed() >= longest {
@@ -331,7 +331,7 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
                 // Without this the thread that sends the next packet may not run at all.
                 std::thread::yield_now();
             }
-            self.spin.record_looks(false);
+            self.spin.record_nothing_found();
         }
         let count = self.epoll.wait(ready, timeout(next_tick, began))?;
         self.spin.record_sleep(began.elapsed());

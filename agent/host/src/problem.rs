@@ -212,7 +212,7 @@ impl Problem {
     }
 
     /// Returns true if packets that come from outside the tunnel with a source of the mesh are not dropped.
-    pub fn opens_inverse_guard(&self) -> bool {
+    pub fn has_open_inverse_guard(&self) -> bool {
         match self {
             Self::NoFirewall(_) | Self::FirewallReduced(_) => true,
             Self::LinkMissing(_)

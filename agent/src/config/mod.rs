@@ -4,9 +4,11 @@
 //! is an error that names the key. Flags and environment variables take precedence over the file;
 //! see `cli`.
 
+mod metrics;
 mod seal_ahead;
 #[cfg(test)]
 mod tests;
+mod wireguard;
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -31,10 +33,13 @@ use crate::prefixes::Filter;
 use crate::static_peers::{self, PeerConfig};
 use crate::telemetry::{self, TelemetryConfig};
 pub use seal_ahead::SealAhead;
-use towline_dataplane::{Aead, EngineChoice, Offloads};
+use towline_dataplane::Offloads;
 use towline_host::Names;
 use towline_service::config_file::{self, FileError};
 use towline_service::log::LogConfig;
+
+pub use metrics::{InvalidMetricsAddress, MetricsAddress, MetricsConfig};
+pub use wireguard::{WireguardAead, WireguardConfig, WireguardEngine};
 
 /// Default path of the configuration file.
 pub const DEFAULT_PATH: &str = "/etc/towline/agent.toml";
@@ -117,80 +122,6 @@ pub enum Addressing {
     Overlay,
     /// The machine's own address, announced as a prefix and routed into the tunnel.
     NodeIp,
-}
-
-/// Settings of the UDP side of the tunnels.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct WireguardConfig {
-    /// UDP port, 1 to 65535.
-    pub port: u16,
-    /// Number of threads that move packets, 1 to 16. One is enough for a few Gb/s. With several,
-    /// the peers are distributed over them.
-    pub workers: usize,
-    /// True if outer packets get the DSCP of the inner ones. It tells everybody on the way which
-    /// traffic is which.
-    pub copy_dscp: bool,
-    /// Implementation of WireGuard's handshake and sessions. Peers with different ones understand each
-    /// other.
-    pub engine: WireguardEngine,
-    /// Implementation of the cipher that the engine `batch` uses.
-    pub aead: WireguardAead,
-    /// Longest time in microseconds for which a worker that moves packets looks for more of them before
-    /// it sleeps, 0 to 1,000. It shortens latency, most of all in virtual machines, and takes processor
-    /// time only while packets follow one another closely. 0: it sleeps at once.
-    pub spin_us: u32,
-    /// Number of threads that encrypt large batches while the worker goes on: `"auto"`, `"off"` or 1 to 8.
-    /// They are for more throughput with one peer, on a machine with idle cores, and work with the engine
-    /// `batch` and one worker only. `auto` starts one for each four cores, at most two, and none below four
-    /// cores or with several workers.
-    pub seal_ahead: SealAhead,
-    /// True if `wg show` is answered, at `/run/wireguard/LINK.sock`.
-    pub uapi: bool,
-}
-
-/// Implementation of WireGuard's handshake and sessions.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum WireguardEngine {
-    /// `batch` on a CPU with a fast cipher for batches (AVX2 or AVX-512) that passes its test at start,
-    /// `boringtun` on any other.
-    #[default]
-    Auto,
-    /// Towline's own: packets are encrypted and decrypted in batches, in place.
-    Batch,
-    /// The library boringtun: one packet at a time.
-    Boringtun,
-}
-
-impl From<WireguardEngine> for EngineChoice {
-    fn from(engine: WireguardEngine) -> Self {
-        match engine {
-            WireguardEngine::Auto => Self::Auto,
-            WireguardEngine::Batch => Self::Batch,
-            WireguardEngine::Boringtun => Self::Boringtun,
-        }
-    }
-}
-
-/// Implementation of ChaCha20-Poly1305.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum WireguardAead {
-    /// The fastest that this CPU has and that passes its test at start.
-    #[default]
-    Auto,
-    /// The library ring: one packet at a time.
-    Ring,
-}
-
-impl From<WireguardAead> for Aead {
-    fn from(aead: WireguardAead) -> Self {
-        match aead {
-            WireguardAead::Auto => Self::Auto,
-            WireguardAead::Ring => Self::Ring,
-        }
-    }
 }
 
 /// Settings of the TUN link.
@@ -328,69 +259,6 @@ impl Default for RelayConfig {
     }
 }
 
-/// Settings of the metrics for Prometheus.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct MetricsConfig {
-    /// Address at which `GET /metrics` is answered, without TLS and login. Absent or empty: nowhere.
-    #[serde(deserialize_with = "metrics_address", skip_serializing_if = "Option::is_none")]
-    pub listen: Option<MetricsAddress>,
-}
-
-/// Address of the metrics.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub enum MetricsAddress {
-    /// One address with a port.
-    Fixed(SocketAddr),
-    /// All addresses of this node's link, with this port. One configuration fits every node.
-    Overlay(u16),
-}
-
-/// Parses the address of the metrics. A template that has none for it writes an empty text.
-fn metrics_address<'de, D>(deserializer: D) -> Result<Option<MetricsAddress>, D::Error>
-where
-    D: serde::Deserializer<'de>,
-{
-    let text = String::deserialize(deserializer)?;
-    if text.is_empty() {
-        return Ok(None);
-    }
-    MetricsAddress::try_from(text).map(Some).map_err(serde::de::Error::custom)
-}
-
-/// Error of parsing the address of the metrics.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{text}` is no address: use `127.0.0.1:9586`, `[::1]:9586` or `overlay:9586`")]
-pub struct InvalidMetricsAddress {
-    text: String,
-}
-
-impl TryFrom<String> for MetricsAddress {
-    type Error = InvalidMetricsAddress;
-
-    fn try_from(text: String) -> Result<Self, InvalidMetricsAddress> {
-        let parsed = match text.strip_prefix("overlay:") {
-            Some(port) => port.parse().ok().map(Self::Overlay),
-            None => text.parse().ok().map(Self::Fixed),
-        };
-        let is_valid = |address: &Self| match address {
-            Self::Fixed(address) => address.port() != 0,
-            Self::Overlay(port) => *port != 0,
-        };
-        parsed.filter(is_valid).ok_or(InvalidMetricsAddress { text })
-    }
-}
-
-impl From<MetricsAddress> for String {
-    fn from(address: MetricsAddress) -> Self {
-        match address {
-            MetricsAddress::Fixed(address) => address.to_string(),
-            MetricsAddress::Overlay(port) => format!("overlay:{port}"),
-        }
-    }
-}
-
 /// Settings for Kubernetes, which is accessed with the kubelet's own credentials.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -472,21 +340,6 @@ impl Default for Config {
             telemetry: TelemetryConfig::default(),
             kubernetes: KubernetesConfig::default(),
             log: LogConfig::default(),
-        }
-    }
-}
-
-impl Default for WireguardConfig {
-    fn default() -> Self {
-        Self {
-            port: 51830,
-            workers: 1,
-            copy_dscp: false,
-            engine: WireguardEngine::Auto,
-            aead: WireguardAead::Auto,
-            spin_us: 20,
-            seal_ahead: SealAhead::Auto,
-            uapi: true,
         }
     }
 }

@@ -130,7 +130,7 @@ impl ControllerLink {
                 self.connected.send_replace(false);
                 self.session.reason = Some(reason);
             }
-            Event::Heard { revision } => {
+            Event::Heard { revision, .. } => {
                 self.session.revision = revision;
                 self.session.last_heard = Some(now);
             }

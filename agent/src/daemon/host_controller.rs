@@ -361,7 +361,7 @@ fn blocking(
     requires_inverse_guard: bool,
 ) -> Option<&towline_host::Problem> {
     problems.iter().find(|problem| {
-        problem.is_blocking() || requires_inverse_guard && problem.opens_inverse_guard()
+        problem.is_blocking() || requires_inverse_guard && problem.has_open_inverse_guard()
     })
 }
 

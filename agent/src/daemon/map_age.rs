@@ -3,6 +3,9 @@
 
 use std::time::{Duration, Instant};
 
+use tokio::sync::oneshot;
+use tokio::sync::oneshot::error::TryRecvError;
+
 use super::Daemon;
 use super::problem::Problem;
 
@@ -15,24 +18,34 @@ const STORE_PERIOD: Duration = Duration::from_secs(600);
 pub(super) struct MapAge {
     /// Longest age at which the map is used; `None`: any.
     limit: Option<Duration>,
-    /// Monotonic time at which the map had the age [`Self::age`].
+    /// Monotonic time of the start or, once a controller confirmed the map, of the last confirmation.
     at: Instant,
-    age: Duration,
-    /// Monotonic time at which a confirmation was stored last. `None` before the first time.
+    /// Time since then in which the monotonic clock stood still, because the machine slept.
+    slept: Duration,
+    /// Last confirmation that an earlier run stored, in seconds since 1970. Cleared when a controller confirms
+    /// the map: from then on the wall clock does not matter.
+    earlier: Option<u64>,
+    /// True if there is a stored confirmation.
+    has_stored: bool,
+    /// Monotonic time of the last confirmation that this run stored.
     stored_at: Option<Instant>,
+    /// Confirmation that is being stored: its time, and a receiver that gets a message on success.
+    write: Option<(Instant, oneshot::Receiver<()>)>,
 }
 
 impl MapAge {
-    /// Begins with the time of the last confirmation that was stored. Both times are in seconds since 1970.
-    /// Without a stored one the map counts as confirmed now.
-    pub(super) fn new(
-        now: Instant,
-        limit: Option<Duration>,
-        stored: Option<u64>,
-        clock: u64,
-    ) -> Self {
-        let age = stored.map_or(0, |stored| clock.saturating_sub(stored));
-        Self { limit, at: now, age: Duration::from_secs(age), stored_at: None }
+    /// Begins with the time of the last confirmation that was stored, in seconds since 1970. Without a stored
+    /// one the map counts as confirmed now.
+    pub(super) fn new(now: Instant, limit: Option<Duration>, stored: Option<u64>) -> Self {
+        Self {
+            limit,
+            at: now,
+            slept: Duration::ZERO,
+            earlier: stored,
+            has_stored: stored.is_some(),
+            stored_at: None,
+            write: None,
+        }
     }
 
     /// Replaces the bound.
@@ -42,49 +55,96 @@ impl MapAge {
 
     /// Counts time in which the machine slept: the monotonic clock stood still.
     pub(super) fn slept(&mut self, time: Duration) {
-        self.age = self.age.saturating_add(time);
+        self.slept = self.slept.saturating_add(time);
     }
 
-    /// A controller confirmed the map. Returns whether that has to be stored.
-    fn confirmed(&mut self, now: Instant) -> bool {
-        (self.at, self.age) = (now, Duration::ZERO);
+    /// A controller confirmed the map. If that has to be stored, returns where to report success.
+    fn confirmed(&mut self, now: Instant) -> Option<oneshot::Sender<()>> {
+        (self.at, self.slept, self.earlier) = (now, Duration::ZERO, None);
+        self.finish_write();
         let is_due = self.stored_at.is_none_or(|at| now >= at + STORE_PERIOD);
-        let is_stored = is_due && self.limit.is_some();
-        if is_stored {
-            self.stored_at = Some(now);
+        if !is_due || self.limit.is_none() || self.write.is_some() {
+            return None;
         }
-        is_stored
+        let (stored, write) = oneshot::channel();
+        self.write = Some((now, write));
+        Some(stored)
+    }
+
+    /// Takes the result of a write that has ended. One that failed is repeated with the next confirmation.
+    fn finish_write(&mut self) {
+        let Some((at, write)) = &mut self.write else { return };
+        match write.try_recv() {
+            Ok(()) => (self.stored_at, self.has_stored) = (Some(*at), true),
+            Err(TryRecvError::Closed) => {}
+            Err(TryRecvError::Empty) => return,
+        }
+        self.write = None;
+    }
+
+    /// Returns the time to store as that of a confirmation if there is a bound and none was ever stored, in seconds
+    /// since 1970. Otherwise each restart would begin with a map that counts as new.
+    fn first_confirmation(&self, now: Instant, clock: u64) -> Option<u64> {
+        let is_missing = self.limit.is_some() && !self.has_stored;
+        is_missing.then(|| clock.saturating_sub(self.age(now, clock).as_secs()))
+    }
+
+    /// Returns how long ago a controller confirmed the map. `clock` is in seconds since 1970. It is read each time,
+    /// because it may be wrong until the machine gets the time from a server.
+    fn age(&self, now: Instant, clock: u64) -> Duration {
+        let counted = now.saturating_duration_since(self.at).saturating_add(self.slept);
+        let by_clock = self.earlier.map_or(0, |earlier| clock.saturating_sub(earlier));
+        counted.max(Duration::from_secs(by_clock))
     }
 
     /// Returns when the map gets too old. `None` without a bound.
-    pub(super) fn expires_at(&self) -> Option<Instant> {
-        let left = self.limit?.saturating_sub(self.age);
-        self.at.checked_add(left)
+    fn expires_at(&self, now: Instant, clock: u64) -> Option<Instant> {
+        let left = self.limit?.saturating_sub(self.age(now, clock));
+        now.checked_add(left)
     }
 
-    fn is_expired(&self, now: Instant) -> bool {
-        self.expires_at().is_some_and(|at| now >= at)
+    fn is_expired(&self, now: Instant, clock: u64) -> bool {
+        self.limit.is_some_and(|limit| self.age(now, clock) >= limit)
     }
 }
 
 impl Daemon {
     /// Handles that a controller confirmed the map.
     pub(super) fn map_confirmed(&mut self) {
-        if self.map_age.confirmed(Instant::now()) {
+        if let Some(stored) = self.map_age.confirmed(Instant::now()) {
             let (state, clock) = (self.state.clone(), unix_seconds());
-            tokio::task::spawn_blocking(move || {
-                if let Err(error) = state.store_confirmation(clock) {
-                    tracing::debug!(%error, "age of the map not stored");
+            tokio::task::spawn_blocking(move || match state.store_confirmation(clock) {
+                Ok(()) => {
+                    // The daemon may have ended.
+                    let _ = stored.send(());
                 }
+                Err(error) => tracing::debug!(%error, "age of the map not stored"),
             });
         }
         self.check_map_age();
     }
 
+    /// Begins to bound the age of the map, at the start and with another bound.
+    pub(super) fn begin_map_age(&mut self) {
+        if let Some(time) = self.map_age.first_confirmation(Instant::now(), unix_seconds()) {
+            match self.state.store_confirmation(time) {
+                Ok(()) => self.map_age.has_stored = true,
+                Err(error) => tracing::warn!(%error, "age of the map not stored"),
+            }
+        }
+        self.check_map_age();
+    }
+
+    /// Returns when to check the age of the map. `None` without a bound, and while the map is too old.
+    pub(super) fn map_expires_at(&self) -> Option<Instant> {
+        let expires_at = self.map_age.expires_at(Instant::now(), unix_seconds());
+        expires_at.filter(|_| !self.mesh.is_map_expired())
+    }
+
     /// Closes the tunnels to the nodes of a map that is too old, and opens them again once it was confirmed.
     pub(super) fn check_map_age(&mut self) {
         let now = Instant::now();
-        let is_expired = self.map_age.is_expired(now);
+        let is_expired = self.map_age.is_expired(now, unix_seconds());
         if is_expired == self.mesh.is_map_expired() {
             return;
         }
@@ -104,7 +164,7 @@ impl Daemon {
 }
 
 /// Returns the wall-clock time in seconds since 1970.
-pub(super) fn unix_seconds() -> u64 {
+fn unix_seconds() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     now.unwrap_or_default().as_secs()
 }
@@ -114,39 +174,89 @@ mod tests {
     use super::*;
 
     const HOUR: Duration = Duration::from_secs(3_600);
+    /// Wall clock at the start of each test.
+    const CLOCK: u64 = 1_000_000;
+
+    /// Returns whether the map is expired this long after the start, with a clock that is right.
+    fn is_expired(age: &MapAge, start: Instant, after: Duration) -> bool {
+        age.is_expired(start + after, CLOCK + after.as_secs())
+    }
 
     #[test]
     fn a_map_expires_when_no_controller_confirmed_it_for_so_long() {
         let start = Instant::now();
-        let mut age = MapAge::new(start, Some(HOUR * 2), None, 1_000_000);
-        assert!(!age.is_expired(start + HOUR));
-        assert!(age.confirmed(start + HOUR));
-        assert!(!age.is_expired(start + HOUR * 2));
-        assert!(age.is_expired(start + HOUR * 3));
+        let mut age = MapAge::new(start, Some(HOUR * 2), None);
+        assert!(!is_expired(&age, start, HOUR));
+        assert!(age.confirmed(start + HOUR).is_some());
+        assert!(!is_expired(&age, start, HOUR * 2));
+        assert!(is_expired(&age, start, HOUR * 3));
+        assert_eq!(age.expires_at(start + HOUR * 2, CLOCK + 7_200), Some(start + HOUR * 3));
         age.slept(HOUR);
-        assert!(age.is_expired(start + HOUR * 2), "it gets older while the machine sleeps");
+        assert!(is_expired(&age, start, HOUR * 2), "it gets older while the machine sleeps");
         age.set_limit(None);
-        assert!(!age.is_expired(start + HOUR * 9_999));
+        assert!(!is_expired(&age, start, HOUR * 9_999));
     }
 
     #[test]
     fn a_restart_does_not_make_a_map_younger_and_a_clock_that_went_back_not_older() {
         let start = Instant::now();
-        let restarted = |stored| MapAge::new(start, Some(HOUR * 2), Some(stored), 1_000_000);
-        assert!(restarted(1_000_000 - 7_200).is_expired(start));
-        assert!(!restarted(1_000_000 - 7_000).is_expired(start));
-        assert!(restarted(1_000_000 - 7_000).is_expired(start + Duration::from_secs(200)));
-        assert!(!restarted(2_000_000).is_expired(start + HOUR));
-        assert!(restarted(0).is_expired(start));
+        let restarted = |stored| MapAge::new(start, Some(HOUR * 2), Some(stored));
+        let is_expired = |age: MapAge, after| is_expired(&age, start, after);
+        assert!(is_expired(restarted(CLOCK - 7_200), Duration::ZERO));
+        assert!(!is_expired(restarted(CLOCK - 7_000), Duration::ZERO));
+        assert!(is_expired(restarted(CLOCK - 7_000), Duration::from_secs(200)));
+        assert!(!is_expired(restarted(2 * CLOCK), HOUR));
+        assert!(is_expired(restarted(0), Duration::ZERO));
+    }
+
+    #[test]
+    fn a_clock_that_is_set_after_the_start_changes_the_age_until_a_controller_confirms_the_map() {
+        let start = Instant::now();
+        let minute = start + HOUR / 60;
+        let mut age = MapAge::new(start, Some(HOUR * 2), Some(CLOCK - 3_600));
+        assert!(age.is_expired(start, CLOCK * 2), "the clock was ahead");
+        assert!(!age.is_expired(minute, CLOCK + 60));
+        assert!(age.is_expired(start + HOUR * 2, 0), "but time that passed since the start counts");
+        let mut late = MapAge::new(start, Some(HOUR * 2), Some(CLOCK - 7_200));
+        assert!(!late.is_expired(start, 0), "the clock was behind");
+        assert!(late.is_expired(minute, CLOCK + 60));
+        for age in [&mut age, &mut late] {
+            age.confirmed(minute);
+            assert!(!age.is_expired(minute + HOUR, CLOCK * 2));
+        }
+    }
+
+    #[test]
+    fn the_first_start_with_a_bound_is_stored_once() {
+        let start = Instant::now();
+        let later = start + HOUR;
+        let mut age = MapAge::new(start, None, None);
+        assert_eq!(age.first_confirmation(start, CLOCK), None, "there is no bound");
+        age.set_limit(Some(HOUR * 2));
+        assert_eq!(age.first_confirmation(later, CLOCK), Some(CLOCK - 3_600));
+        let restarted = MapAge::new(start, Some(HOUR * 2), Some(CLOCK - 3_600));
+        assert_eq!(restarted.first_confirmation(later, CLOCK), None);
     }
 
     #[test]
     fn confirmations_are_stored_now_and_then_and_only_where_there_is_a_bound() {
         let start = Instant::now();
-        let mut age = MapAge::new(start, Some(HOUR), None, 0);
-        let stored = (0..240).filter(|beat| age.confirmed(start + Duration::from_secs(15) * *beat));
-        assert_eq!(stored.count(), 6, "six in an hour");
-        let mut unbounded = MapAge::new(start, None, None, 0);
-        assert!(!unbounded.confirmed(start));
+        let mut age = MapAge::new(start, Some(HOUR), None);
+        let mut confirmed = |beat: u32| age.confirmed(start + Duration::from_secs(15) * beat);
+        let mut stored = 0;
+        for beat in 0..240 {
+            if let Some(done) = confirmed(beat) {
+                done.send(()).unwrap();
+                stored += 1;
+            }
+        }
+        assert_eq!(stored, 6, "six in an hour");
+        // One that fails is repeated, but not while it runs.
+        let failing = confirmed(240).expect("one is due");
+        assert!(confirmed(241).is_none());
+        drop(failing);
+        assert!(confirmed(242).is_some());
+        let mut unbounded = MapAge::new(start, None, None);
+        assert!(unbounded.confirmed(start).is_none());
     }
 }

@@ -75,7 +75,7 @@ use tokio::sync::oneshot;
 use towline_core::mesh::{Mesh, Output, PeerState, PeerStatus, Transmit};
 use towline_core::path::{Path as NetworkPath, Source};
 use towline_core::peer_history::PathChange;
-use towline_core::peer_table::{Observation, PeerTable};
+use towline_core::peer_table::Observation;
 use towline_core::prefixes::is_private;
 use towline_dataplane as dataplane;
 use towline_host::HostEvent;
@@ -271,6 +271,8 @@ impl Daemon {
         // Pod networks are known before the uplinks are chosen: none of them is one.
         self.kubernetes_changed();
         self.configuration_changed();
+        // Nothing of a map that is too old is used, not even until the first input.
+        self.begin_map_age();
         let exit = loop {
             if let Some(slept) = sleep.woke(sleep::asleep()) {
                 let event = Event::MachineSlept { time: slept };
@@ -300,7 +302,7 @@ impl Daemon {
             let deadline = self.mesh.poll_timeout().map(|(at, _reason)| at);
             let (search_at, look_at) = (self.firewalls.due(), self.observer.due());
             let report_at = self.summaries.due().filter(|_| self.controller.is_connected());
-            let expires_at = self.map_age.expires_at().filter(|_| !self.mesh.is_map_expired());
+            let expires_at = self.map_expires_at();
             tokio::select! {
                 () = at(deadline) => self.mesh.handle_timeout(Instant::now()),
                 () = at(Some(watchdog.due())) => {}
@@ -420,7 +422,7 @@ impl Daemon {
                 tracing::info!(event = event.code(), code = reason.code(), %reason, "controller lost");
                 self.observer.happened(&event);
             }
-            discovery::Event::Heard { .. } => self.map_confirmed(),
+            discovery::Event::Heard { is_synced: true, .. } => self.map_confirmed(),
             _ => {}
         }
         match self.controller.handle(Instant::now(), &mut self.mesh, event) {
@@ -609,6 +611,8 @@ impl Daemon {
 impl Daemon {
     /// Executes all pending outputs of the core.
     fn drain(&mut self) {
+        // The list of API servers is made from all peers, so it is made once for all outputs.
+        let mut has_peer_changes = false;
         while let Some(output) = self.mesh.poll_output() {
             match output {
                 Output::Transmit(transmit) => self.transmit(transmit),
@@ -625,10 +629,14 @@ impl Daemon {
                     self.trace_step(Step::Attempt, &peer);
                     self.tunnels.data_plane().handshake(peer, to);
                 }
-                Output::PeerTable(table) => self.peer_table(&table),
+                // The data plane derives the keys of the pairs.
+                Output::PeerTable(table) => {
+                    self.tunnels.apply(&table);
+                    has_peer_changes = true;
+                }
                 Output::PeerPath { peer, path } => {
                     self.tunnels.data_plane().apply_path(&peer, path);
-                    self.api_servers_changed();
+                    has_peer_changes = true;
                 }
                 Output::ForwardingTable(table) => {
                     self.tunnels.data_plane().apply_forwarding(&table);
@@ -642,7 +650,9 @@ impl Daemon {
                     self.announcer.remember(&self.mesh);
                 }
                 Output::Advertise(candidates) => self.announcer.set_candidates(candidates),
-                Output::StateChanged { peer, from, to } => self.state_changed(peer, from, to),
+                Output::StateChanged { peer, from, to } => {
+                    has_peer_changes |= self.state_changed(peer, from, to);
+                }
                 Output::PathChanged { peer, from, to, reason } => {
                     self.path_changed(peer, from, to, reason);
                 }
@@ -651,6 +661,9 @@ impl Daemon {
                 }
                 Output::PingResult { id, answer } => self.prober.handle_result(id, answer),
             }
+        }
+        if has_peer_changes {
+            self.api_servers_changed();
         }
     }
 
@@ -695,12 +708,6 @@ impl Daemon {
         self.mesh.set_second_port(Instant::now(), opened.ok());
     }
 
-    /// Applies a new peer table to the data plane, which derives the keys of the pairs.
-    fn peer_table(&self, table: &PeerTable) {
-        self.tunnels.apply(table);
-        self.api_servers_changed();
-    }
-
     fn static_state_changed(&mut self, peer: WireguardKey, from: PeerState, to: PeerState) {
         let status = self.mesh.static_peers().find(|status| status.public_key == peer);
         let Some(status) = status else { return };
@@ -715,8 +722,9 @@ impl Daemon {
         self.observer.happened(&event);
     }
 
-    fn state_changed(&mut self, peer: NodeId, from: PeerState, to: PeerState) {
-        let Some(status) = self.mesh.peer(peer) else { return };
+    /// Reports the new state of a peer. Returns whether the peer has an API server.
+    fn state_changed(&mut self, peer: NodeId, from: PeerState, to: PeerState) -> bool {
+        let Some(status) = self.mesh.peer(peer) else { return false };
         let name = status.node.name();
         let path = status.path;
         let reason = status.reason.as_ref().map(observer::reason);
@@ -734,9 +742,7 @@ impl Daemon {
         }
         let is_api_server = status.node.api_port().is_some();
         self.observer.happened(&event);
-        if is_api_server {
-            self.api_servers_changed();
-        }
+        is_api_server
     }
 
     fn path_changed(
@@ -777,6 +783,8 @@ impl Daemon {
         let problems = Reporter(self).problems();
         let traffic = self.tunnels.data_plane().traffic();
         self.observer.look(Instant::now(), &problems, traffic);
+        // The clock may have been set.
+        self.check_map_age();
         // Round-trip times change without an event.
         self.api_servers_changed();
     }

@@ -47,7 +47,7 @@ impl Daemon {
         configure(&mut self.mesh, now, &self.config, self.at_join.networks.clone());
         self.update_limits();
         self.map_age.set_limit(self.config.max_map_age());
-        self.check_map_age();
+        self.begin_map_age();
         self.host.set_requires_inverse_guard(self.config.trust.require_inverse_guard);
         self.mesh.set_static_peers(now, static_peers);
         self.configuration_changed();

@@ -21,7 +21,7 @@ use super::controller_link::ControllerLink;
 use super::firewall_search::FirewallSearch;
 use super::host_controller::HostController;
 use super::kubernetes_node::KubernetesNode;
-use super::map_age::{self, MapAge};
+use super::map_age::MapAge;
 use super::observer::Observer;
 use super::prober::Prober;
 use super::summary::SummarySchedule;
@@ -212,8 +212,7 @@ impl Daemon {
             telemetry::start_trace(&config.telemetry, mesh.grant(), is_first, started)
         };
         let at_join = stored.at_join.clone();
-        let (limit, confirmed) = (config.max_map_age(), state.confirmation());
-        let map_age = MapAge::new(now, limit, confirmed, map_age::unix_seconds());
+        let map_age = MapAge::new(now, config.max_map_age(), state.confirmation());
         let controller = stored.discovery(&config, &state, announced)?;
         let kubernetes = KubernetesNode::new(kubernetes::start(kubernetes::Setup {
             config: config.kubernetes.clone(),

@@ -109,6 +109,9 @@ pub enum Event {
     Heard {
         /// Current revision of the map.
         revision: u64,
+        /// True once this session delivered everything that the controller had when it began. Until then the
+        /// map may lack removals.
+        is_synced: bool,
     },
     /// Another node sent a sealed signal to this node.
     Signal(Vec<u8>),
@@ -493,6 +496,7 @@ impl Discovery {
                     session.retry_publish = Some(Instant::now());
                 }
                 session.map_dirty = true;
+                session.is_synced |= synced;
                 if synced {
                     self.save_map(session).await;
                 }
@@ -511,7 +515,8 @@ impl Discovery {
             Some(Kind::Ready(_)) | None => {}
         }
         let revision = self.map.position().1;
-        self.events.send(Event::Heard { revision }).await.map_err(|_| Ended::Stop)
+        let event = Event::Heard { revision, is_synced: session.is_synced };
+        self.events.send(event).await.map_err(|_| Ended::Stop)
     }
 
     /// Applies changes to the map and sends the valid ones to the daemon.

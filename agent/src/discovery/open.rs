@@ -112,6 +112,7 @@ impl Discovery {
             published: false,
             published_at: None,
             retry_publish: None,
+            is_synced: false,
             map_dirty: false,
             map_saved: Instant::now(),
         })

@@ -47,6 +47,8 @@ pub(super) struct Session {
     /// Time at which this session's last record was accepted.
     pub(super) published_at: Option<Instant>,
     pub(super) retry_publish: Option<Instant>,
+    /// True once this session delivered everything that the controller had when it began.
+    pub(super) is_synced: bool,
     pub(super) map_dirty: bool,
     pub(super) map_saved: Instant,
 }
@@ -138,7 +140,7 @@ mod tests {
         controller: mpsc::Sender<Result<Frame<Bytes>, Infallible>>,
         /// What the client sends in its watch.
         requests: mpsc::Receiver<pb::WatchRequest>,
-        _events: mpsc::Receiver<crate::discovery::Event>,
+        events: mpsc::Receiver<crate::discovery::Event>,
         _configured: watch::Sender<Vec<ControllerAddress>>,
         _directory: tempfile::TempDir,
     }
@@ -198,6 +200,7 @@ mod tests {
                 published: false,
                 published_at: None,
                 retry_publish: None,
+                is_synced: false,
                 map_dirty: false,
                 map_saved: Instant::now(),
             };
@@ -206,7 +209,7 @@ mod tests {
                 session,
                 controller,
                 requests,
-                _events: events,
+                events,
                 _configured: configured,
                 _directory: directory,
             }
@@ -228,9 +231,12 @@ mod tests {
         }
     }
 
-    /// Returns a heartbeat of the controller: the message with the head of gRPC.
     fn heartbeat() -> Frame<Bytes> {
-        let kind = pb::watch_response::Kind::Heartbeat(pb::Heartbeat { revision: 1, head: None });
+        frame(pb::watch_response::Kind::Heartbeat(pb::Heartbeat { revision: 1, head: None }))
+    }
+
+    /// Returns a message of the controller with the head of gRPC.
+    fn frame(kind: pb::watch_response::Kind) -> Frame<Bytes> {
         let message = pb::WatchResponse { kind: Some(kind) }.encode_to_vec();
         let mut framed = BytesMut::new();
         framed.put_u8(0);
@@ -281,5 +287,26 @@ mod tests {
         let (reason, seconds) = scene.end().await;
         assert!(reason.contains("missed its heartbeats"), "{reason}");
         assert_eq!(seconds, 60 + 45);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_map_is_synced_once_all_of_its_parts_arrived() {
+        let mut scene = Scene::new();
+        let changes = |synced| {
+            let changes = pb::Changes { synced, ..pb::Changes::of([], 1) };
+            frame(pb::watch_response::Kind::Changes(changes))
+        };
+        let messages = [changes(false), heartbeat(), changes(true), heartbeat(), changes(false)];
+        for message in messages {
+            scene.controller.send(Ok(message)).await.unwrap();
+        }
+        scene.end().await;
+        let mut synced = Vec::new();
+        while let Ok(event) = scene.events.try_recv() {
+            if let crate::discovery::Event::Heard { is_synced, .. } = event {
+                synced.push(is_synced);
+            }
+        }
+        assert_eq!(synced, [false, false, true, true, true]);
     }
 }

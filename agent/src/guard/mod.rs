@@ -21,6 +21,7 @@ use crate::confirm::{self, Confirmation, Moment};
 use crate::daemon;
 use crate::down::DownMarker;
 use crate::join;
+use crate::map_cache::MapCache;
 use crate::state::{CachedPrefixes, Membership, StateDir, StateError};
 use crate::static_peers::{self, PeerConfig};
 use crate::tun_owner;
@@ -158,17 +159,17 @@ fn own_link(config: &Config) -> Option<String> {
 enum Extent {
     /// Everything that is stored, and the networks around this machine.
     Whole,
-    /// The membership and the configuration, and of the rest what can be read: the mesh's own ranges and those of the
-    /// static peers, without the networks that nodes announced.
+    /// The membership and the configuration, and of the rest what can be read: at least the mesh's own ranges
+    /// and those of the static peers.
     Ranges,
 }
 
 impl Extent {
     /// Returns a part of what the plan is made from. The ranges are guarded without it, too.
     fn part<T: Default, E>(self, read: Result<T, E>) -> Result<T, E> {
-        match (self, read) {
-            (Self::Ranges, Err(_)) => Ok(T::default()),
-            (Self::Whole | Self::Ranges, read) => read,
+        match self {
+            Self::Whole => read,
+            Self::Ranges => Ok(read.unwrap_or_default()),
         }
     }
 }
@@ -217,8 +218,14 @@ impl Prepared {
         let mut excluded = cached.pods.clone();
         excluded.extend(membership.iter().flat_map(|membership| membership.mesh.overlays()));
         let policy = CandidatePolicy { own_link: config.link.name.clone(), excluded };
-        let surroundings = extent.part(Surroundings::read(network, &policy))?;
-        let plan = plan(config, state, membership.as_ref(), cached, &surroundings, extent)?;
+        let surroundings = Surroundings::read(network, &policy);
+        // Where the machine's own networks are not known, a network of the map could close one of them.
+        let map = match membership.as_ref().filter(|_| surroundings.is_ok()) {
+            Some(membership) => extent.part(state.map(membership).map(Some))?,
+            None => None,
+        };
+        let surroundings = extent.part(surroundings)?;
+        let plan = plan(config, state, membership.as_ref(), cached, &surroundings, map.as_ref())?;
         Ok(Self { plan, surroundings, policy })
     }
 }
@@ -230,7 +237,7 @@ fn plan(
     membership: Option<&Membership>,
     cached: CachedPrefixes,
     surroundings: &Surroundings,
-    extent: Extent,
+    map: Option<&MapCache>,
 ) -> anyhow::Result<Plan> {
     // The time is read once; no deadline of this plan is due.
     let now = Instant::now();
@@ -254,10 +261,8 @@ fn plan(
         let host = state.host_addresses().unwrap_or_default();
         let joined = state.connected_networks();
         mesh.set_local_limits(now, config.local_limits(joined, host, &controllers));
-        if extent == Extent::Whole {
-            for change in state.map(membership)?.changes() {
-                mesh.handle_map_change(now, change);
-            }
+        for change in map.map(MapCache::changes).unwrap_or_default() {
+            mesh.handle_map_change(now, change);
         }
     } else {
         mesh.set_underlay(now, config.underlay(&[]));
@@ -285,7 +290,6 @@ mod tests {
 
     use super::*;
     use crate::config::Addressing;
-    use crate::map_cache::MapCache;
     use crate::node_ip;
     use towline_netlink::{AddressOptions, Route, Rtnetlink};
     use towline_netns::{add_link, add_unowned_tun, namespace_test};

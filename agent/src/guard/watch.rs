@@ -13,8 +13,8 @@
 //! owner, so that the agent can adopt it.
 //!
 //! The host's network waits for the start of the guard, which systemd therefore never ends. What fails is tried again
-//! for [`START_LIMIT`]. After that the ranges of the mesh and of static peers are guarded without what cannot be read
-//! or applied, and the boot goes on; the whole plan is tried further.
+//! for [`START_LIMIT`]. After that the ranges of the mesh and of static peers, and those networks of nodes that can be
+//! read, are guarded, and the boot goes on; the whole plan is tried further.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
@@ -39,6 +39,11 @@ const PERIOD: Duration = Duration::from_secs(1);
 
 /// Time for which the start tries to install all guards.
 const START_LIMIT: Duration = Duration::from_secs(30);
+
+/// Interval between attempts to install all guards while only those of a fallback are. Each attempt reads the
+/// whole map under the lock that an agent waits for. A change of the files or of the host's networks begins the
+/// next one at once.
+const RETRY_PERIOD: Duration = Duration::from_secs(30);
 
 /// Installs the guards and keeps them until a signal ends it. The guards stay installed then.
 ///
@@ -151,9 +156,17 @@ struct Held {
     /// True if state that Towline created was changed, or refused by the kernel, since the last
     /// apply.
     is_stale: bool,
-    /// What the plan was made from.
-    extent: Extent,
+    /// Set if the plan is not the whole one.
+    fallback: Option<Fallback>,
     last: Guarded,
+}
+
+/// A plan without all that is stored.
+struct Fallback {
+    /// Why not all guards are installed, for status output.
+    reason: String,
+    /// Time of the next attempt to install all guards.
+    retry_at: Instant,
 }
 
 impl Keeper {
@@ -181,7 +194,10 @@ impl Keeper {
             }
         };
         let files = Files::of(&self.config.state_dir);
-        let is_current = |held: &Held| held.files == files && held.extent == Extent::Whole;
+        let now = Instant::now();
+        let is_due = |fallback: &Fallback| now >= fallback.retry_at;
+        let is_current =
+            |held: &Held| held.files == files && !held.fallback.as_ref().is_some_and(is_due);
         let mut held = self.held.take().filter(is_current);
         if let Some(moved) = held.as_mut().filter(|held| held.has_moved) {
             moved.has_moved = false;
@@ -190,12 +206,12 @@ impl Keeper {
         }
         let held = match held {
             Some(held) => held,
-            None => Held::open(&self.config, &state, files, Extent::Whole)?,
+            None => Held::open(&self.config, &state, files, None)?,
         };
         let held = self.held.insert(held);
         held.install(&self.config)?;
-        let last = held.last.clone();
-        self.was_complete |= self.is_whole();
+        let (last, is_all) = (held.last.clone(), held.fallback.is_none());
+        self.was_complete |= is_all && self.is_whole();
         Ok(last)
     }
 
@@ -210,20 +226,18 @@ impl Keeper {
         }
     }
 
-    /// Guards the ranges of the mesh and of static peers, if no other program keeps the guards. `error` says why not all
-    /// guards are installed.
+    /// Guards the ranges of the mesh and of static peers and what else can be read, if no other program keeps
+    /// the guards. `error` says why not all guards are installed.
     fn guard_ranges(&mut self, error: &anyhow::Error) -> anyhow::Result<Guarded> {
         let state = match enter(&self.config)? {
             Ok(state) => state,
             Err(reason) => return Ok(reason),
         };
         let files = Files::of(&self.config.state_dir);
-        let mut held = Held::open(&self.config, &state, files, Extent::Ranges)?;
+        let reason = format!("some may be missing: {error:#}");
+        let fallback = Fallback { reason, retry_at: Instant::now() + RETRY_PERIOD };
+        let mut held = Held::open(&self.config, &state, files, Some(fallback))?;
         held.install(&self.config)?;
-        if let Guarded::Installed { problems, .. } = &mut held.last {
-            problems
-                .insert(0, format!("only those of the mesh itself and of static peers: {error:#}"));
-        }
         Ok(self.held.insert(held).last.clone())
     }
 
@@ -267,8 +281,9 @@ impl Held {
         config: &Config,
         state: &StateDir,
         files: Files,
-        extent: Extent,
+        fallback: Option<Fallback>,
     ) -> anyhow::Result<Self> {
+        let extent = if fallback.is_some() { Extent::Ranges } else { Extent::Whole };
         let mut network = HostNetwork::open_unowned().context("cannot open a netlink socket")?;
         // Opened before the addresses are read, so that no change is missed.
         let watch = network.watch(&config.names()).context("cannot watch the host's network")?;
@@ -284,7 +299,7 @@ impl Held {
             has_moved: false,
             files,
             is_stale: true,
-            extent,
+            fallback,
             last: Guarded::NotJoined,
         })
     }
@@ -298,6 +313,11 @@ impl Held {
                 problem.is_worth_retrying() && !matches!(problem, Problem::LinkMissing(_))
             });
             self.last = outcome(config, &self.plan, &applied);
+            if let (Some(fallback), Guarded::Installed { problems, .. }) =
+                (&self.fallback, &mut self.last)
+            {
+                problems.insert(0, fallback.reason.clone());
+            }
         }
         Ok(())
     }
@@ -316,7 +336,7 @@ fn with_guarded(mut plan: Plan, network: &mut HostNetwork) -> anyhow::Result<Pla
     Ok(plan)
 }
 
-/// Inode and modification time of each file that the plan is made from.
+/// Inode and change time of each file that the plan is made from. The change time also shows new permissions.
 #[derive(Debug, PartialEq, Eq)]
 struct Files(Vec<Option<(u64, i64, i64)>>);
 
@@ -324,7 +344,7 @@ impl Files {
     fn of(directory: &Path) -> Self {
         let of = |name: &str| {
             let metadata = std::fs::metadata(directory.join(name)).ok()?;
-            Some((metadata.ino(), metadata.mtime(), metadata.mtime_nsec()))
+            Some((metadata.ino(), metadata.ctime(), metadata.ctime_nsec()))
         };
         Self(
             [
@@ -435,6 +455,24 @@ mod tests {
     }
 
     namespace_test! {
+        fn a_map_that_can_be_read_is_guarded_though_another_file_cannot() {
+            let dir = tempfile::tempdir().unwrap();
+            host();
+            run(async {
+                let mut keeper = keeper(dir.path());
+                let prefixes = keeper.config.state_dir.join("prefixes.json");
+                std::fs::remove_file(&prefixes).unwrap();
+                std::fs::create_dir(&prefixes).unwrap();
+                let first = start(&mut keeper, &Notifier::default(), Duration::ZERO).await.unwrap();
+                assert!(first.to_string().contains("prefixes.json"), "{first}");
+                assert!(!leaves("172.20.0.1"), "node 2 announces it");
+                assert!(!leaves("198.19.0.2") && !leaves("10.1.2.3"));
+                assert!(leaves("203.0.113.1"));
+            });
+        }
+    }
+
+    namespace_test! {
         fn the_ranges_of_the_mesh_are_guarded_though_the_map_cannot_be_read() {
             let dir = tempfile::tempdir().unwrap();
             host();
@@ -449,7 +487,7 @@ mod tests {
                 let quiet = Notifier::default();
                 let limit = Duration::from_millis(100);
                 let first = start(&mut keeper, &quiet, limit).await.unwrap().to_string();
-                assert!(first.contains("only those of the mesh itself"), "{first}");
+                assert!(first.contains("some may be missing"), "{first}");
                 assert!(first.contains("map.bin"), "{first}");
                 assert!(!leaves("198.19.0.2") && !leaves("10.1.2.3"));
                 assert!(leaves("172.20.0.1"), "a network of a node is not known");
@@ -459,6 +497,11 @@ mod tests {
                 delete_routes();
                 delete_table();
                 assert!(leaves("198.19.0.2"));
+                until(&mut keeper, "the ranges", || !leaves("198.19.0.2") && !leaves("10.1.2.3")).await;
+                assert_eq!(keeper.check().unwrap().to_string(), first, "the rest is not tried yet");
+                assert!(!keeper.was_complete);
+                let held = keeper.held.as_mut().unwrap();
+                held.fallback.as_mut().unwrap().retry_at = Instant::now();
                 let error = keeper.check().err().unwrap();
                 assert_eq!(keeper.fall_back(&error), first);
                 assert!(!leaves("198.19.0.2") && !leaves("10.1.2.3"));
@@ -466,7 +509,7 @@ mod tests {
                 std::fs::remove_dir(&map).unwrap();
                 std::fs::write(&map, stored).unwrap();
                 until(&mut keeper, "once it can be read", || !leaves("172.20.0.1")).await;
-                assert!(!keeper.check().unwrap().to_string().contains("only those"));
+                assert!(!keeper.check().unwrap().to_string().contains("missing"));
             });
         }
     }
@@ -506,7 +549,7 @@ mod tests {
                 let state = enter(&keeper.config).unwrap().unwrap();
                 let files = Files::of(&keeper.config.state_dir);
                 let mut held =
-                    Held::open(&keeper.config, &state, files, Extent::Whole).unwrap();
+                    Held::open(&keeper.config, &state, files, None).unwrap();
                 held.network.lack_nftables();
                 keeper.held = Some(held);
                 let Guarded::Installed { is_whole, problems, .. } = keeper.check().unwrap() else {

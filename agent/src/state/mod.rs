@@ -4,15 +4,15 @@
 //! |---|---|---|
 //! | `lock` | nothing; the running agent locks it, and the directory too | once |
 //! | `identity.key`, `wireguard.key` | the node's private keys, 0600 | once, when first needed |
-//! | `membership.json` | mesh, CA certificate, controllers, grant | at the join, at renewals, when the mesh configuration changes |
+//! | `membership.json` | mesh, CA certificate, controllers, grant | at the join, at renewals, when the mesh changes |
 //! | `certificate.pem` | the client certificate chain | at the join, at renewals |
 //! | `counters.json` | boot epoch and record generation | before each use of a new value |
-//! | `prefixes.json` | prefixes that this node announced, and withdrawn ones that are still guarded | when they change |
+//! | `prefixes.json` | announced prefixes, and withdrawn ones that are still guarded | when they change |
 //! | `networks.json` | the networks to which the machine was connected when it joined | at the join |
 //! | `host.json` | gateways, DNS servers and uplink addresses of the machine when it joined | at the join |
-//! | `map.bin` | the signed network map, as last received | at the start, and when the journal would exceed the size of the map |
+//! | `map.bin` | the signed network map, as last received | at the start, and when the journal would exceed it |
 //! | `map.journal` | changes of the map since then | after changes, debounced |
-//! | `confirmed` | when a controller confirmed the map last, in seconds since 1970 | every 10 minutes, if `max_map_age_hours` is set |
+//! | `confirmed` | time of the map's last confirmation | at the start and every 10 minutes, if the age is bounded |
 //! | `kubernetes.json` | the last valid facts of this machine's Node object | when they change |
 //! | `confirm-by` | the deadline for confirming the join (`confirm.rs`) | at the join; removed by `towline confirm` |
 //! | `join-failure` | why the last join failed or was undone | when that happens; removed by a join |

@@ -7,7 +7,8 @@ use crate::Refusal;
 pub struct Sealed {
     /// Length of all sealed messages, in bytes.
     pub bytes: usize,
-    /// Number of segments that could not be sealed because the session has just ended.
+    /// Number of segments that could not be sealed: the session has just ended, or they did not fit in their
+    /// space.
     pub lost: usize,
 }
 

@@ -135,9 +135,11 @@ impl Peer {
     /// until it answers, and few bytes if it is known only as the source of a datagram. The path in use
     /// has answered.
     fn may_send(&mut self, cx: &mut PeerContext<'_>, to: &Path, bytes: usize) -> bool {
+        let (id, ip) = (self.id(), to.remote.ip());
+        let has_answered = self.paths.has_answered_from(to.remote);
         let free = self.path() == Some(*to)
             || (self.is_offered(cx.fx.now, to) || self.sources.spend(to.remote, bytes))
-                && cx.probing.unanswered.take(cx.fx.now, self.id(), to.remote.ip());
+                && cx.probing.unanswered.take(cx.fx.now, id, ip, has_answered);
         cx.fx.counters.probes_withheld += u64::from(!free);
         free
     }

@@ -91,9 +91,10 @@ pub(super) struct Tunnel {
     last_sent: Option<Instant>,
     /// Packets that wait for a session, each with its arrival time.
     waiting: VecDeque<(Instant, Box<[u8]>)>,
-    /// True once [`Observation::Wanted`] was reported. Cleared when a handshake is completed or given
-    /// up, and when the session expired and nothing waits.
-    wanted_reported: bool,
+    /// Time when [`Observation::Wanted`] was reported. Cleared when a handshake is completed or given
+    /// up, and when the session expired and nothing waits. Without a handshake it is reported again after
+    /// [`WAITING_TIME`].
+    wanted_reported: Option<Instant>,
     /// Path over which the last handshake was completed, used while the core knows no endpoint.
     adopted: Option<Path>,
     /// Reports of [`Observation::Roamed`].
@@ -158,7 +159,7 @@ impl Tunnel {
             established: None,
             last_sent: None,
             waiting: VecDeque::new(),
-            wanted_reported: false,
+            wanted_reported: None,
             adopted: None,
             roaming: RoamReports::default(),
             inner_traffic: InnerTraffic::default(),
@@ -250,8 +251,8 @@ impl Tunnel {
         self.inner_traffic.take_report(now)
     }
 
-    /// Keeps a padded packet until there is a session, for at most [`WAITING_TIME`]. If [`WAITING`] packets wait already, drops
-    /// the oldest.
+    /// Keeps a padded packet until there is a session, for at most [`WAITING_TIME`]. If [`WAITING`] packets
+    /// wait already, drops the oldest.
     pub(super) fn enqueue(&mut self, packet: &[u8], context: &mut TunnelContext<'_>) {
         if self.closed {
             context.drops.count(DropReason::NoRoute);
@@ -263,8 +264,11 @@ impl Tunnel {
         }
         self.waiting.push_back((context.now, packet.into()));
         self.live_for(context.now, WAITING_TIME);
-        if !self.wanted_reported {
-            self.wanted_reported = true;
+        // The core may have given up a peer whose addresses it did not know, without any initiation.
+        let is_over = |at| context.now.saturating_duration_since(at) >= WAITING_TIME;
+        let has_no_attempt = self.initiation.is_none();
+        if self.wanted_reported.is_none_or(|at| has_no_attempt && is_over(at)) {
+            self.wanted_reported = Some(context.now);
             context.events.observe(self.peer, Observation::Wanted);
         }
     }
@@ -584,7 +588,7 @@ impl Tunnel {
 
     /// Records a completed handshake and sends the waiting packets.
     fn completed(&mut self, from: Path, context: &mut TunnelContext<'_>) {
-        self.wanted_reported = false;
+        self.wanted_reported = None;
         context.counters.handshake(context.started, context.now);
         context.events.observe(self.peer, Observation::Handshake { from });
         // They take the path that the handshake came by: it works, and the previous one may be
@@ -608,7 +612,9 @@ impl Tunnel {
     /// since stays: packets that wait, and a session that the peer initiated.
     fn expired(&mut self, context: &mut TunnelContext<'_>) {
         self.established = None;
-        self.wanted_reported = !self.waiting.is_empty();
+        if self.waiting.is_empty() {
+            self.wanted_reported = None;
+        }
         context.events.observe(self.peer, Observation::SessionExpired);
     }
 

@@ -364,3 +364,26 @@ fn a_handshake_that_ended_without_ticks_is_reported_by_the_next() {
     enqueue(&mut side, late);
     assert_eq!(side.observations(), [Observation::Wanted], "it is reported again");
 }
+
+#[test]
+fn packets_without_a_handshake_are_reported_again() {
+    let [_, mut side] = pair();
+    let start = side.started;
+    let enqueue = |side: &mut Side, seconds: u64| {
+        let now = start + Duration::from_secs(seconds);
+        side.with(now, |tunnel, context| tunnel.enqueue(&[0x45; 32], context));
+        side.observations()
+    };
+    assert_eq!(enqueue(&mut side, 0), [Observation::Wanted]);
+    is_live(&mut side, start + WAITING_TIME);
+    assert_eq!(side.tunnel.waiting(), 0, "the packet waited in vain");
+    assert_eq!(enqueue(&mut side, 20), [Observation::Wanted]);
+    // Also while there is always a packet that waits.
+    let reports: usize = (21..=50).map(|second| enqueue(&mut side, second).len()).sum();
+    assert_eq!(reports, 3);
+    let home = side.address;
+    side.with(start + Duration::from_secs(50), |tunnel, context| {
+        tunnel.initiate(vec![home], context);
+    });
+    assert!(enqueue(&mut side, 70).is_empty(), "a handshake is under way");
+}

@@ -66,7 +66,7 @@ struct Attempt {
     sent: Instant,
     /// True once an authentic data message of the peer arrived since the first initiation: the peer
     /// is there, and has a session.
-    has_heard: bool,
+    has_received: bool,
 }
 
 impl BatchSession {
@@ -131,7 +131,13 @@ impl BatchSession {
                 sealed.lost += 1;
                 continue;
             };
+            let expected = len;
             let len = segments.write(payload);
+            if len == 0 && expected > 0 {
+                // The segment was longer than it said. An empty message would be a keepalive.
+                sealed.lost += 1;
+                continue;
+            }
             let written = epoch.as_mut().and_then(|epoch| {
                 let counter = epoch.take_counter()?;
                 *header = data_header(epoch.remote, counter);
@@ -214,7 +220,7 @@ impl BatchSession {
         }
         epoch.has_received_data |= has_data;
         if let Some(attempt) = &mut self.attempt {
-            attempt.has_heard = true;
+            attempt.has_received = true;
         }
         if has_data {
             self.timers.received_data(now);
@@ -328,7 +334,7 @@ impl BatchSession {
         // An attempt that was not ticked to its end has ended too.
         let attempt = self.attempt.take();
         let attempt = attempt.filter(|attempt| !is_over(attempt.started, REKEY_ATTEMPT, now));
-        let new = Attempt { started: now, sent: now, has_heard: false };
+        let new = Attempt { started: now, sent: now, has_received: false };
         self.attempt = Some(Attempt { sent: now, ..attempt.unwrap_or(new) });
         self.timers.sent();
         INITIATION_BYTES
@@ -366,7 +372,7 @@ impl BatchSession {
         }
         let is_due = match &self.attempt {
             Some(attempt) if is_over(attempt.started, REKEY_ATTEMPT, now) => {
-                let is_alive = attempt.has_heard && self.epochs.current().is_some();
+                let is_alive = attempt.has_received && self.epochs.current().is_some();
                 self.give_up();
                 if !is_alive {
                     self.forget();

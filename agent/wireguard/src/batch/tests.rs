@@ -9,10 +9,10 @@ use super::timers::{
     KEEPALIVE_TIMEOUT, REKEY_AFTER, REKEY_ATTEMPT, REKEY_ON_RECEIVE, REKEY_TIMEOUT,
 };
 use super::transport::{REJECT_AFTER, REJECT_AFTER_MESSAGES, REKEY_AFTER_MESSAGES};
-use crate::internals::{World, establish, open, pair_of, seal};
+use crate::internals::{Outbox, World, establish, open, pair_of, seal};
 use crate::{
-    Aead, Answered, Engine, EngineChoice, HANDSHAKE_BYTES, MessageKind, Opened, Refusal, Secrets,
-    Session, Tick,
+    Aead, Answered, Engine, EngineChoice, HANDSHAKE_BYTES, MessageKind, Opened, Refusal, Sealed,
+    Secrets, Segments, Session, Tick,
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -318,4 +318,27 @@ fn a_key_of_small_order_completes_no_handshake() {
     let mut world = World::new(1);
     let mut message = [0; HANDSHAKE_BYTES];
     assert_eq!(world.with(|inputs| session.initiate(inputs, &mut message)), 0);
+}
+
+/// Segments that are longer than they say, which loses them.
+struct TooLong(usize);
+
+impl Segments for TooLong {
+    fn next_len(&self) -> Option<usize> {
+        (self.0 > 0).then_some(16)
+    }
+
+    fn take(&mut self) -> &[u8] {
+        self.0 = self.0.saturating_sub(1);
+        &[0x45; 32]
+    }
+}
+
+#[test]
+fn a_segment_that_does_not_fit_in_its_space_is_lost_and_no_keepalive() {
+    let (world, [mut a, _]) = pair();
+    let mut outbox = Outbox::new(1_024);
+    let sealed = a.seal(world.now, &mut TooLong(2), &mut outbox);
+    assert_eq!(sealed, Sealed { bytes: 0, lost: 2 });
+    assert!(outbox.take().is_empty());
 }
