@@ -98,7 +98,7 @@ pub struct Registry {
     claims: Claims,
     removed_nodes: BTreeMap<NodeId, RemovedNode>,
     removed_identities: BTreeMap<IdentityKey, NodeId>,
-    /// WireGuard keys of removed nodes, as far as their tombstones name them.
+    /// WireGuard keys of removed nodes that their tombstones name. A tombstone of an earlier version names none.
     removed_wireguard_keys: BTreeMap<WireguardKey, NodeId>,
     tokens: BTreeMap<TokenId, Token>,
     admins: BTreeMap<IdentityKey, Admin>,
