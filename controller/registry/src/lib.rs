@@ -62,7 +62,7 @@ use towline_types::node::{Head, MeshConfig, Node, RelayRole, Tombstone};
 use towline_types::ownership;
 use towline_types::pod_range::PodRange;
 
-pub use admins::Admin;
+pub use admins::{Admin, LOCAL_ADMIN};
 use claims::Claims;
 pub use errors::{
     CreateAdminError, CreateTokenError, JoinError, LoadError, NoSuchAdmin, NoSuchNode, NodeAbsent,
