@@ -639,10 +639,22 @@ fn a_worker_that_is_destroyed_has_neither_a_token_nor_a_node_left() {
         'node list') echo '[{"name": "gpu-1"}]' ;;
         esac
     "#;
-    std::fs::create_dir(at("bin")).unwrap();
-    std::fs::write(at("bin/towline-controller"), controller).unwrap();
-    let mode = std::fs::Permissions::from_mode(0o755);
-    std::fs::set_permissions(at("bin/towline-controller"), mode).unwrap();
+    // The jq of this machine, which fails where a part of its arguments is named.
+    let jq = r#"#!/bin/sh
+        if [ -n "$FAILS" ]; then
+            case "$*" in
+            *"$FAILS"*) exit 5 ;;
+            esac
+        fi
+        PATH=${PATH#*:}
+        exec jq "$@"
+    "#;
+    for (name, text) in [("bin/towline-controller", controller), ("bin/jq", jq)] {
+        std::fs::create_dir_all(at("bin")).unwrap();
+        std::fs::write(at(name), text).unwrap();
+        let mode = std::fs::Permissions::from_mode(0o755);
+        std::fs::set_permissions(at(name), mode).unwrap();
+    }
     let path = format!("{}:{}", at("bin").display(), std::env::var("PATH").unwrap());
     let run = |arguments: &[&str], fails: &str| {
         let _ = std::fs::remove_file(at("calls"));
@@ -664,8 +676,8 @@ fn a_worker_that_is_destroyed_has_neither_a_token_nor_a_node_left() {
     assert_eq!(file.metadata().unwrap().permissions().mode() & 0o777, 0o600);
     assert_eq!(at("out").metadata().unwrap().permissions().mode() & 0o777, 0o700);
 
-    // Where the controller cannot be asked, nothing counts as removed.
-    for fails in ["token list", "token revoke", "node list", "node remove"] {
+    // Where the controller cannot be asked, or its answer cannot be read, nothing counts as removed.
+    for fails in ["token list", "token revoke", "node list", "node remove", "select(", "any("] {
         assert!(!run(&["destroy", "gpu-1"], fails).0, "{fails}");
         assert!(file.exists(), "{fails}");
     }
@@ -677,6 +689,21 @@ fn a_worker_that_is_destroyed_has_neither_a_token_nor_a_node_left() {
     let (succeeds, calls) = run(&["destroy", "gpu-3"], "");
     assert!(succeeds);
     assert_eq!(calls, ["token list -o json", "node list -o json"]);
+    for fails in ["select(", ".token"] {
+        assert!(!run(&["create", "gpu-4", "10.244.4.0/24"], fails).0, "{fails}");
+        assert!(!at("out/gpu-4.yaml").exists(), "{fails}");
+    }
+
+    // Without jq it begins nothing.
+    std::fs::remove_file(at("bin/jq")).unwrap();
+    let _ = std::fs::remove_file(at("calls"));
+    let mut command = Command::new("/bin/sh");
+    command.arg(deploy("tokens/worker.sh")).args(["destroy", "gpu-1"]).arg(at("out"));
+    command.env("PATH", at("bin")).env("CALLS", at("calls")).env("FAILS", "");
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("there is no jq: install it"));
+    assert!(!at("calls").exists());
     parses_as_shell(&read("tokens/worker.sh"));
 }
 
