@@ -618,6 +618,10 @@ fn the_terraform_example_is_hcl_and_keeps_tokens_out_of_plan_and_state() {
         assert!(workers.iter().any(|worker| worker.contains(&command)), "{workers:?}");
     }
     assert!(workers.iter().any(|worker| worker.contains("when    = destroy")));
+    // The file is where the output says, and a checkout that moved removes no node.
+    let triggers = "triggers_replace = [each.key, each.value, var.directory]";
+    assert!(workers.iter().any(|worker| worker.contains(triggers)), "{workers:?}");
+    assert!(!text.contains("self.input.script"));
     assert!(read("cloud-init/worker.yaml").contains("content: TOKEN\n"));
 }
 
@@ -719,6 +723,9 @@ fn the_pulumi_example_and_the_falco_rules_parse() {
     for command in ["create: '\"$SCRIPT\" create ", "delete: '\"$SCRIPT\" destroy "] {
         assert!(program.contains(command), "{command}");
     }
+    // Another path of the script makes no other token.
+    assert!(program.contains("update: \":\""));
+    assert!(program.contains("triggers: [name, network, directory]"));
     let rules = yaml(&read("falco/towline_rules.yaml"));
     let rules: Vec<&Value> =
         rules.as_array().unwrap().iter().filter(|item| !item["rule"].is_null()).collect();
