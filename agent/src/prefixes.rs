@@ -8,6 +8,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use towline_core::prefixes::{covering, without};
+use towline_proto::convert::network_bytes;
 use towline_proto::node::Grant;
 use towline_proto::ownership::overlap;
 use towline_proto::{codes, limits};
@@ -83,8 +84,12 @@ pub enum NotAnnounced {
         /// Pod range in which it lies.
         range: IpNet,
     },
-    /// The node announces the largest number of networks already.
-    #[error("prefix {prefix} is not announced: a node can announce at most {}", limits::PREFIXES)]
+    /// The node announces the largest number of networks already, or its record has no room for another one.
+    #[error(
+        "prefix {prefix} is not announced: a record has room for at most {} networks, of IPv6 for fewer: \
+         announce wider ones",
+        limits::PREFIXES
+    )]
     TooMany {
         /// Network of the node.
         prefix: IpNet,
@@ -150,27 +155,40 @@ impl Prefixes {
         let wanted: Vec<IpNet> = kept.into_iter().collect();
         let pinned = grant.pin(&wanted);
         let grant = pinned.as_ref().unwrap_or(grant);
+        let mut room = limits::RECORD_NETWORK_BYTES;
         for prefix in wanted {
             if !grant.allows(&prefix) {
                 selection.problems.push(match grant.pod_range(&prefix) {
                     Some(range) => NotAnnounced::BlocksUsed { prefix, range: range.range() },
                     None => NotAnnounced::NotGranted { prefix },
                 });
-            } else if selection.announced.len() == limits::PREFIXES {
+                continue;
+            }
+            let is_lan = self.is_lan(&prefix);
+            // The record names a LAN twice.
+            let bytes = network_bytes(&prefix) * if is_lan { 2 } else { 1 };
+            if selection.announced.len() == limits::PREFIXES || bytes > room {
                 selection.problems.push(NotAnnounced::TooMany { prefix });
-            } else {
-                selection.announced.push(prefix);
+                continue;
+            }
+            room -= bytes;
+            selection.announced.push(prefix);
+            if is_lan {
+                selection.lans.push(prefix);
             }
         }
-        selection.lans =
-            selection.announced.iter().filter(|net| self.is_lan(net)).copied().collect();
         selection
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::num::NonZeroU16;
+
+    use prost::Message as _;
     use towline_fixtures::node::{self, net, nets};
+    use towline_proto::node::{Candidate, CandidateKind, Record};
+    use towline_proto::pb;
     use towline_proto::pod_range::PodRange;
 
     use super::*;
@@ -259,6 +277,61 @@ mod tests {
         assert_eq!(both.problems, [NotAnnounced::BlocksUsed { prefix, range }]);
         let wide = select(&["10.244.2.0/23"]).problems;
         assert_eq!(wide, [NotAnnounced::NotGranted { prefix: net("10.244.2.0/23") }]);
+    }
+
+    /// Returns the length of the longest record of a node that announces a selection.
+    fn longest_record(selection: &Selection) -> usize {
+        let grant = node::grant(2);
+        let ip: IpAddr = "2001:db8:ffff:ffff:ffff:ffff:ffff:ffff".parse().unwrap();
+        let candidate = Candidate::new(CandidateKind::Relayed, (ip, u16::MAX).into()).unwrap();
+        let record = Record {
+            generation: limits::GENERATION,
+            boot_epoch: u64::MAX,
+            candidates: vec![candidate; limits::CANDIDATES],
+            prefixes: selection.announced.clone(),
+            lans: selection.lans.clone(),
+            version: "v".repeat(limits::VERSION_BYTES),
+            relay: true,
+            api_port: NonZeroU16::new(u16::MAX),
+            ..node::record(&grant)
+        };
+        pb::Record::from(&record).encoded_len()
+    }
+
+    #[test]
+    fn the_longest_record_of_a_node_is_within_the_bound() {
+        let configured = |nets: Vec<String>| {
+            let prefixes = nets.iter().map(|text| net(text)).collect();
+            let mut all = Prefixes::default();
+            all.set(PrefixUpdate { source: PrefixSource::Configuration, prefixes });
+            all.select(Filter::default(), &grant(&["0.0.0.0/0", "2001:db8::/32"]))
+        };
+        // As many as the configuration may have, all of them networks of machines.
+        let v4 = configured((0..256).map(|number| format!("10.1.{number}.0/24")).collect());
+        assert_eq!((v4.announced.len(), v4.lans.len(), v4.problems.len()), (256, 256, 0));
+        assert!(longest_record(&v4) <= limits::RECORD_BYTES);
+        let v6 = configured((0..256).map(|number| format!("2001:db8:{number:x}::/48")).collect());
+        assert_eq!(v6.lans, v6.announced);
+        assert!(v6.announced.len() >= 160, "{}", v6.announced.len());
+        assert_eq!(v6.announced.len() + v6.problems.len(), 256, "the others are reported");
+        assert!(v6.problems.iter().all(|one| matches!(one, NotAnnounced::TooMany { .. })));
+        let hosts =
+            configured((0..256).map(|number| format!("2001:db8::{number:x}/128")).collect());
+        for selection in [&v6, &hosts] {
+            let length = longest_record(selection);
+            assert!(length <= limits::RECORD_BYTES, "{length}");
+            let networks = selection.announced.iter().chain(&selection.lans);
+            let networks: usize = networks.map(network_bytes).sum();
+            assert!(networks <= limits::RECORD_NETWORK_BYTES, "{networks}");
+            assert_eq!(length, longest_record(&Selection::default()) + networks);
+        }
+        // Networks of pods are named once.
+        let mut pods = Prefixes::default();
+        let prefixes = (0..256).map(|number| net(&format!("2001:db8:{number:x}::/48"))).collect();
+        pods.set(PrefixUpdate { source: PrefixSource::Kubernetes, prefixes });
+        let pods = pods.select(Filter::default(), &grant(&["2001:db8::/32"]));
+        assert_eq!((pods.announced.len(), pods.lans.len()), (256, 0));
+        assert!(longest_record(&pods) <= limits::RECORD_BYTES);
     }
 
     #[test]

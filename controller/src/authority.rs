@@ -27,6 +27,7 @@ use crate::entropy::{self, NoEntropy};
 use crate::peer;
 use crate::state_dir::{StateDir, StateError};
 use crate::store_secret::StoreSecret;
+use towline_registry::LOCAL_ADMIN;
 
 /// Lifetime of a node's certificate. The agent renews it in time.
 pub const NODE_LIFE: Duration = Duration::from_secs(24 * 3600);
@@ -299,9 +300,6 @@ fn create_store_key(dir: &StateDir) -> Result<StoreSecret, AuthorityError> {
     dir.write(STORE_KEY, 0o600, &text)?;
     Ok(secret)
 }
-
-/// Name of the administrator whose credential is in the state directory.
-pub const LOCAL_ADMIN: &str = "local";
 
 /// Creates the administrator's key if there is none or if it was revoked, and issues a new certificate for it.
 /// Returns the public key.

@@ -18,14 +18,17 @@ const workers = config.requireObject<string[]>("workers").map((worker) => {
 const directory = config.get("directory") ?? "/var/lib/towline-workers";
 const script = path.resolve(__dirname, "../tokens/worker.sh");
 
-// Run once for each worker. Another name or network makes another token.
+// Run once for each worker. Another name, network or directory makes another token, and removes the worker's node
+// before. Without `update`, another path of the script would run `create` again: it revokes the token that the machine
+// is about to use.
 export const userDataFiles = Object.fromEntries(
   workers.map(({ name, network }) => {
     const made = new command.local.Command(`worker-${name}`, {
       create: '"$SCRIPT" create "$NAME" "$NETWORK" "$DIRECTORY"',
+      update: ":",
       delete: '"$SCRIPT" destroy "$NAME" "$DIRECTORY"',
       environment: { SCRIPT: script, NAME: name, NETWORK: network, DIRECTORY: directory },
-      triggers: [name, network],
+      triggers: [name, network, directory],
     }, { deleteBeforeReplace: true });
     return [name, made.stdout.apply(() => path.join(directory, `${name}.yaml`))];
   }),

@@ -30,12 +30,12 @@ variable "directory" {
   default     = "/var/lib/towline-workers"
 }
 
-# Created once: a machine's token does not change under it. Another name or network makes another one.
+# Created once: a machine's token does not change under it. Another name, network or directory makes another one, and
+# removes the worker's node before. The script is found from this module each time: a checkout may move.
 resource "terraform_data" "worker" {
   for_each         = var.workers
-  triggers_replace = [each.key, each.value]
+  triggers_replace = [each.key, each.value, var.directory]
   input = {
-    script    = abspath("${path.module}/../tokens/worker.sh")
     name      = each.key
     network   = each.value
     directory = var.directory
@@ -44,7 +44,7 @@ resource "terraform_data" "worker" {
   provisioner "local-exec" {
     command = "\"$SCRIPT\" create \"$NAME\" \"$NETWORK\" \"$DIRECTORY\""
     environment = {
-      SCRIPT    = self.input.script
+      SCRIPT    = "${path.module}/../tokens/worker.sh"
       NAME      = self.input.name
       NETWORK   = self.input.network
       DIRECTORY = self.input.directory
@@ -55,7 +55,7 @@ resource "terraform_data" "worker" {
     when    = destroy
     command = "\"$SCRIPT\" destroy \"$NAME\" \"$DIRECTORY\""
     environment = {
-      SCRIPT    = self.input.script
+      SCRIPT    = "${path.module}/../tokens/worker.sh"
       NAME      = self.input.name
       DIRECTORY = self.input.directory
     }

@@ -10,13 +10,19 @@
 set -eu
 umask 077
 
+command -v jq >/dev/null || {
+    echo "$0: cannot read what the controller answers: there is no jq: install it" >&2
+    exit 1
+}
+
+# Each answer is assigned, so that a program that fails ends the script. Inside a pipeline it would not.
 revoke_open_tokens() {
     tokens=$(towline-controller token list -o json)
-    printf '%s' "$tokens" |
-        jq -r --arg name "$1" '.[] | select(.name == $name and .state == "open") | .id' |
-        while read -r id; do
-            towline-controller token revoke "$id"
-        done
+    ids=$(printf '%s' "$tokens" |
+        jq -r --arg name "$1" '.[] | select(.name == $name and .state == "open") | .id')
+    for id in $ids; do
+        towline-controller token revoke "$id"
+    done
 }
 
 case "${1:-} $#" in
@@ -39,9 +45,15 @@ case "${1:-} $#" in
     name=$2 directory=$3
     revoke_open_tokens "$name"
     nodes=$(towline-controller node list -o json)
-    if printf '%s' "$nodes" | jq -e --arg name "$name" 'any(.[]; .name == $name)' >/dev/null; then
-        towline-controller node remove "$name"
-    fi
+    is_member=$(printf '%s' "$nodes" | jq --arg name "$name" 'any(.[]; .name == $name)')
+    case $is_member in
+    true) towline-controller node remove "$name" ;;
+    false) ;;
+    *)
+        echo "$0: cannot remove $name: the controller answered without a list of nodes: run it again" >&2
+        exit 1
+        ;;
+    esac
     rm -f "$directory/$name.yaml"
     ;;
 *)

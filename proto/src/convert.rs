@@ -9,6 +9,7 @@ use std::num::NonZeroU16;
 use std::time::Duration;
 
 use ipnet::IpNet;
+use prost::Message as _;
 
 use crate::frame::ProbeVersion;
 use crate::id::{InvalidId, Label, NodeName, WireguardKey};
@@ -89,6 +90,12 @@ impl From<&IpNet> for pb::Prefix {
     fn from(net: &IpNet) -> Self {
         Self { address: ip_bytes(net.network()), length: net.prefix_len().into() }
     }
+}
+
+/// Returns the number of bytes that a network takes each time that a record names it.
+pub fn network_bytes(net: &IpNet) -> usize {
+    // The number of the field and the length of the message take one byte each.
+    2 + pb::Prefix::from(net).encoded_len()
 }
 
 /// Parses a list of at most [`limits::PREFIXES`] prefixes.

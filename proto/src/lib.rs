@@ -1,7 +1,7 @@
 //! Wire schema of Towline: the generated messages and services ([`pb`]), signatures over messages
-//! ([`signed`]), the proof of the WireGuard key at a join ([`join_proof`]), what a refused call says to the
-//! program that called ([`refusal`]), the health checking and reflection protocols ([`health`], [`reflection`]), and the conversion of
-//! messages into the plain types of `towline-types` ([`convert`]), and status messages as JSON
+//! ([`signed`]), the proof of the WireGuard key at a join ([`join_proof`]), the details of a refused call
+//! ([`refusal`]), the health checking and reflection protocols ([`health`], [`reflection`]), the conversion
+//! of messages into the plain types of `towline-types` ([`convert`]), and status messages as JSON
 //! ([`status`]).
 
 #![forbid(unsafe_code)]

@@ -244,7 +244,10 @@ fn the_controllers_configuration_in_the_cluster_is_one() {
 #[test]
 fn several_controllers_in_the_cluster_share_a_store_and_get_their_keys_as_credentials() {
     let template = read("helm/towline/templates/controllers.yaml");
-    assert!(template.starts_with("{{- if .Values.controllers.enabled }}\n"));
+    // One controller with a store of its own beside them would be another mesh.
+    let start =
+        "{{- if .Values.controllers.enabled }}\n{{- if .Values.controller.enabled }}{{ fail \"";
+    assert!(template.starts_with(start));
     assert!(template.ends_with("{{- end }}\n"));
     let values = yaml(&read("helm/towline/values.yaml"));
     assert_eq!(values["controllers"]["enabled"], false, "it needs an etcd cluster");
@@ -615,6 +618,10 @@ fn the_terraform_example_is_hcl_and_keeps_tokens_out_of_plan_and_state() {
         assert!(workers.iter().any(|worker| worker.contains(&command)), "{workers:?}");
     }
     assert!(workers.iter().any(|worker| worker.contains("when    = destroy")));
+    // The file is where the output says, and a checkout that moved removes no node.
+    let triggers = "triggers_replace = [each.key, each.value, var.directory]";
+    assert!(workers.iter().any(|worker| worker.contains(triggers)), "{workers:?}");
+    assert!(!text.contains("self.input.script"));
     assert!(read("cloud-init/worker.yaml").contains("content: TOKEN\n"));
 }
 
@@ -639,10 +646,22 @@ fn a_worker_that_is_destroyed_has_neither_a_token_nor_a_node_left() {
         'node list') echo '[{"name": "gpu-1"}]' ;;
         esac
     "#;
-    std::fs::create_dir(at("bin")).unwrap();
-    std::fs::write(at("bin/towline-controller"), controller).unwrap();
-    let mode = std::fs::Permissions::from_mode(0o755);
-    std::fs::set_permissions(at("bin/towline-controller"), mode).unwrap();
+    // The jq of this machine, which fails where a part of its arguments is named.
+    let jq = r#"#!/bin/sh
+        if [ -n "$FAILS" ]; then
+            case "$*" in
+            *"$FAILS"*) exit 5 ;;
+            esac
+        fi
+        PATH=${PATH#*:}
+        exec jq "$@"
+    "#;
+    for (name, text) in [("bin/towline-controller", controller), ("bin/jq", jq)] {
+        std::fs::create_dir_all(at("bin")).unwrap();
+        std::fs::write(at(name), text).unwrap();
+        let mode = std::fs::Permissions::from_mode(0o755);
+        std::fs::set_permissions(at(name), mode).unwrap();
+    }
     let path = format!("{}:{}", at("bin").display(), std::env::var("PATH").unwrap());
     let run = |arguments: &[&str], fails: &str| {
         let _ = std::fs::remove_file(at("calls"));
@@ -664,8 +683,8 @@ fn a_worker_that_is_destroyed_has_neither_a_token_nor_a_node_left() {
     assert_eq!(file.metadata().unwrap().permissions().mode() & 0o777, 0o600);
     assert_eq!(at("out").metadata().unwrap().permissions().mode() & 0o777, 0o700);
 
-    // Where the controller cannot be asked, nothing counts as removed.
-    for fails in ["token list", "token revoke", "node list", "node remove"] {
+    // Where the controller cannot be asked, or its answer cannot be read, nothing counts as removed.
+    for fails in ["token list", "token revoke", "node list", "node remove", "select(", "any("] {
         assert!(!run(&["destroy", "gpu-1"], fails).0, "{fails}");
         assert!(file.exists(), "{fails}");
     }
@@ -677,6 +696,21 @@ fn a_worker_that_is_destroyed_has_neither_a_token_nor_a_node_left() {
     let (succeeds, calls) = run(&["destroy", "gpu-3"], "");
     assert!(succeeds);
     assert_eq!(calls, ["token list -o json", "node list -o json"]);
+    for fails in ["select(", ".token"] {
+        assert!(!run(&["create", "gpu-4", "10.244.4.0/24"], fails).0, "{fails}");
+        assert!(!at("out/gpu-4.yaml").exists(), "{fails}");
+    }
+
+    // Without jq it begins nothing.
+    std::fs::remove_file(at("bin/jq")).unwrap();
+    let _ = std::fs::remove_file(at("calls"));
+    let mut command = Command::new("/bin/sh");
+    command.arg(deploy("tokens/worker.sh")).args(["destroy", "gpu-1"]).arg(at("out"));
+    command.env("PATH", at("bin")).env("CALLS", at("calls")).env("FAILS", "");
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("there is no jq: install it"));
+    assert!(!at("calls").exists());
     parses_as_shell(&read("tokens/worker.sh"));
 }
 
@@ -689,6 +723,9 @@ fn the_pulumi_example_and_the_falco_rules_parse() {
     for command in ["create: '\"$SCRIPT\" create ", "delete: '\"$SCRIPT\" destroy "] {
         assert!(program.contains(command), "{command}");
     }
+    // Another path of the script makes no other token.
+    assert!(program.contains("update: \":\""));
+    assert!(program.contains("triggers: [name, network, directory]"));
     let rules = yaml(&read("falco/towline_rules.yaml"));
     let rules: Vec<&Value> =
         rules.as_array().unwrap().iter().filter(|item| !item["rule"].is_null()).collect();

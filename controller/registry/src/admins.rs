@@ -7,11 +7,17 @@ use super::{CreateAdminError, Event, Key, NoSuchAdmin, Now, Registry};
 
 /// Largest number of keys, including revoked ones.
 const ADMINS: usize = 256;
-/// Largest number of valid keys up to which an operator may add one. The controller's own always has a place.
+/// Largest number of valid keys of operators. Those of controllers always have a place.
 const CREATED_ADMINS: usize = 64;
+/// Largest number of valid keys of controllers. One without a permanent state directory adds a key at each start, and
+/// few run at a time: a start displaces the key of one that ended long ago.
+const LOCAL_ADMINS: usize = 32;
 /// Time in seconds for which a revoked key is still listed. Its certificates have expired by then, and a key
 /// that is not listed gives no access.
 const REVOKED_KEPT: i64 = 30 * 24 * 3600;
+
+/// Name of the administrator whose credential is in a controller's state directory. No operator's has it.
+pub const LOCAL_ADMIN: &str = "local";
 
 /// Key of an administrator.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,26 +32,44 @@ pub struct Admin {
     pub revoked_at: Option<i64>,
 }
 
+impl Admin {
+    /// Returns whether the key is the one of a controller's state directory.
+    fn is_local(&self) -> bool {
+        self.name == LOCAL_ADMIN
+    }
+}
+
 impl Registry {
     /// Adds the key of an administrator. Does nothing if the key is listed, also if it is revoked. If there are
-    /// too many keys, the oldest one is deleted.
+    /// too many keys, the oldest one is deleted; too many of controllers displace no key of an operator.
     pub fn add_admin(&mut self, key: IdentityKey, name: &str, now: Now) {
         if self.admins.contains_key(&key) {
             return;
         }
-        while self.admins.len() >= ADMINS {
-            let oldest = self.admins.values().min_by_key(|admin| {
-                // Revoked keys go first.
-                (admin.revoked_at.is_none(), admin.created_at)
-            });
-            let Some(oldest) = oldest.map(|admin| admin.key) else { break };
-            self.admins.remove(&oldest);
-            self.dirty.insert(Key::Admin(oldest));
+        if name == LOCAL_ADMIN {
+            self.displace(LOCAL_ADMINS, |admin| admin.revoked_at.is_none() && admin.is_local());
         }
+        self.displace(ADMINS, |_| true);
         let admin = Admin { key, name: name.to_owned(), created_at: now.unix, revoked_at: None };
         self.admins.insert(key, admin);
         self.dirty.insert(Key::Admin(key));
         self.events.push(Event::AdminAdded { name: name.to_owned(), key });
+    }
+
+    /// Makes room for one more key among the `most` keys that `is_counted` selects. Revoked keys are deleted first,
+    /// then those of controllers; the oldest ones first.
+    fn displace(&mut self, most: usize, is_counted: impl Fn(&Admin) -> bool) {
+        let counted = self.admins.values().filter(|admin| is_counted(admin));
+        let order = |admin: &Admin| {
+            (admin.revoked_at.is_none(), !admin.is_local(), admin.created_at, admin.key)
+        };
+        let mut counted: Vec<_> = counted.map(order).collect();
+        counted.sort_unstable();
+        let surplus = (counted.len() + 1).saturating_sub(most);
+        for (.., key) in counted.into_iter().take(surplus) {
+            self.admins.remove(&key);
+            self.dirty.insert(Key::Admin(key));
+        }
     }
 
     /// Adds the key of an administrator for an operator. Does nothing if the administrator with this name has the
@@ -64,8 +88,8 @@ impl Registry {
             Some(_) => return Ok(()),
             None => {}
         }
-        let valid = self.admins.values().filter(|admin| admin.revoked_at.is_none()).count();
-        if valid >= CREATED_ADMINS {
+        let is_operators = |admin: &&Admin| admin.revoked_at.is_none() && !admin.is_local();
+        if self.admins.values().filter(is_operators).count() >= CREATED_ADMINS {
             return Err(CreateAdminError::TooMany);
         }
         self.add_admin(key, name, now);

@@ -62,7 +62,7 @@ use towline_types::node::{Head, MeshConfig, Node, RelayRole, Tombstone};
 use towline_types::ownership;
 use towline_types::pod_range::PodRange;
 
-pub use admins::Admin;
+pub use admins::{Admin, LOCAL_ADMIN};
 use claims::Claims;
 pub use errors::{
     CreateAdminError, CreateTokenError, JoinError, LoadError, NoSuchAdmin, NoSuchNode, NodeAbsent,
@@ -98,7 +98,7 @@ pub struct Registry {
     claims: Claims,
     removed_nodes: BTreeMap<NodeId, RemovedNode>,
     removed_identities: BTreeMap<IdentityKey, NodeId>,
-    /// WireGuard keys of removed nodes, as far as their tombstones name them.
+    /// WireGuard keys of removed nodes that their tombstones name. A tombstone of an earlier version names none.
     removed_wireguard_keys: BTreeMap<WireguardKey, NodeId>,
     tokens: BTreeMap<TokenId, Token>,
     admins: BTreeMap<IdentityKey, Admin>,

@@ -46,10 +46,8 @@ impl Registry {
             self.mesh = mesh;
         }
         for removed in removed_nodes {
-            let id = removed.tombstone.node_id;
-            self.forget(id);
-            self.removed_identities.insert(removed.tombstone.identity_key, id);
-            self.removed_nodes.insert(id, removed);
+            self.forget(removed.tombstone.node_id);
+            self.insert_removed(removed);
         }
         absent.into_iter().for_each(|node| self.forget(node));
         // All of them first: two nodes may have exchanged what is unique.

@@ -34,7 +34,7 @@ use towline_service::local_socket;
 use towline_service::port_owner::{self, PortOwner, Transport};
 use x25519_dalek::{PublicKey, StaticSecret};
 
-use crate::authority::{self, ADMIN_LIFE, Authority, AuthorityError, LOCAL_ADMIN};
+use crate::authority::{self, ADMIN_LIFE, Authority, AuthorityError};
 use crate::clock;
 use crate::config::{Config, UiConfig};
 use crate::counters::Counters;
@@ -64,7 +64,7 @@ use opening::{
     warn_unless_stored,
 };
 use towline_registry::sessions::Sessions;
-use towline_registry::{Now, OverlayInUse};
+use towline_registry::{LOCAL_ADMIN, Now, OverlayInUse};
 
 /// Time to wait for connections to close when the controller stops, and again for the store.
 const GRACE: Duration = Duration::from_millis(700);

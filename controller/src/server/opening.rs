@@ -11,14 +11,14 @@ use towline_proto::node::MeshConfig;
 use towline_proto::token::ControllerAddress;
 
 use super::ServeError;
-use crate::authority::{self, Authority, LOCAL_ADMIN};
+use crate::authority::{self, Authority};
 use crate::config::{LEASE, MeshSettings, OVERLAY_V4};
 use crate::entropy::{NoEntropy, random};
 use crate::ledger::Ledger;
 use crate::state_dir::StateDir;
 use crate::store::{CommitError, Identity, Place, Store};
 use crate::writer;
-use towline_registry::{Now, Starts};
+use towline_registry::{LOCAL_ADMIN, Now, Starts};
 
 /// Consequence of a sequence number that is not written, for the log.
 pub(crate) const SEQUENCE_NOT_WRITTEN: &str = "a restored snapshot of the store may not be noticed";

@@ -15,7 +15,7 @@ use towline_proto::token::{JoinToken, TokenSecret};
 use towline_proto::{limits, pb};
 use towline_service::events::EventId;
 
-use crate::authority::{LOCAL_ADMIN, Subject, csr_key};
+use crate::authority::{Subject, csr_key};
 use crate::clock;
 use crate::entropy::{random, secret_hash};
 use crate::ledger::Ledger;
@@ -24,7 +24,7 @@ use crate::stored::token_message;
 use crate::view::NodeView;
 use towline_registry::sessions::Sessions;
 use towline_registry::token::{InvalidPattern, TokenTerms};
-use towline_registry::{NoSuchNode, Now};
+use towline_registry::{LOCAL_ADMIN, NoSuchNode, Now};
 
 use super::refusal::Refusal as _;
 use super::{Shared, missing};

@@ -41,9 +41,12 @@ pub const OVERLAY_ADDRESSES: usize = 2;
 pub const VERSION_BYTES: usize = 64;
 /// Bytes in one signed body.
 pub const SIGNED_BODY_BYTES: usize = 32 * 1024;
-/// Bytes in a record that a node publishes: [`PREFIXES`] and [`CANDIDATES`] of IPv6 have about 6.5 KiB. Records that
-/// an earlier version stored may be longer.
+/// Bytes in a record that a node publishes. Records that an earlier version stored may be longer.
 pub const RECORD_BYTES: usize = 8 * 1024;
+/// Bytes that the networks take in a record that a node publishes. With [`CANDIDATES`] of IPv6, all its other
+/// fields take less than the rest. [`PREFIXES`] fit. LANs are named twice: [`PREFIXES`] of IPv4 fit, about 160 of
+/// IPv6.
+pub const RECORD_NETWORK_BYTES: usize = RECORD_BYTES - 1024;
 /// Bytes in a certificate signing request.
 pub const CSR_BYTES: usize = 4 * 1024;
 /// Bytes in one certificate of a chain.

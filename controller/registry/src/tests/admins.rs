@@ -5,7 +5,7 @@ use std::time::Duration;
 use towline_types::id::IdentityKey;
 
 use super::World;
-use crate::{CreateAdminError, Key, NoSuchAdmin, Starts};
+use crate::{Admin, CreateAdminError, Key, LOCAL_ADMIN, NoSuchAdmin, Starts};
 
 fn key(number: u8) -> IdentityKey {
     IdentityKey([number; 32])
@@ -58,7 +58,7 @@ fn the_number_of_administrators_is_bounded_and_none_is_displaced() {
     world.registry.add_admin(key(255), "local", world.now);
     let created = (0..255)
         .filter(|number| world.registry.create_admin(key(*number), "anna", world.now).is_ok());
-    assert_eq!(created.count(), 63);
+    assert_eq!(created.count(), 64);
     let again = world.registry.create_admin(key(0), "anna", world.now);
     assert_eq!(again, Ok(()), "a new certificate for a key that is listed");
     let refused = world.registry.create_admin(key(100), "anna", world.now);
@@ -70,4 +70,40 @@ fn the_number_of_administrators_is_bounded_and_none_is_displaced() {
     assert_eq!(revoked, Err(CreateAdminError::Revoked { key: key(0) }));
     assert_eq!(world.registry.create_admin(key(100), "ben", world.now), Ok(()));
     assert!(world.registry.admin(key(255)).is_some_and(|admin| admin.revoked_at.is_none()));
+}
+
+#[test]
+fn controllers_that_start_without_a_state_displace_no_operator() {
+    let mut world = World::new();
+    let operators: Vec<IdentityKey> = (0..64).map(key).collect();
+    for operator in &operators {
+        world.registry.create_admin(*operator, "anna", world.now).unwrap();
+    }
+    let is_valid = |world: &World, key: &IdentityKey| {
+        world.registry.admin(*key).is_some_and(|admin| admin.revoked_at.is_none())
+    };
+    let started =
+        |number: u16| IdentityKey([number.to_be_bytes(); 16].concat().try_into().unwrap());
+    for number in 1000..1600 {
+        world.now = world.now.plus(Duration::from_secs(60));
+        world.registry.add_admin(started(number), LOCAL_ADMIN, world.now);
+        world.commit();
+    }
+    assert!(operators.iter().all(|operator| is_valid(&world, operator)));
+    assert!((1568..1600).all(|number| is_valid(&world, &started(number))));
+    assert_eq!(world.registry.admins().count(), 64 + 32);
+    assert_eq!(world.stored.admins.len(), 64 + 32);
+
+    // An earlier version let them fill the list.
+    for number in 1000..1160 {
+        let created_at = world.now.unix;
+        let (key, name) = (started(number), LOCAL_ADMIN.to_owned());
+        let admin = Admin { key, name, created_at, revoked_at: None };
+        world.stored.admins.insert(key, admin);
+    }
+    world.reload();
+    assert_eq!(world.registry.admins().count(), 256);
+    world.registry.add_admin(started(2000), LOCAL_ADMIN, world.now);
+    assert!(operators.iter().all(|operator| is_valid(&world, operator)));
+    assert_eq!(world.registry.admins().count(), 64 + 32);
 }

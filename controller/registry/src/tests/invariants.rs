@@ -233,6 +233,8 @@ proptest! {
             };
             prop_assert_eq!(members(&replica), members(&loaded));
             prop_assert!(replica.removed_nodes().eq(loaded.removed_nodes()));
+            prop_assert!(replica.removed_identities == loaded.removed_identities);
+            prop_assert!(replica.removed_wireguard_keys == loaded.removed_wireguard_keys);
             prop_assert!(replica.tokens().eq(loaded.tokens()));
             for member in loaded.members() {
                 let node = member.grant.node_id;

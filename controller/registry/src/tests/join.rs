@@ -170,3 +170,30 @@ fn a_wireguard_key_of_a_removed_node_never_joins_again_under_another_identity() 
     let refused = with_keys(&mut empty, "c", 2, 7);
     assert!(matches!(refused, Err(JoinError::WireguardKeyRemoved { .. })), "{refused:?}");
 }
+
+#[test]
+fn a_replica_refuses_the_wireguard_key_of_a_node_that_another_controller_removed() {
+    let mut world = World::new();
+    let node = world.node("a", 7, &[]);
+    let token = world.token(terms());
+    let mut replica = Registry::load(world.stored.contents(world.now)).unwrap();
+    let before = world.stored.clone();
+    let tombstone = world.remove(node);
+    replica.refresh(world.stored.since(&before, world.now)).unwrap();
+    let mut join = Join {
+        token,
+        secret_hash: SECRET,
+        name: "b".parse().unwrap(),
+        identity_key: identity_key(2),
+        wireguard_key: tombstone.wireguard_keys[0],
+        node_id: NodeId([2; 16]),
+    };
+    let refused = replica.join(&join, &world.sessions, world.now);
+    assert_eq!(refused, Err(JoinError::WireguardKeyRemoved { name: "a".parse().unwrap() }));
+    join.wireguard_key = WireguardKey([2; 32]);
+    join.identity_key = tombstone.identity_key;
+    let refused = replica.join(&join, &world.sessions, world.now);
+    assert_eq!(refused, Err(JoinError::IdentityRemoved { name: "a".parse().unwrap() }));
+    join.identity_key = identity_key(2);
+    assert_eq!(replica.join(&join, &world.sessions, world.now), Ok(join.node_id));
+}

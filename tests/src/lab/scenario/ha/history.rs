@@ -9,6 +9,9 @@ use ipnet::IpNet;
 
 use super::linear::{Answer, Call, State, Step, is_linearizable};
 
+/// Number of nodes that each token admits.
+const USES: u32 = 1;
+
 /// Operations in the order in which they were recorded.
 #[derive(Debug, Default)]
 pub(super) struct History {
@@ -57,7 +60,7 @@ pub(super) enum Action {
         /// Name of the node.
         node: String,
     },
-    /// List the tokens at all controllers, which agree.
+    /// List the tokens at a controller.
     Read {
         /// Id of the token.
         token: String,
@@ -82,6 +85,15 @@ pub(super) struct Listed {
     pub(super) nodes: BTreeMap<String, Vec<IpAddr>>,
 }
 
+/// What the controllers list after a fault.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Settled {
+    /// What each controller that answers lists.
+    pub(super) listed: Vec<Listed>,
+    /// True if all controllers answer, and list the same.
+    pub(super) agree: bool,
+}
+
 /// Violations.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Violations {
@@ -93,6 +105,8 @@ pub(super) struct Violations {
     pub(super) overlapping_prefixes: usize,
     /// Tokens whose operations no order explains.
     pub(super) not_linearizable: usize,
+    /// Nodes that were refused, and that a controller lists all the same.
+    pub(super) admitted_refused: usize,
 }
 
 impl History {
@@ -115,7 +129,7 @@ impl History {
         self.views.push(view);
     }
 
-    /// Records that all controllers list these tokens. A token on which nothing was done since it was listed in the
+    /// Records that a controller lists these tokens. A token on which nothing was done since it was listed in the
     /// same state adds nothing to its history.
     pub(super) fn read(&mut self, listed: &Listed, at: Duration) {
         for (token, state) in &listed.tokens {
@@ -160,23 +174,37 @@ impl History {
 
     /// Checks the operations and the views, also against what each controller lists.
     pub(super) fn check(&self, controllers: &[Listed]) -> Violations {
+        let is_listed = |node: &str| controllers.iter().any(|one| one.nodes.contains_key(node));
         let mut tokens = BTreeMap::<&str, Vec<Step>>::new();
+        let mut admitted_refused = 0;
         for operation in &self.operations {
-            if let Some((token, call)) = operation.action.about_token() {
-                tokens.entry(token).or_default().push(operation.step(call));
+            let Some((token, call)) = operation.action.about_token() else { continue };
+            let mut step = operation.step(call);
+            if let Action::Join { node, .. } = &operation.action
+                && is_listed(node)
+            {
+                match operation.answer {
+                    Answer::Done => {}
+                    Answer::Refused => admitted_refused += 1,
+                    // It took effect, at some time after the request.
+                    Answer::Unknown => step.answer = Answer::Done,
+                }
             }
+            tokens.entry(token).or_default().push(step);
         }
         let is_spent_twice = |steps: &&Vec<Step>| {
             let done = |step: &&Step| step.call == Call::Use && step.answer == Answer::Done;
-            steps.iter().filter(done).count() > 1
+            steps.iter().filter(done).count() > USES as usize
         };
+        let is_explained = |steps: &&Vec<Step>| is_linearizable(USES, steps);
         let addresses: usize = controllers.iter().map(Listed::overlapping).sum();
         let networks: usize = self.views.iter().map(View::overlapping).sum();
         Violations {
             lost_writes: controllers.iter().map(|listed| self.lost(listed)).sum(),
             double_spent_tokens: tokens.values().filter(is_spent_twice).count(),
             overlapping_prefixes: addresses + networks,
-            not_linearizable: tokens.values().filter(|steps| !is_linearizable(1, steps)).count(),
+            not_linearizable: tokens.values().filter(|steps| !is_explained(steps)).count(),
+            admitted_refused,
         }
     }
 }
@@ -231,6 +259,16 @@ impl View {
             self.holders.iter().skip(number + 1).map(move |second| (first, second))
         });
         pairs.filter(|(first, second)| first.0 != second.0 && overlap(&first.1, &second.1)).count()
+    }
+}
+
+impl Settled {
+    /// Returns what the controllers list. One that does not answer does not agree.
+    pub(super) fn of(answers: Vec<anyhow::Result<Listed>>) -> Self {
+        let asked = answers.len();
+        let listed: Vec<Listed> = answers.into_iter().filter_map(Result::ok).collect();
+        let agree = listed.len() == asked && listed.windows(2).all(|pair| pair[0] == pair[1]);
+        Self { listed, agree }
     }
 }
 
@@ -291,6 +329,65 @@ mod tests {
         history.add(done(join("t", "b"), 3));
         let violations = history.check(&[good]);
         assert_eq!((violations.double_spent_tokens, violations.not_linearizable), (1, 1));
+    }
+
+    #[test]
+    fn a_token_that_admitted_a_node_without_an_answer_admits_no_other() {
+        let without_answer = |history: &mut History, node: &str| {
+            history.add(Operation { answer: Answer::Unknown, ..done(join("t", node), 3) });
+        };
+        let tokens = [("t", State::Used)];
+        let first = listed(&tokens, &[("a", "10.0.0.1")]);
+        let both = listed(&tokens, &[("a", "10.0.0.1"), ("b", "10.0.0.2")]);
+
+        let mut history = History::default();
+        history.add(done(create("t"), 1));
+        history.add(done(join("t", "a"), 3));
+        without_answer(&mut history, "b");
+        assert_eq!(history.check(&[first.clone(), first.clone()]), Violations::default());
+        // Also if only one controller lists the other node.
+        let violations = history.check(&[first.clone(), both.clone()]);
+        assert_eq!((violations.double_spent_tokens, violations.not_linearizable), (1, 1));
+
+        let mut history = History::default();
+        without_answer(&mut history, "a");
+        assert_eq!(history.check(&[first.clone(), first]), Violations::default());
+
+        let mut history = History::default();
+        without_answer(&mut history, "a");
+        without_answer(&mut history, "b");
+        assert_eq!(history.check(&[both]).double_spent_tokens, 1);
+    }
+
+    #[test]
+    fn a_node_that_was_refused_is_listed_nowhere() {
+        let mut history = History::default();
+        history.add(done(join("t", "a"), 3));
+        history.add(Operation { answer: Answer::Refused, ..done(join("t", "b"), 3) });
+        let first = listed(&[], &[("a", "10.0.0.1")]);
+        let both = listed(&[], &[("a", "10.0.0.1"), ("b", "10.0.0.2")]);
+        assert_eq!(history.check(&[first.clone(), first.clone()]), Violations::default());
+        assert_eq!(history.check(&[first, both]).admitted_refused, 1);
+    }
+
+    #[test]
+    fn controllers_agree_if_all_answer_and_list_the_same() {
+        let open = listed(&[("t", State::Open)], &[]);
+        let used = listed(&[("t", State::Used)], &[]);
+        let of = Settled::of;
+        assert!(of(vec![Ok(open.clone()), Ok(open.clone())]).agree);
+        let settled = of(vec![Ok(open.clone()), Ok(used.clone())]);
+        assert_eq!(settled, Settled { listed: vec![open.clone(), used.clone()], agree: false });
+        let settled = of(vec![Ok(open.clone()), Err(anyhow::anyhow!("no answer"))]);
+        assert_eq!(settled, Settled { listed: vec![open.clone()], agree: false });
+
+        // What each of them lists is checked: here the use was acknowledged.
+        let mut history = History::default();
+        history.add(done(join("t", "a"), 3));
+        for one in [&used, &open] {
+            history.read(one, Duration::from_secs(9));
+        }
+        assert_eq!(history.check(&[used, open]).not_linearizable, 1);
     }
 
     #[test]

@@ -24,7 +24,7 @@ pub(super) enum Call {
     Use,
     /// An operator revokes it.
     Revoke,
-    /// All controllers list it in this state.
+    /// A controller lists it in this state.
     Read(State),
 }
 

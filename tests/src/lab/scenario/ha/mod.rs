@@ -76,7 +76,7 @@ pub struct Ha {
 }
 
 /// Result of a case. What is counted in the history is counted from its beginning to this case.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 pub struct Case {
     /// Name of the fault, and of what had it.
     pub name: String,
@@ -88,8 +88,12 @@ pub struct Case {
     pub double_spent_tokens: usize,
     /// Tokens whose operations no order explains.
     pub not_linearizable: usize,
+    /// Nodes that were refused, and that a controller listed all the same.
+    pub admitted_refused: usize,
     /// Pairs of nodes with the same address or with overlapping networks.
     pub overlapping_prefixes: usize,
+    /// True if all controllers answered after the fault, and listed the same.
+    pub controllers_agree: bool,
     /// True if all nodes agreed in the end which one holds the network that two had claimed during the fault.
     pub network_held: bool,
     /// Pairs of nodes that did not answer each other during the fault, or whose traffic was interrupted.
@@ -171,12 +175,16 @@ impl Case {
             ("lost_writes", self.lost_writes),
             ("double_spent_tokens", self.double_spent_tokens),
             ("not_linearizable", self.not_linearizable),
+            ("admitted_refused", self.admitted_refused),
             ("overlapping_prefixes", self.overlapping_prefixes),
             ("tunnels_lost", self.tunnels_lost),
         ];
         for (what, count) in counts {
             promises.hold(count == 0, || format!("{}: {what}: {count}", self.name));
         }
+        promises.hold(self.controllers_agree, || {
+            format!("{}: controllers_agree: they do not list the same", self.name)
+        });
         promises.hold(self.network_held, || {
             format!("{}: the nodes do not agree which one holds a network", self.name)
         });
@@ -195,7 +203,7 @@ impl Figures for Ha {
             let _ = writeln!(
                 text,
                 "{}: {} changes acknowledged, {} lost; {} tokens spent twice, {} without an order; {} overlaps; {} \
-                 tunnels lost, longest gap {} ms; shown elsewhere after {} ms",
+                 tunnels lost, longest gap {} ms; shown elsewhere after {} ms{}",
                 case.name,
                 case.acknowledged,
                 case.lost_writes,
@@ -204,7 +212,8 @@ impl Figures for Ha {
                 case.overlapping_prefixes,
                 case.tunnels_lost,
                 case.traffic_gap_ms,
-                case.stale_ms
+                case.stale_ms,
+                if case.controllers_agree { "" } else { "; the controllers do not agree" }
             );
         }
         for Skipped { name, why } in &self.skipped {
@@ -212,5 +221,25 @@ impl Figures for Ha {
         }
         let _ = write!(text, "{} operations checked, {} agents", self.operations, self.agents);
         text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_promise_of_a_case_is_held() {
+        let failed = |case: Case| {
+            let mut promises = Promises::new();
+            case.check(&mut promises);
+            promises.into_failed().len()
+        };
+        let good = || Case { controllers_agree: true, network_held: true, ..Case::default() };
+        assert_eq!(failed(good()), 0);
+        assert_eq!(failed(Case { controllers_agree: false, ..good() }), 1);
+        assert_eq!(failed(Case { network_held: false, ..good() }), 1);
+        assert_eq!(failed(Case { admitted_refused: 1, ..good() }), 1);
+        assert_eq!(failed(Case { lost_writes: 1, double_spent_tokens: 1, ..good() }), 2);
     }
 }

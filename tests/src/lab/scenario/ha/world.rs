@@ -14,7 +14,7 @@ use towline_netlink::{Family, Rtnetlink};
 
 use super::fault::{Fault, Kind, Target};
 use super::flows::{self, Flow};
-use super::history::{History, Listed, View, Violations};
+use super::history::{History, Listed, Settled, View, Violations};
 use super::linear::{Answer, State};
 use super::member::{CLIENTS, Member};
 use super::operations::{Batch, Stopwatch};
@@ -90,7 +90,7 @@ struct During {
     stale: Duration,
     lost: usize,
     is_network_held: bool,
-    listed: Vec<Listed>,
+    settled: Settled,
 }
 
 /// The part of `towline peers -o json` that shows networks.
@@ -197,15 +197,22 @@ impl World {
         let (during, gaps) = flows::during(&flows, || self.suffer(setting, fault, &prepared))?;
         let interrupted = gaps.iter().filter(|gap| **gap > INTERRUPTED).count();
         let longest = gaps.iter().max().copied().unwrap_or_default();
-        let Violations { lost_writes, double_spent_tokens, overlapping_prefixes, not_linearizable } =
-            self.history.check(&during.listed);
+        let Violations {
+            lost_writes,
+            double_spent_tokens,
+            overlapping_prefixes,
+            not_linearizable,
+            admitted_refused,
+        } = self.history.check(&during.settled.listed);
         Ok(Case {
             name: fault.to_string(),
             acknowledged: during.acknowledged,
             lost_writes,
             double_spent_tokens,
             not_linearizable,
+            admitted_refused,
             overlapping_prefixes,
+            controllers_agree: during.settled.agree,
             network_held: during.is_network_held,
             tunnels_lost: during.lost + interrupted,
             traffic_gap_ms: milliseconds(longest),
@@ -259,13 +266,13 @@ impl World {
         let healed = wait_up_to(HEAL, || Ok((self.lost()? == 0).then_some(())))?;
         let lost = if healed.is_some() { 0 } else { self.lost()? };
         self.end(setting, fault)?;
-        let listed = self.settle()?;
+        let settled = self.settle()?;
         let is_network_held = self.agree(claimed)?;
         let stale = match stale {
             Some(stale) => stale,
             None => self.stale(0, COUNT - 1)?,
         };
-        Ok(During { acknowledged, stale, lost, is_network_held, listed })
+        Ok(During { acknowledged, stale, lost, is_network_held, settled })
     }
 
     /// Does all operations of a case at once. Returns how many were acknowledged.
@@ -425,26 +432,22 @@ impl World {
         self.controllers[number].restart()
     }
 
-    /// Waits until all controllers list the same, and everything that was acknowledged. Returns what they list.
-    fn settle(&mut self) -> anyhow::Result<Vec<Listed>> {
-        let settled = wait_up_to(SETTLE, || {
+    /// Waits until all controllers list the same, and everything that was acknowledged. Records what those that answer
+    /// in the end list, and returns it.
+    fn settle(&mut self) -> anyhow::Result<Settled> {
+        let complete = wait_up_to(SETTLE, || {
             self.supervise();
-            let listed = self.listed().ok();
-            let is_complete = |listed: &Vec<Listed>| {
-                listed.iter().all(|listed| self.history.lost(listed) == 0)
-                    && listed.windows(2).all(|pair| pair[0] == pair[1])
-            };
-            Ok(listed.filter(is_complete))
+            let settled = Settled::of(self.listed());
+            let is_lost = |listed: &Listed| self.history.lost(listed) != 0;
+            let is_complete = settled.agree && !settled.listed.iter().any(is_lost);
+            Ok(is_complete.then_some(settled))
         })?;
-        match settled {
-            Some(listed) => {
-                if let Some(first) = listed.first() {
-                    self.history.read(first, self.watch.now());
-                }
-                Ok(listed)
-            }
-            None => self.listed(),
+        let settled = complete.unwrap_or_else(|| Settled::of(self.listed()));
+        let at = self.watch.now();
+        for listed in &settled.listed {
+            self.history.read(listed, at);
         }
+        Ok(settled)
     }
 
     /// Starts controllers that ended, as a service manager does.
@@ -481,8 +484,8 @@ impl World {
         })
     }
 
-    /// Returns what each controller lists.
-    fn listed(&self) -> anyhow::Result<Vec<Listed>> {
+    /// Returns what each controller lists, or why it does not answer.
+    fn listed(&self) -> Vec<anyhow::Result<Listed>> {
         let state = |state: &str| match state {
             "open" => Some(State::Open),
             "used" => Some(State::Used),

@@ -19,7 +19,7 @@ mod plot;
 mod run;
 
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::builder::RangedU64ValueParser;
@@ -145,14 +145,32 @@ pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Scale> {
     let on_first = figures.runs.iter().filter(|run| Some(&run.store) == options.stores.first());
     figures.largest = on_first.max_by_key(|run| run.agents).cloned().unwrap_or_default();
     figures.failed = promises.into_failed();
-    if let Some(path) = &options.plot {
-        std::fs::write(path, plot::chart(&figures))
-            .with_context(|| format!("cannot write {}", path.display()))?;
-    }
-    if options.update_docs {
-        document::write(&figures)?;
+    let write = || {
+        if options.update_docs { document::write(&figures) } else { Ok(()) }
+    };
+    let is_written = write_results(&figures, options.plot.as_deref(), write)?;
+    if !is_written && (options.plot.is_some() || options.update_docs) {
+        setting.output.step("a run failed: chart and document are not written");
     }
     Ok(figures)
+}
+
+/// Writes the chart to `plot`, and the document. Writes neither and returns false if a run failed: its figures are
+/// incomplete, and would replace complete ones.
+fn write_results(
+    figures: &Scale,
+    plot: Option<&Path>,
+    write_document: impl FnOnce() -> anyhow::Result<()>,
+) -> anyhow::Result<bool> {
+    if !figures.failed.is_empty() {
+        return Ok(false);
+    }
+    if let Some(path) = plot {
+        std::fs::write(path, plot::chart(figures))
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    write_document()?;
+    Ok(true)
 }
 
 /// Raises the limit of open files of this process to `wanted`, unless it is higher. The controller inherits
@@ -232,6 +250,26 @@ mod tests {
         let short = options("");
         assert_eq!((short.agents, short.stores), (vec![1000], vec![StoreKind::Redb]));
         assert!(options("--update-docs").check().is_err());
+    }
+
+    #[test]
+    fn figures_of_a_run_that_failed_replace_no_others() {
+        let directory = tempfile::tempdir().unwrap();
+        let chart = directory.path().join("chart.svg");
+        let mut documents = 0;
+        let mut write = |figures: &Scale| {
+            let document = || {
+                documents += 1;
+                Ok(())
+            };
+            write_results(figures, Some(&chart), document).unwrap()
+        };
+        let failed = Scale { failed: vec!["no agent joined".to_owned()], ..Scale::default() };
+        assert!(!write(&failed));
+        assert!(!chart.exists());
+        assert!(write(&Scale::default()));
+        assert!(chart.exists());
+        assert_eq!(documents, 1);
     }
 
     #[test]
