@@ -16,6 +16,7 @@ use super::stage::{ARRIVAL, DETOUR, Stage, WIREGUARD};
 use super::{Attacker, Case, Outcome};
 use crate::lab::capture::{Tap, udp_payload};
 use crate::lab::interrupt;
+use crate::lab::output::line;
 use crate::lab::spoof::{self, Spoofer};
 
 /// Rounds of replays, twice a second.
@@ -141,7 +142,9 @@ fn flood(stage: &mut Stage<'_>, datagrams: &[Vec<u8>]) -> anyhow::Result<Outcome
         interrupt::sleep(BURST_PAUSE)?;
         if Instant::now() >= look {
             look = Instant::now() + LOOK;
-            if path(stage)? != before {
+            let now = path(stage)?;
+            if now != before {
+                line(&format!("the path of cp to a was {before:?} and is {now:?}"));
                 return Ok(Outcome::Hangs);
             }
         }
