@@ -16,11 +16,16 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use nix::sched::{CloneFlags, setns};
+use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use super::interrupt;
 use super::namespace::Namespace;
 use super::report::WrongUsage;
+
+/// Error of a shell without a kept lab.
+const NO_LAB: &str =
+    "no lab is running: start one with `cargo lab demo --keep` or `cargo lab explain --keep`";
 
 /// What a shell needs to know about a kept lab.
 #[derive(Debug, Serialize, Deserialize)]
@@ -59,15 +64,30 @@ impl Kept {
         namespace: &Namespace,
         environment: impl IntoIterator<Item = (N, V)>,
     ) {
+        self.add_held(namespace.name(), namespace.thread_id(), environment);
+    }
+
+    /// Adds the namespace that a thread of this process holds, as [`Self::add`] does.
+    pub fn add_held<N: Into<String>, V: Into<String>>(
+        &mut self,
+        name: &str,
+        thread: Pid,
+        environment: impl IntoIterator<Item = (N, V)>,
+    ) {
         let place = KeptNamespace {
-            thread: namespace.thread_id().as_raw(),
+            thread: thread.as_raw(),
             environment: environment.into_iter().map(|(n, v)| (n.into(), v.into())).collect(),
         };
-        self.places.insert(namespace.name().to_owned(), place);
+        self.places.insert(name.to_owned(), place);
     }
 
     /// Publishes the note and waits until Ctrl-C, so that shells can enter.
     pub fn stay(&self) -> anyhow::Result<()> {
+        self.stay_while(|| ())
+    }
+
+    /// Stays as [`Self::stay`] does, and calls `between` about once per second.
+    pub fn stay_while(&self, mut between: impl FnMut()) -> anyhow::Result<()> {
         let note = Note::path()?;
         if let Ok(other) = Self::read(&note)
             && other.alive()
@@ -82,6 +102,7 @@ impl Kept {
             .with_context(|| format!("cannot write {}", note.display()))?;
         let _note = Note(note);
         while !interrupt::raised() {
+            between();
             // Ctrl-C ends the loop.
             let _ = interrupt::sleep(Duration::from_secs(1));
         }
@@ -92,10 +113,8 @@ impl Kept {
     pub fn find() -> anyhow::Result<Self> {
         match Self::read(&Note::path()?) {
             Ok(kept) if kept.alive() => Ok(kept),
-            Ok(_) => bail!("no lab is running: start one with `cargo lab demo --keep`"),
-            Err(error) if is_missing(&error) => {
-                bail!("no lab is running: start one with `cargo lab demo --keep`")
-            }
+            Ok(_) => bail!(NO_LAB),
+            Err(error) if is_missing(&error) => bail!(NO_LAB),
             Err(error) => Err(error),
         }
     }
@@ -114,6 +133,7 @@ impl Kept {
         }
         let net = format!("/proc/{}/task/{}/ns/net", self.process, place.thread);
         join(&net, CloneFlags::CLONE_NEWNET)?;
+        self.enter_mounts(place)?;
         let shell = || std::env::var("SHELL").unwrap_or_else(|_| "/bin/sh".to_owned());
         let (program, arguments) = match command {
             [] => (shell(), &[][..]),
@@ -131,6 +151,21 @@ impl Kept {
             .envs(&place.environment)
             .exec();
         Err(error).with_context(|| format!("cannot start {program}"))
+    }
+
+    /// Enters the mounts of a namespace, if it has its own ones: a small disk is mounted only there.
+    fn enter_mounts(&self, place: &KeptNamespace) -> anyhow::Result<()> {
+        let mounts = format!("/proc/{}/task/{}/ns/mnt", self.process, place.thread);
+        if inode(&mounts)? == inode(&format!("/proc/{}/ns/mnt", self.process))? {
+            return Ok(());
+        }
+        let directory = std::env::current_dir();
+        join(&mounts, CloneFlags::CLONE_NEWNS)?;
+        if let Ok(directory) = directory {
+            // The kernel moved this process to the root directory. A shell can start there too.
+            let _ = std::env::set_current_dir(directory);
+        }
+        Ok(())
     }
 
     fn read(note: &Path) -> anyhow::Result<Self> {

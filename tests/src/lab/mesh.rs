@@ -236,7 +236,12 @@ impl Controller {
 
     /// Returns the state directory that a controller on this host gets.
     pub fn state_directory(lab: &Lab, host: &Host) -> PathBuf {
-        lab.directory().join(format!("controller-{}", host.name()))
+        Self::state_directory_in(lab.directory(), host.name())
+    }
+
+    /// Returns the same by the lab's directory and the host's name.
+    pub fn state_directory_in(lab: &Path, host: &str) -> PathBuf {
+        lab.join(format!("controller-{host}"))
     }
 
     fn start_with(
@@ -441,6 +446,11 @@ impl Node {
     /// its arguments.
     pub fn wrap(&mut self, words: Vec<String>) {
         self.wrapper = words;
+    }
+
+    /// Returns the environment variables that the other program sets, if it is `env`.
+    pub fn wrapped_environment(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.wrapper.iter().skip(1).filter_map(|word| word.split_once('='))
     }
 
     /// Uses the program of other binaries from the next start or command on.

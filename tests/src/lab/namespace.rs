@@ -17,6 +17,9 @@ use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
+/// Beginning of the name of each thread that holds a namespace.
+const HOLDER: &str = "ns-";
+
 /// A network namespace with its loopback up.
 #[derive(Debug)]
 pub struct Namespace {
@@ -41,7 +44,7 @@ impl Namespace {
     pub fn new(name: &str) -> anyhow::Result<Self> {
         let (requests, inbox) = mpsc::channel();
         let (ready, when_ready) = mpsc::channel();
-        let thread = Builder::new().name(format!("ns-{name}")).spawn(move || {
+        let thread = Builder::new().name(format!("{HOLDER}{name}")).spawn(move || {
             let entered = unshare(CloneFlags::CLONE_NEWNET)
                 .map_err(io::Error::from)
                 .and_then(|()| File::open("/proc/thread-self/ns/net"));
@@ -159,6 +162,28 @@ impl Drop for Namespace {
     }
 }
 
+/// Returns the names of all namespaces that this process holds, each with its thread. The kernel keeps 15
+/// bytes of a thread's name, so that a namespace with more than 12 has a shortened name here.
+pub fn held() -> anyhow::Result<Vec<(String, Pid)>> {
+    let mut held = Vec::new();
+    for task in std::fs::read_dir("/proc/self/task").context("cannot list the threads")? {
+        let task = task?;
+        // A thread may end meanwhile.
+        let Ok(thread) = std::fs::read_to_string(task.path().join("comm")) else { continue };
+        let id = task.file_name().to_str().and_then(|id| id.parse::<i32>().ok());
+        if let (Some(name), Some(id)) = (held_by(&thread), id) {
+            held.push((name.to_owned(), Pid::from_raw(id)));
+        }
+    }
+    held.sort_by(|(one, _), (other, _)| one.cmp(other));
+    Ok(held)
+}
+
+/// Returns the name of the namespace that a thread of this name holds.
+fn held_by(thread: &str) -> Option<&str> {
+    thread.trim_end().strip_prefix(HOLDER)
+}
+
 /// Waits for a thread and returns its result; a panic becomes an error.
 pub fn join<T>(handle: ScopedJoinHandle<'_, anyhow::Result<T>>) -> anyhow::Result<T> {
     handle.join().unwrap_or_else(|_| Err(anyhow!("a thread of the lab panicked")))
@@ -197,5 +222,30 @@ pub fn tie_to_parent(command: &mut Command) {
             }
             Ok(())
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_threads_that_hold_a_namespace_have_its_name() {
+        assert_eq!(held_by("ns-worker-1\n"), Some("worker-1"));
+        for other in ["run-worker-1\n", "lab\n", ""] {
+            assert_eq!(held_by(other), None, "{other}");
+        }
+        let (ready, when_ready) = mpsc::channel();
+        let (end, when_ended) = mpsc::channel::<()>();
+        let holder = move || {
+            // A thread has its name before it runs this.
+            ready.send(()).unwrap();
+            let _ = when_ended.recv();
+        };
+        let thread = Builder::new().name(format!("{HOLDER}held-here")).spawn(holder).unwrap();
+        when_ready.recv().unwrap();
+        assert!(held().unwrap().iter().any(|(name, _)| name == "held-here"));
+        drop(end);
+        thread.join().unwrap();
     }
 }
