@@ -284,6 +284,10 @@ fn the_lab_lists_its_scenarios_and_knows_wrong_usage() {
         &["demo", "--megabytes", "0"],
         &["interop", "no-such-case"],
         &["attack", "--case", "no-such-case"],
+        &["explain", "--keep", "--json"],
+        &["explain", "--keep", "--update-docs"],
+        &["explain", "--keep", "--case", "paths"],
+        &["explain", "--keep", "--case", "healthy/ipv4-only"],
         &["vm", "--case", "no-such-case"],
         &["vm", "--kernel", "no-such-kernel"],
     ] {

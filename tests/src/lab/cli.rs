@@ -17,7 +17,7 @@ use super::scenario::table::{Flags, SCENARIOS};
 /// Arguments of `shell`.
 #[derive(Debug, Args)]
 struct Shell {
-    /// Name of the host: cp, worker-a, worker-b, router-a, router-b or internet.
+    /// Name of the host, such as cp, worker-a, router-a or internet. A wrong one lists all.
     node: String,
     /// Command to run instead of a shell.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -47,7 +47,7 @@ fn command() -> Command {
         .subcommands(scenarios)
         .subcommand(
             Shell::augment_args(Command::new("shell"))
-                .about("Open a shell or run a command on a host of a lab that `demo --keep` keeps running"),
+                .about("Open a shell or run a command on a host of a lab that `demo --keep` or `explain --keep` keeps running"),
         )
         .subcommand(
             Limit::augment_args(limit)
@@ -139,6 +139,8 @@ mod tests {
             "leak --json --seconds 8 --seed 7 --rootless",
             "attack --case inward,sources --json --full",
             "explain --case paths --update-docs --json",
+            "explain --keep",
+            "explain --keep --case paths/loss --rootless",
             "nodes --addressing node-ip --rp-filter 1 --json",
             "cohabit --netlink",
             "plan --here --json",

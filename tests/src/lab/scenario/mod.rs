@@ -41,6 +41,8 @@ pub mod selection;
 pub mod table;
 pub mod vm;
 
+use std::sync::Arc;
+
 use super::binaries::Binaries;
 use super::output::ProgressOutput;
 use super::privilege::Rank;
@@ -53,5 +55,5 @@ pub struct Setting {
     /// Paths of the programs under test, which are already built.
     pub binaries: Binaries,
     /// Output for progress lines.
-    pub output: ProgressOutput,
+    pub output: Arc<ProgressOutput>,
 }

@@ -2,6 +2,7 @@
 
 use std::os::unix::process::CommandExt;
 use std::process::{self, ExitCode};
+use std::sync::Arc;
 
 use anyhow::Context;
 use clap::{ArgMatches, Args, Command, FromArgMatches};
@@ -17,7 +18,7 @@ use crate::lab::interrupt;
 use crate::lab::output::ProgressOutput;
 use crate::lab::package;
 use crate::lab::privilege::acquire;
-use crate::lab::report::{Figures, finish, print};
+use crate::lab::report::{Figures, WrongUsage, finish, print};
 
 /// Flags that every command takes, before or after its name.
 #[derive(Debug, Clone, Copy)]
@@ -294,13 +295,23 @@ fn on_cases<F: Figures>(
     on_hosts(Profile::Dev, run, matches, flags)
 }
 
-/// Runs `explain`, or prints the list of its cases.
+/// Runs `explain`, keeps a broken mesh running, or prints the list of its cases.
 fn run_explain(matches: &ArgMatches, flags: Flags) -> anyhow::Result<ExitCode> {
     let options = explain::Options::from_arg_matches(matches)?;
     if options.selection.list {
         return show(&list(&explain::entries()));
     }
     options.check()?;
+    if options.keep {
+        if flags.json {
+            let why = "--keep is for people at a terminal: leave --json out";
+            return Err(WrongUsage(why.to_owned()).into());
+        }
+        let setting = prepare(flags, Profile::Dev)?;
+        let shown = explain::keep(&setting, &options);
+        drop(setting);
+        return show(&shown?);
+    }
     on_hosts(Profile::Dev, explain::run, matches, flags)
 }
 
@@ -361,9 +372,9 @@ fn run_flood(matches: &ArgMatches, flags: Flags) -> anyhow::Result<ExitCode> {
     on_hosts(profile, flood::run, matches, flags)
 }
 
-/// Prints a list of cases.
-fn show(list: &str) -> anyhow::Result<ExitCode> {
-    print(list)?;
+/// Prints a list of cases, or another text that is no figures.
+fn show(text: &str) -> anyhow::Result<ExitCode> {
+    print(text)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -373,5 +384,5 @@ fn prepare(flags: Flags, profile: Profile) -> anyhow::Result<Setting> {
     interrupt::install()?;
     let rank = acquire(flags.rootless)?;
     let binaries = Binaries::build(profile)?;
-    Ok(Setting { rank, binaries, output: ProgressOutput::new() })
+    Ok(Setting { rank, binaries, output: Arc::new(ProgressOutput::new()) })
 }

@@ -35,8 +35,8 @@ const LOAD_PAUSE: Duration = Duration::from_secs(2);
 
 /// Node whose commands are asked, and the peer that they are asked about.
 pub(super) struct View<'a> {
-    node: &'a Node,
-    peer: &'a str,
+    pub(super) node: &'a Node,
+    pub(super) peer: &'a str,
 }
 
 impl<'a> View<'a> {
@@ -59,12 +59,17 @@ pub(super) fn ask(case: &Case, views: &[View<'_>]) -> anyhow::Result<Outcome> {
     ask_while(case, views, || Ok(()))
 }
 
-/// Asks as [`ask`] does, and calls `between` before each round.
+/// Asks as [`ask`] does, and calls `between` before each round. With `--keep` it asks nothing, and keeps the mesh
+/// running until Ctrl-C.
 pub(super) fn ask_while(
     case: &Case,
     views: &[View<'_>],
     mut between: impl FnMut() -> anyhow::Result<()>,
 ) -> anyhow::Result<Outcome> {
+    if let Some(exercise) = &case.exercise {
+        exercise.stay(views, &mut between)?;
+        return Ok(Outcome::Asked(Named::default()));
+    }
     let begun = Instant::now();
     let mut first = None;
     let mut rounds = 0;

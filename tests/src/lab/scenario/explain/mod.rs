@@ -3,7 +3,7 @@
 //! Each case builds its own mesh with the real binaries, breaks it in one way, and asks `towline doctor`,
 //! `explain` and `peer` until one of them names the cause. On healthy meshes of different shapes, whatever
 //! `doctor` or `explain` complains about is a false alarm. Several cases run at the same time: mostly they
-//! wait.
+//! wait. With `--keep`, one case breaks its mesh and keeps it running, as an exercise.
 //!
 //! | module | faults, or what it does |
 //! |---|---|
@@ -15,12 +15,14 @@
 //! | [`networks`] | of networks that overlap, and of sources |
 //! | [`pods`] | of Kubernetes: MTU of the CNI, address of the node |
 //! | [`shapes`] | healthy meshes |
+//! | [`exercise`] | keeps a broken mesh running for `--keep` |
 //! | [`ask`] | runs the commands, and looks for a code in what they print |
 //! | [`document`] | table in `docs/troubleshooting.md` |
 
 mod ask;
 mod clocks;
 mod document;
+mod exercise;
 mod hosts;
 mod networks;
 mod nodes;
@@ -42,6 +44,8 @@ use crate::lab::interrupt;
 use crate::lab::privilege::Rank;
 use crate::lab::report::{Figures, Promises, Skipped, WrongUsage};
 use ask::Named;
+use exercise::Exercise;
+pub use exercise::keep;
 
 /// Number of cases that run at the same time. They wait for timers of the agents most of the time.
 const AT_ONCE: usize = 3;
@@ -55,6 +59,9 @@ pub struct Options {
     /// Write what was named into docs/troubleshooting.md.
     #[arg(long)]
     pub update_docs: bool,
+    /// Break one mesh and keep it running until Ctrl-C: by the case, or by a fault that is shown at the end.
+    #[arg(long)]
+    pub keep: bool,
 }
 
 impl Options {
@@ -65,6 +72,13 @@ impl Options {
         if self.update_docs && !self.selection.cases.is_empty() {
             let message = "--update-docs is about all cases: leave --case out";
             return Err(WrongUsage(message.to_owned()));
+        }
+        if self.keep && self.update_docs {
+            let message = "--keep asks nothing that a document could get: leave --update-docs out";
+            return Err(WrongUsage(message.to_owned()));
+        }
+        if self.keep {
+            self.kept_cases()?;
         }
         Ok(())
     }
@@ -80,6 +94,8 @@ struct Case {
     cause: &'static str,
     /// True if the cause needs no repair, so that a check that is ok may name it.
     is_note: bool,
+    /// Keeps the broken mesh running instead of asking. Absent without `--keep`.
+    exercise: Option<Exercise>,
     check: Check,
 }
 
@@ -96,7 +112,7 @@ enum Outcome {
 
 impl Case {
     fn new(name: &'static str, fault: &'static str, cause: &'static str, check: Check) -> Self {
-        Self { name, fault, cause, is_note: false, check }
+        Self { name, fault, cause, is_note: false, exercise: None, check }
     }
 
     /// Marks the cause as one that needs no repair.
@@ -202,7 +218,7 @@ pub fn entries() -> Vec<Entry> {
 
 /// Runs the selected cases, and looks at the selected healthy meshes.
 pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Explained> {
-    let Options { selection, update_docs } = options;
+    let Options { selection, update_docs, keep: _ } = options;
     let mut results =
         Explained { rootless: setting.rank == Rank::Rootless, ..Explained::default() };
     let mut promises = Promises::new();
@@ -359,7 +375,7 @@ mod tests {
     #[test]
     fn a_part_of_the_cases_does_not_replace_the_document() {
         let selection = Selection { cases: vec!["paths".to_owned()], ..Selection::default() };
-        let options = Options { selection, update_docs: true };
+        let options = Options { selection, update_docs: true, ..Options::default() };
         assert!(options.check().is_err());
         assert!(Options { update_docs: false, ..options }.check().is_ok());
         assert!(Options { update_docs: true, ..Options::default() }.check().is_ok());
