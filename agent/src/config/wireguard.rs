@@ -23,8 +23,8 @@ pub struct WireguardConfig {
     /// Implementation of the cipher that the engine `batch` uses.
     pub aead: WireguardAead,
     /// Longest time in microseconds for which a worker that moves packets looks for more of them before
-    /// it sleeps, 0 to 1,000. It shortens latency, most of all in virtual machines, and takes processor
-    /// time only while packets follow one another closely. 0: it sleeps at once.
+    /// it sleeps, 0 to 1,000. It shortens latency where waking up a halted processor is slow, and lengthens
+    /// it where all processors are in use. 0: it sleeps at once.
     pub spin_us: u32,
     /// Number of threads that encrypt large batches while the worker goes on: `"auto"`, `"off"` or 1 to 8.
     /// They are for more throughput with one peer, on a machine with idle cores, and work with the engine
@@ -43,7 +43,7 @@ impl Default for WireguardConfig {
             copy_dscp: false,
             engine: WireguardEngine::Auto,
             aead: WireguardAead::Auto,
-            spin_us: 20,
+            spin_us: 0,
             seal_ahead: SealAhead::Auto,
             uapi: true,
         }
