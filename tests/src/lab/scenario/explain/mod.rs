@@ -10,7 +10,7 @@
 //! | [`paths`] | on the way between two nodes: blocked, lossy, slow, relayed |
 //! | [`relays`] | of nodes that need a relay |
 //! | [`nodes`] | of a node: removed, cloned, down, without its controller, with a bad disk |
-//! | [`clocks`] | of clocks and certificates; [`clock`] shows programs another time |
+//! | [`clocks`] | of clocks and certificates; [`clock`](crate::lab::clock) shows programs another time |
 //! | [`hosts`] | of the host: firewalls, conntrack, numbers and names in use |
 //! | [`networks`] | of networks that overlap, and of sources |
 //! | [`pods`] | of Kubernetes: MTU of the CNI, address of the node |
