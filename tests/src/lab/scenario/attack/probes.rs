@@ -29,6 +29,10 @@ const FLOOD: Duration = Duration::from_secs(8);
 const BURST: usize = 25;
 /// Pause between two bursts of a flood.
 const BURST_PAUSE: Duration = Duration::from_millis(5);
+/// Time for which a path stays the same before it counts as settled.
+const SETTLED: Duration = Duration::from_secs(3);
+/// Limit for a path to settle.
+const SETTLE_LIMIT: Duration = Duration::from_secs(60);
 /// Interval at which the path is looked at while a flood lasts.
 const LOOK: Duration = Duration::from_millis(250);
 /// Address of a host that is no member: the lab's router.
@@ -130,8 +134,7 @@ fn flood(stage: &mut Stage<'_>, datagrams: &[Vec<u8>]) -> anyhow::Result<Outcome
     let packets = datagrams.iter().map(|datagram| spoof::udp(from, to, datagram));
     let packets = packets.collect::<anyhow::Result<Vec<_>>>()?;
     let spoofer = Spoofer::new(stage.internet(), "cp", stage.hosts.cp.namespace(), "eth0")?;
-    let before = path(stage)?;
-    anyhow::ensure!(before.is_some(), "cp has no path to a");
+    let before = settled_path(stage)?;
     let (end, mut look) = (Instant::now() + FLOOD, Instant::now() + LOOK);
     let mut packets = packets.iter().cycle();
     while Instant::now() < end {
@@ -143,13 +146,26 @@ fn flood(stage: &mut Stage<'_>, datagrams: &[Vec<u8>]) -> anyhow::Result<Outcome
         if Instant::now() >= look {
             look = Instant::now() + LOOK;
             let now = path(stage)?;
-            if now != before {
+            if now.as_ref() != Some(&before) {
                 line(&format!("the path of cp to a was {before:?} and is {now:?}"));
                 return Ok(Outcome::Hangs);
             }
         }
     }
     Ok(if stage.relay_works()? { Outcome::Works } else { Outcome::Hangs })
+}
+
+/// Waits until the path of `cp` to `a` has been the same for a while, and returns it. An agent that just started
+/// takes the first path that works, and a better one as soon as it knows one.
+fn settled_path(stage: &mut Stage<'_>) -> anyhow::Result<String> {
+    let (mut last, mut since) = (None, Instant::now());
+    interrupt::wait_for("settled path of cp to a", SETTLE_LIMIT, || {
+        let now = path(stage)?;
+        if now != last {
+            (last, since) = (now, Instant::now());
+        }
+        Ok(last.clone().filter(|_| since.elapsed() >= SETTLED))
+    })
 }
 
 /// Returns the path of `cp` to `a`, if `a` is up.
