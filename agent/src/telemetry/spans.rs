@@ -174,7 +174,7 @@ mod tests {
     #[test]
     fn each_step_of_a_start_is_a_span_once() {
         let (queue, mut spans) = mpsc::channel(8);
-        let at = |seconds| UNIX_EPOCH + Duration::from_secs(1_000 + seconds);
+        let at = |seconds: u64| UNIX_EPOCH + Duration::from_secs(1_000 + seconds);
         let mut trace = StartTrace::new(Some(queue), TraceIds::of_start([1; 16], 5), at(0));
         for (step, seconds) in [
             (Step::Attempt, 1),
