@@ -37,6 +37,7 @@
 //! | [`unusual`], [`redirect`] | unusual packets that might bypass a guard, and eBPF redirects of a pod's packets |
 //! | [`interference`] | what an evil relay does to the datagrams that it forwards |
 //! | [`report`], [`output`] | promises, figures and the exit status; progress output |
+//! | [`chart`] | parts of the charts that scenarios draw |
 //! | [`keep_running`] | a lab that keeps running, and shells inside it |
 //! | [`scenario`], [`cli`] | what `cargo lab NAME` runs |
 //! | [`vm`] | booted machines: real kernels, systemd and power cuts, under QEMU |
@@ -58,6 +59,7 @@ pub mod actor;
 pub mod background_traffic;
 pub mod binaries;
 pub mod capture;
+pub mod chart;
 pub mod cli;
 pub mod clock;
 pub mod flow;

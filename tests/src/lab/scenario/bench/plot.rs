@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use super::case::Case;
 use super::figures::{Bench, CaseFigures, Figure};
+use crate::lab::chart::{begin, text};
 
 /// Number of panels in a row.
 const COLUMNS: usize = 3;
@@ -47,13 +48,7 @@ pub(super) fn chart(bench: &Bench) -> String {
     let panel_height = HEIGHT + (BAR + GAP) * bars as f64;
     let width = WIDTH * COLUMNS as f64 + 2.0 * MARGIN;
     let height = TITLE + panel_height * rows as f64 + MARGIN;
-    let mut svg = String::new();
-    let _ = writeln!(
-        svg,
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" \
-         width=\"{width}\" height=\"{height}\" font-family=\"sans-serif\" fill=\"#1f2328\">\n\
-         <rect width=\"{width}\" height=\"{height}\" fill=\"#ffffff\"/>"
-    );
+    let mut svg = begin(width, height);
     text(&mut svg, MARGIN, 30.0, 18, "start", "Comparison of userspace WireGuard implementations");
     let machine = &bench.machine;
     let under = format!(
@@ -110,14 +105,6 @@ fn panel(svg: &mut String, left: f64, top: f64, case: &CaseFigures) {
     }
 }
 
-/// Draws text. It consists of names and numbers, which need no escaping.
-fn text(svg: &mut String, x: f64, y: f64, size: u32, anchor: &str, what: &str) {
-    let _ = writeln!(
-        svg,
-        "<text x=\"{x:.1}\" y=\"{y:.1}\" font-size=\"{size}\" text-anchor=\"{anchor}\">{what}</text>"
-    );
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -125,12 +112,12 @@ mod tests {
     #[test]
     fn every_subject_but_the_distant_bounds_has_a_bar() {
         let mut bench = Bench::default();
-        for subject in ["raw", "tailscale", "wireguard-go", "towline"] {
+        for subject in ["raw", "a&b", "wireguard-go", "towline"] {
             bench.add(Case::Tcp1, subject, 1.0, None);
         }
         let names: Vec<_> = shown(&bench.cases["tcp1"]).iter().map(|(name, ..)| *name).collect();
-        assert_eq!(names, ["towline", "wireguard-go", "tailscale"]);
+        assert_eq!(names, ["towline", "wireguard-go", "a&b"]);
         let svg = chart(&bench);
-        assert!(svg.contains(">tailscale</text>") && !svg.contains(">raw</text>"));
+        assert!(svg.contains(">a&amp;b</text>") && !svg.contains(">raw</text>"));
     }
 }

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use super::run::Run;
 use super::{Scale, StoreKind};
+use crate::lab::chart::{begin, text};
 
 /// Number of panels in a row.
 const COLUMNS: usize = 3;
@@ -46,14 +47,7 @@ pub(super) fn chart(figures: &Scale) -> String {
     let rows = FIGURES.len().div_ceil(COLUMNS);
     let width = WIDTH * COLUMNS as f64 + 2.0 * MARGIN;
     let height = TITLE + panel_height * rows as f64 + MARGIN;
-    let mut svg = String::new();
-    // Writing to a string cannot fail.
-    let _ = writeln!(
-        svg,
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" \
-         width=\"{width}\" height=\"{height}\" font-family=\"sans-serif\" fill=\"#1f2328\">\n\
-         <rect width=\"{width}\" height=\"{height}\" fill=\"#ffffff\"/>"
-    );
+    let mut svg = begin(width, height);
     text(&mut svg, MARGIN, 30.0, 18, "start", "One controller and its agents on one machine");
     text(&mut svg, MARGIN, 50.0, 11, "start", &figures.machine.to_string());
     for (number, figure) in FIGURES.into_iter().enumerate() {
@@ -85,15 +79,6 @@ fn panel(svg: &mut String, left: f64, top: f64, (title, value): Figure, runs: &[
         );
         text(svg, x + length + 6.0, middle, 11, "start", &value(run).to_string());
     }
-}
-
-/// Draws text.
-fn text(svg: &mut String, x: f64, y: f64, size: u32, anchor: &str, what: &str) {
-    let what = what.replace('&', "&amp;").replace('<', "&lt;");
-    let _ = writeln!(
-        svg,
-        "<text x=\"{x:.1}\" y=\"{y:.1}\" font-size=\"{size}\" text-anchor=\"{anchor}\">{what}</text>"
-    );
 }
 
 #[cfg(test)]
