@@ -57,6 +57,26 @@ pub fn wait_for<T>(
         .ok_or_else(|| anyhow::anyhow!("no {what} after {:.1} s", limit.as_secs_f64()))
 }
 
+/// Calls `poll` until it has returned the same value for `steady`, and returns that value.
+///
+/// # Errors
+/// As for [`wait_for`].
+pub fn wait_until_steady<T: Clone + PartialEq>(
+    what: &str,
+    limit: Duration,
+    steady: Duration,
+    mut poll: impl FnMut() -> anyhow::Result<Option<T>>,
+) -> anyhow::Result<T> {
+    let (mut last, mut since) = (None, Instant::now());
+    wait_for(what, limit, || {
+        let now = poll()?;
+        if now != last {
+            (last, since) = (now, Instant::now());
+        }
+        Ok(last.clone().filter(|_| since.elapsed() >= steady))
+    })
+}
+
 /// Calls `poll` until it returns a value, at least once. Returns `None` at the timeout.
 ///
 /// # Errors

@@ -247,7 +247,7 @@ impl Ahead {
         true
     }
 
-    /// Sends the first batches as far as they are sealed. Does not wait.
+    /// Sends batches from the front of the ring until one is not sealed yet. Does not wait for that one.
     fn send_sealed<U: UdpIo>(&mut self, udp: &mut U, now: Instant, drops: &Drops) {
         while self.unsent > 0 {
             let Some(sealed) = self.ring.pop() else { return };

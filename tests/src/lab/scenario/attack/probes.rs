@@ -162,14 +162,7 @@ fn flood(stage: &mut Stage<'_>, datagrams: &[Vec<u8>]) -> anyhow::Result<Outcome
 /// Waits until the path of `cp` to `a` has been the same for a while, and returns it. An agent that just started
 /// takes the first path that works, and a better one as soon as it knows one.
 fn settled_path(stage: &mut Stage<'_>) -> anyhow::Result<SocketAddr> {
-    let (mut last, mut since) = (None, Instant::now());
-    interrupt::wait_for("settled path of cp to a", SETTLE_LIMIT, || {
-        let now = path(stage)?;
-        if now != last {
-            (last, since) = (now, Instant::now());
-        }
-        Ok(last.filter(|_| since.elapsed() >= SETTLED))
-    })
+    interrupt::wait_until_steady("settled path of cp to a", SETTLE_LIMIT, SETTLED, || path(stage))
 }
 
 /// Returns the remote end of the direct path of `cp` to `a`, if `a` is up.

@@ -16,7 +16,7 @@ use towline_proto::token::JoinToken;
 
 use super::light_agent::{LightAgent, Member, Report};
 use super::{Options, StoreKind, allow_many_sockets};
-use crate::lab::interrupt::{self, sleep, wait_for, wait_up_to};
+use crate::lab::interrupt::{sleep, wait_for, wait_until_steady, wait_up_to};
 use crate::lab::mesh::Controller;
 use crate::lab::process::{processor_time, resident_mb};
 use crate::lab::report::round;
@@ -84,6 +84,8 @@ const SETTLE: Duration = Duration::from_secs(3);
 const IDLE: Duration = Duration::from_secs(30);
 /// Longest time of each step.
 const STEP: Duration = Duration::from_secs(600);
+/// Time without a change after which the agents have received them all.
+const QUIET: Duration = Duration::from_secs(2);
 /// Longest time until a change must have reached every agent.
 const DELIVERY: Duration = Duration::from_secs(60);
 /// Longest time until all agents must be connected again.
@@ -266,15 +268,11 @@ impl Run {
 
     /// Waits until the agents have received nothing new for a while.
     fn await_quiet(&self, report: &Report) -> anyhow::Result<()> {
-        let mut before = u64::MAX;
-        wait_for("end of the first changes", STEP, || {
+        wait_until_steady("end of the first changes", STEP, QUIET, || {
             report.check()?;
-            let now = report.changes.load(Ordering::Relaxed);
-            let is_quiet = now == before;
-            before = now;
-            interrupt::sleep(Duration::from_secs(2))?;
-            Ok(is_quiet.then_some(()))
-        })
+            Ok(Some(report.changes.load(Ordering::Relaxed)))
+        })?;
+        Ok(())
     }
 
     /// Waits until all agents have received `count` marks from `first` on.
