@@ -7,7 +7,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use towline_core::mesh::PeerState;
+use towline_core::path::Path;
 use towline_proto::frame::ProbeVersion;
+use towline_tests::sim::host::PORT;
 use towline_tests::sim::nat::{Behaviour, Nat};
 use towline_tests::sim::net::{Conditions, HostId, INTERNET, Uplink};
 use towline_tests::sim::{Recorded, Redirection, Sim};
@@ -114,6 +116,65 @@ fn recorded_probes_of_a_direct_pair_lead_nowhere_else() {
         let mesh = &sim.hosts[own].agent.as_ref().unwrap().mesh;
         let peer = sim.hosts[other].id();
         assert!(mesh.paths(peer).iter().all(|status| status.path.remote != attacker()));
+    }
+}
+
+/// Returns the path of `own` to `other`.
+fn path(sim: &Sim, own: HostId, other: HostId) -> Path {
+    let mesh = &sim.hosts[own].agent.as_ref().unwrap().mesh;
+    mesh.peer(sim.hosts[other].id()).unwrap().path.unwrap()
+}
+
+#[test]
+fn replays_with_the_address_of_the_peer_cost_neither_the_path_nor_a_pong() {
+    // Nodes with two addresses, so that there is another path to leave the flooded one for.
+    let mut sim = Sim::new(6, CALM);
+    let hosts = [1, 2].map(|n: u8| {
+        let v6 = format!("2001:db8::{n}").parse().unwrap();
+        sim.add_host(&[(INTERNET, [203, 0, 113, n].into()), (INTERNET, v6)])
+    });
+    sim.recorded = Some(Vec::new());
+    for host in hosts {
+        sim.start(host);
+    }
+    let pairs = [hosts, [hosts[1], hosts[0]]];
+    assert!(sim.run_until(Duration::from_secs(5), |sim| is_connected(sim, hosts)));
+    // Until the attempts to find a better path have ended.
+    for _ in 0..20 {
+        assert!(echoes(&mut sim, hosts[0], hosts[1]));
+        sim.run(Duration::from_secs(1));
+    }
+    let recorded = sim.recorded.take().unwrap();
+    for [own, other] in pairs {
+        let (to_peer, peer) = (path(&sim, own, other), sim.hosts[other].id());
+        let mesh = |sim: &Sim| {
+            let mesh = &sim.hosts[own].agent.as_ref().unwrap().mesh;
+            (mesh.history(peer), mesh.peer(peer).unwrap().loss)
+        };
+        let (before, theirs) = (mesh(&sim), path(&sim, other, own));
+        let addresses = &sim.hosts[own].addresses;
+        let is_of_path = |ip: &IpAddr| ip.is_ipv4() == to_peer.remote.is_ipv4();
+        let at = addresses.iter().map(|(_, ip)| *ip).find(is_of_path).unwrap();
+        let at = SocketAddr::new(at, PORT);
+        let replays: Vec<_> = recorded
+            .iter()
+            .filter(|datagram| datagram.host == own)
+            .map(|datagram| Recorded { at, ..datagram.clone() })
+            .collect();
+        assert!(replays.len() > 10, "{} probes were recorded", replays.len());
+        // 1,000 replays per second, while both nodes ping each other.
+        for round in 0..80 {
+            for index in 0..100 {
+                let datagram = &replays[(round * 100 + index) % replays.len()];
+                sim.replay(datagram, to_peer.remote);
+                sim.run(Duration::from_millis(1));
+            }
+            assert!(echoes(&mut sim, own, other), "round {round}");
+        }
+        let (history, loss) = mesh(&sim);
+        assert_eq!(history, before.0, "the path moves");
+        assert!(loss.is_some() && loss <= before.1, "pongs are lost: {:?}, {loss:?}", before.1);
+        assert_eq!(path(&sim, other, own), theirs, "the path of the peer moves");
     }
 }
 

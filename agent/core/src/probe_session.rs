@@ -19,6 +19,17 @@
 //!
 //! Tokens are stateless: a keyed hash of peer, path, time and number of proofs. Replays from any
 //! number of addresses make no challenge invalid. Each accepted proof ends the tokens before it.
+//!
+//! Replays can have the address of the peer itself. They and what they elicit have limits of their own, so
+//! that they use up nothing that the peer needs:
+//!
+//! | limit | what a third party that replays adds to it |
+//! |---|---|
+//! | messages, pongs | nothing in version 2: only fresh messages count, which no replay makes the peer send |
+//! | challenges | each replay |
+//! | proofs that are delivered | proofs of the peer, since it answers the challenges |
+//! | answers to fresh challenges | challenges of the peer, within its limit, if replays are sent to it too |
+//! | answers to other challenges | each replay of a challenge |
 
 use std::hash::BuildHasher;
 use std::net::SocketAddr;
@@ -35,12 +46,15 @@ use crate::path::{ChannelId, Path};
 const MESSAGES: Rate = Rate::per_second(128, 256);
 /// Pings of one peer that are answered, per second and in a burst.
 const PONGS: Rate = Rate::per_second(60, 60);
-/// Challenges and proofs for one peer, per second and in a burst. Replays elicit them too, so the
-/// rate is generous: the caller limits those to one source address.
+/// Challenges for one peer, per second and in a burst, and as many proofs of each kind. Replays elicit them
+/// too, so the rate is generous: the caller limits those to one source address.
 const ANSWERS: Rate = Rate::per_second(256, 256);
-/// Challenges of one peer that are delivered, per second and in a burst. A challenge can be
+/// Challenges of one peer that are delivered, per second and in a burst, of each kind. A challenge can be
 /// replayed.
 const REPEATS: Rate = Rate::per_second(8, 16);
+/// Proofs of one peer that are delivered, per second and in a burst: one for each path of a peer that is just
+/// found. Replays elicit more, whose delivery adds nothing: an accepted proof has its effect without it.
+const PROOFS: Rate = Rate::per_second(32, 64);
 /// Length of a period of tokens, in seconds. A token is valid in its period and the next one: longer
 /// than any round trip.
 const PERIOD: u64 = 8;
@@ -206,6 +220,17 @@ struct ValidatedPath {
 struct Limits {
     messages: TokenBucket,
     pongs: TokenBucket,
+    challenges: TokenBucket,
+    proofs: TokenBucket,
+    /// Answers to fresh challenges, which the peer has just sent.
+    to_fresh: ProofLimits,
+    /// Answers to challenges that may be replays, or of an epoch that is not known yet.
+    to_stale: ProofLimits,
+}
+
+/// Limits of the answers to challenges of one kind.
+#[derive(Debug, Default)]
+struct ProofLimits {
     answers: TokenBucket,
     repeats: TokenBucket,
 }
@@ -225,7 +250,7 @@ impl ProbeSession {
         message: &Probe,
     ) -> Decision {
         match (message, arrival.stamp) {
-            (Probe::Challenge { token }, Some(_)) => self.prove(arrival, *token),
+            (Probe::Challenge { token }, Some(stamp)) => self.prove(arrival, stamp, *token),
             (Probe::Proof { token }, Some(stamp)) => {
                 self.accept_proof(arrival, secret, stamp, *token)
             }
@@ -304,7 +329,7 @@ impl ProbeSession {
         secret: &TokenSecret<S>,
         reason: ProbeRefusal,
     ) -> Decision {
-        let is_admitted = self.limits(arrival).answers.take(&ANSWERS, arrival.now, 1);
+        let is_admitted = self.limits(arrival).challenges.take(&ANSWERS, arrival.now, 1);
         let answer = is_admitted.then(|| {
             let token = secret.token(secret.period(arrival.now), self, &arrival.from);
             Probe::Challenge { token }
@@ -312,8 +337,12 @@ impl ProbeSession {
         Decision::Drop { answer, reason }
     }
 
-    fn prove(&mut self, arrival: &Arrival, token: u64) -> Decision {
+    /// Answers a challenge, whether or not it is fresh: its sender may have just started. Replays of
+    /// challenges do not use up what fresh ones get.
+    fn prove(&mut self, arrival: &Arrival, stamp: Stamp, token: u64) -> Decision {
+        let is_fresh = self.is_fresh(stamp);
         let limits = self.limits(arrival);
+        let limits = if is_fresh { &mut limits.to_fresh } else { &mut limits.to_stale };
         if !limits.answers.take(&ANSWERS, arrival.now, 1) {
             return Decision::Drop { answer: None, reason: ProbeRefusal::Limited };
         }
@@ -344,8 +373,12 @@ impl ProbeSession {
         } else if !is_fresh {
             return Decision::Drop { answer: None, reason: ProbeRefusal::Stale };
         }
-        // A fresh proof whose token another one ended still shows that the path leads here.
-        self.deliver(arrival, &Probe::Proof { token })
+        // A fresh proof whose token another one ended still shows that the path leads here. Replays with the
+        // peer's address elicit many: they must not use up what its pongs need.
+        if !self.limits(arrival).proofs.take(&PROOFS, arrival.now, 1) {
+            return Decision::Drop { answer: None, reason: ProbeRefusal::Limited };
+        }
+        self.delivery(arrival, None)
     }
 
     fn validate(&mut self, now: Instant, from: &Path) {
@@ -547,6 +580,66 @@ mod tests {
         assert!(answers <= 256, "{answers}");
         let arrival = Arrival { now, from: at(1), is_in_use: true, stamp: Some(a.stamp()) };
         assert!(is_delivered(&b.session.receive(&arrival, &b.secret, &PING)));
+    }
+
+    /// Delivers a datagram that comes over the path in use.
+    fn receive_in_use(end: &mut End, now: Instant, stamp: Stamp, probe: &Probe) -> Decision {
+        let arrival = Arrival { now, from: at(1), is_in_use: true, stamp: Some(stamp) };
+        end.session.receive(&arrival, &end.secret, probe)
+    }
+
+    #[test]
+    fn replays_with_the_address_of_the_peer_cost_none_of_its_messages() {
+        let (now, ms) = (start(), Duration::from_millis);
+        let (mut a, mut b) = (End::new(2, 5, now), End::new(1, 9, now));
+        introduce(&mut b, &mut a, now, at(1));
+        introduce(&mut a, &mut b, now, at(2));
+        let recorded = a.stamp();
+        receive_in_use(&mut b, now, recorded, &PING);
+        let (mut proofs, mut delivered) = (0, 0);
+        for millisecond in 0..8_000 {
+            let now = now + ms(millisecond);
+            for _ in 0..5 {
+                let decision = receive_in_use(&mut b, now, recorded, &PING);
+                let Decision::Drop { answer: Some(challenge), .. } = decision else { continue };
+                // The peer proves each time, as it has to after a restart of ours.
+                let proof = match a.receive(now, at(2), b.stamp(), &challenge) {
+                    Decision::Deliver { answer, .. } | Decision::Drop { answer, .. } => answer,
+                };
+                let proof = proof.expect("a fresh challenge is answered");
+                proofs += 1;
+                let stamp = a.stamp();
+                delivered += usize::from(is_delivered(&receive_in_use(&mut b, now, stamp, &proof)));
+            }
+            // Far more than a path in doubt needs.
+            if millisecond % 50 == 0 {
+                let pong = Probe::Pong { transaction: millisecond, observed: at(2).remote };
+                for message in [pong, PING, Probe::Register { transaction: 3 }] {
+                    let decision = receive_in_use(&mut b, now, a.stamp(), &message);
+                    assert!(is_delivered(&decision), "{message:?} after {millisecond} ms");
+                }
+            }
+        }
+        assert!(proofs > 1_000, "{proofs}: the flood reaches the limit of challenges");
+        assert!(delivered < 400, "{delivered} proofs are delivered");
+    }
+
+    #[test]
+    fn replays_of_any_kind_keep_no_fresh_challenge_from_its_proof() {
+        let now = start();
+        let (mut a, mut b) = (End::new(2, 5, now), End::new(1, 9, now));
+        introduce(&mut b, &mut a, now, at(1));
+        let (stamp, recorded) = (a.stamp(), Probe::Challenge { token: 7 });
+        let (ping, challenge) = (a.stamp(), Probe::Challenge { token: 8 });
+        receive_in_use(&mut b, now, stamp, &recorded);
+        receive_in_use(&mut b, now, ping, &PING);
+        for _ in 0..10_000 {
+            receive_in_use(&mut b, now, stamp, &recorded);
+            receive_in_use(&mut b, now, ping, &PING);
+        }
+        let answer = Some(Probe::Proof { token: 8 });
+        let proven = Decision::Deliver { answer, is_validated: true };
+        assert_eq!(receive_in_use(&mut b, now, a.stamp(), &challenge), proven);
     }
 
     #[test]
