@@ -198,7 +198,9 @@ pub struct TrustConfig {
     /// Longest time in hours for which the map of the mesh is used without a controller that confirms it.
     /// After that the tunnels to all nodes are closed until one does. This bounds how long a removed node is
     /// trusted here if somebody cuts this node off from controllers and honest peers. Absent: the map is used
-    /// without end, so that an outage of the controllers harms nobody.
+    /// without end, so that an outage of the controllers harms nobody. The age is counted by the clock of this
+    /// machine, also while it is off. If that clock is behind the last confirmation, as in 1970 before the time
+    /// is set, the map counts as just confirmed until the clock is set, and `towline doctor` names the clock.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_map_age_hours: Option<NonZeroU16>,
 }

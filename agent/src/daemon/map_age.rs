@@ -27,10 +27,28 @@ pub(super) struct MapAge {
     earlier: Option<u64>,
     /// True if there is a stored confirmation.
     has_stored: bool,
-    /// Monotonic time of the last confirmation that this run stored.
-    stored_at: Option<Instant>,
-    /// Confirmation that is being stored: its time, and a receiver that gets a message on success.
-    write: Option<(Instant, oneshot::Receiver<()>)>,
+    /// Clocks when this run last stored a confirmation.
+    stored: Option<Clocks>,
+    /// Confirmation that is being stored: the clocks at its time, and a receiver that gets a message on success.
+    write: Option<(Clocks, oneshot::Receiver<()>)>,
+}
+
+/// Readings of both clocks at one moment.
+#[derive(Debug, Clone, Copy)]
+struct Clocks {
+    /// Monotonic clock.
+    at: Instant,
+    /// Wall clock, in seconds since 1970.
+    clock: u64,
+}
+
+impl Clocks {
+    /// Returns whether the wall clock was set since these readings, by more than the age of a map may be wrong
+    /// after a restart. A sleep of the machine counts too.
+    fn is_set_since(&self, now: Instant, clock: u64) -> bool {
+        let passed = now.saturating_duration_since(self.at).as_secs();
+        self.clock.saturating_add(passed).abs_diff(clock) > STORE_PERIOD.as_secs()
+    }
 }
 
 impl MapAge {
@@ -43,7 +61,7 @@ impl MapAge {
             slept: Duration::ZERO,
             earlier: stored,
             has_stored: stored.is_some(),
-            stored_at: None,
+            stored: None,
             write: None,
         }
     }
@@ -58,24 +76,27 @@ impl MapAge {
         self.slept = self.slept.saturating_add(time);
     }
 
-    /// A controller confirmed the map. If that has to be stored, returns where to report success.
-    fn confirmed(&mut self, now: Instant) -> Option<oneshot::Sender<()>> {
+    /// A controller confirmed the map. If that has to be stored, returns where to report success. `clock` is in
+    /// seconds since 1970.
+    fn confirmed(&mut self, now: Instant, clock: u64) -> Option<oneshot::Sender<()>> {
         (self.at, self.slept, self.earlier) = (now, Duration::ZERO, None);
         self.finish_write();
-        let is_due = self.stored_at.is_none_or(|at| now >= at + STORE_PERIOD);
+        let is_due = self.stored.is_none_or(|stored| {
+            now >= stored.at + STORE_PERIOD || stored.is_set_since(now, clock)
+        });
         if !is_due || self.limit.is_none() || self.write.is_some() {
             return None;
         }
         let (stored, write) = oneshot::channel();
-        self.write = Some((now, write));
+        self.write = Some((Clocks { at: now, clock }, write));
         Some(stored)
     }
 
     /// Takes the result of a write that has ended. One that failed is repeated with the next confirmation.
     fn finish_write(&mut self) {
-        let Some((at, write)) = &mut self.write else { return };
+        let Some((clocks, write)) = &mut self.write else { return };
         match write.try_recv() {
-            Ok(()) => (self.stored_at, self.has_stored) = (Some(*at), true),
+            Ok(()) => (self.stored, self.has_stored) = (Some(*clocks), true),
             Err(TryRecvError::Closed) => {}
             Err(TryRecvError::Empty) => return,
         }
@@ -86,11 +107,31 @@ impl MapAge {
     /// since 1970. Otherwise each restart would begin with a map that counts as new.
     fn first_confirmation(&self, now: Instant, clock: u64) -> Option<u64> {
         let is_missing = self.limit.is_some() && !self.has_stored;
-        is_missing.then(|| clock.saturating_sub(self.age(now, clock).as_secs()))
+        is_missing.then(|| self.confirmation(now, clock))
+    }
+
+    /// Returns the time to store instead of the one that this run stored, if the clock was set since. After a restart
+    /// the map would be decades old if the clock was at 1970 then, and new without end if it was ahead.
+    fn corrected_confirmation(&self, now: Instant, clock: u64) -> Option<u64> {
+        let is_set = self.stored.is_some_and(|stored| stored.is_set_since(now, clock));
+        let is_due = is_set && self.limit.is_some() && self.write.is_none();
+        is_due.then(|| self.confirmation(now, clock))
+    }
+
+    /// Returns the time of the last confirmation by a clock, in seconds since 1970.
+    fn confirmation(&self, now: Instant, clock: u64) -> u64 {
+        clock.saturating_sub(self.age(now, clock).as_secs())
+    }
+
+    /// Records that a confirmation was stored by a clock.
+    fn stored_by(&mut self, now: Instant, clock: u64) {
+        (self.stored, self.has_stored) = (Some(Clocks { at: now, clock }), true);
     }
 
     /// Returns how long ago a controller confirmed the map. `clock` is in seconds since 1970. It is read each time,
-    /// because it may be wrong until the machine gets the time from a server.
+    /// because it may be wrong until the machine gets the time from a server. A confirmation in the future of the
+    /// clock counts as one of now: a machine whose clock does not run while it is off starts in 1970, and would
+    /// otherwise be cut off from the server that tells the time.
     fn age(&self, now: Instant, clock: u64) -> Duration {
         let counted = now.saturating_duration_since(self.at).saturating_add(self.slept);
         let by_clock = self.earlier.map_or(0, |earlier| clock.saturating_sub(earlier));
@@ -111,8 +152,9 @@ impl MapAge {
 impl Daemon {
     /// Handles that a controller confirmed the map.
     pub(super) fn map_confirmed(&mut self) {
-        if let Some(stored) = self.map_age.confirmed(Instant::now()) {
-            let (state, clock) = (self.state.clone(), unix_seconds());
+        let clock = unix_seconds();
+        if let Some(stored) = self.map_age.confirmed(Instant::now(), clock) {
+            let state = self.state.clone();
             tokio::task::spawn_blocking(move || match state.store_confirmation(clock) {
                 Ok(()) => {
                     // The daemon may have ended.
@@ -126,10 +168,24 @@ impl Daemon {
 
     /// Begins to bound the age of the map, at the start and with another bound.
     pub(super) fn begin_map_age(&mut self) {
-        if let Some(time) = self.map_age.first_confirmation(Instant::now(), unix_seconds()) {
+        let (now, clock) = (Instant::now(), unix_seconds());
+        if let Some(time) = self.map_age.first_confirmation(now, clock) {
             match self.state.store_confirmation(time) {
-                Ok(()) => self.map_age.has_stored = true,
+                Ok(()) => self.map_age.stored_by(now, clock),
                 Err(error) => tracing::warn!(%error, "age of the map not stored"),
+            }
+        }
+        self.check_map_age();
+    }
+
+    /// Checks the age of the map now and then, because the clock may have been set.
+    pub(super) fn check_map_age_by_clock(&mut self) {
+        let (now, clock) = (Instant::now(), unix_seconds());
+        if let Some(time) = self.map_age.corrected_confirmation(now, clock) {
+            match self.state.store_confirmation(time) {
+                Ok(()) => self.map_age.stored_by(now, clock),
+                // It is tried again soon.
+                Err(error) => tracing::debug!(%error, "age of the map not stored"),
             }
         }
         self.check_map_age();
@@ -187,7 +243,7 @@ mod tests {
         let start = Instant::now();
         let mut age = MapAge::new(start, Some(HOUR * 2), None);
         assert!(!is_expired(&age, start, HOUR));
-        assert!(age.confirmed(start + HOUR).is_some());
+        assert!(age.confirmed(start + HOUR, CLOCK + 3_600).is_some());
         assert!(!is_expired(&age, start, HOUR * 2));
         assert!(is_expired(&age, start, HOUR * 3));
         assert_eq!(age.expires_at(start + HOUR * 2, CLOCK + 7_200), Some(start + HOUR * 3));
@@ -221,8 +277,49 @@ mod tests {
         assert!(!late.is_expired(start, 0), "the clock was behind");
         assert!(late.is_expired(minute, CLOCK + 60));
         for age in [&mut age, &mut late] {
-            age.confirmed(minute);
+            age.confirmed(minute, CLOCK + 60);
             assert!(!age.is_expired(minute + HOUR, CLOCK * 2));
+        }
+    }
+
+    #[test]
+    fn a_machine_that_starts_in_1970_uses_its_map_until_its_clock_is_set() {
+        let start = Instant::now();
+        let year_2026 = 1_780_000_000;
+        for clock in [0, 30, year_2026 - 86_400] {
+            let age = MapAge::new(start, Some(HOUR * 72), Some(year_2026));
+            assert!(!age.is_expired(start, clock), "{clock}");
+            assert_eq!(age.expires_at(start, clock), Some(start + HOUR * 72), "{clock}");
+            assert_eq!(age.first_confirmation(start, clock), None);
+            assert_eq!(age.corrected_confirmation(start, clock), None, "it was stored earlier");
+            let minute = start + HOUR / 60;
+            assert!(!age.is_expired(minute, year_2026 + 71 * 3_600));
+            assert!(age.is_expired(minute, year_2026 + 72 * 3_600), "the age counts again");
+            assert!(age.is_expired(start + HOUR * 72, clock + 72 * 3_600), "if it is never set");
+        }
+    }
+
+    #[test]
+    fn what_was_stored_by_a_wrong_clock_is_stored_again_once_the_clock_is_set() {
+        let start = Instant::now();
+        let limit = Some(HOUR * 2);
+        let minute = start + HOUR / 60;
+        for wrong in [0, CLOCK * 2] {
+            let mut first = MapAge::new(start, limit, None);
+            assert_eq!(first.first_confirmation(start, wrong), Some(wrong));
+            first.stored_by(start, wrong);
+            assert_eq!(first.corrected_confirmation(minute, wrong + 60), None);
+            assert_eq!(first.corrected_confirmation(minute, CLOCK + 60), Some(CLOCK));
+            first.stored_by(minute, CLOCK + 60);
+            assert_eq!(first.corrected_confirmation(minute + HOUR, CLOCK + 3_660), None);
+            let mut confirmed = MapAge::new(start, limit, Some(CLOCK));
+            confirmed.confirmed(start, wrong).unwrap().send(()).unwrap();
+            assert!(confirmed.confirmed(minute, wrong + 60).is_none(), "not due yet");
+            let corrected = confirmed.corrected_confirmation(minute, CLOCK + 60);
+            assert_eq!(corrected, Some(CLOCK + 60));
+            assert!(confirmed.confirmed(minute, CLOCK + 60).is_some(), "the clock was set");
+            let corrected = confirmed.corrected_confirmation(minute, CLOCK + 60);
+            assert_eq!(corrected, None, "it is being stored");
         }
     }
 
@@ -242,7 +339,10 @@ mod tests {
     fn confirmations_are_stored_now_and_then_and_only_where_there_is_a_bound() {
         let start = Instant::now();
         let mut age = MapAge::new(start, Some(HOUR), None);
-        let mut confirmed = |beat: u32| age.confirmed(start + Duration::from_secs(15) * beat);
+        let mut confirmed = |beat: u32| {
+            let passed = Duration::from_secs(15) * beat;
+            age.confirmed(start + passed, CLOCK + passed.as_secs())
+        };
         let mut stored = 0;
         for beat in 0..240 {
             if let Some(done) = confirmed(beat) {
@@ -257,6 +357,6 @@ mod tests {
         drop(failing);
         assert!(confirmed(242).is_some());
         let mut unbounded = MapAge::new(start, None, None);
-        assert!(unbounded.confirmed(start).is_none());
+        assert!(unbounded.confirmed(start, CLOCK).is_none());
     }
 }

@@ -783,8 +783,7 @@ impl Daemon {
         let problems = Reporter(self).problems();
         let traffic = self.tunnels.data_plane().traffic();
         self.observer.look(Instant::now(), &problems, traffic);
-        // The clock may have been set.
-        self.check_map_age();
+        self.check_map_age_by_clock();
         // Round-trip times change without an event.
         self.api_servers_changed();
     }
