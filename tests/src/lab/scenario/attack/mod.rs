@@ -17,6 +17,7 @@
 //! breach, also for a control. Cases run in the order of the list. Each leaves the hosts as it
 //! found them, except those of [`relay`], which come last.
 
+mod flooded_path;
 mod inward;
 mod local;
 mod outward;

@@ -12,10 +12,12 @@ use towline_dataplane::Probes;
 use towline_proto::frame::{DatagramKind, PROBE_HEADER_BYTES, Probe, ProbeHeader, ProbeVersion};
 use towline_proto::id::WireguardKey;
 
+use super::flooded_path::{self, End};
 use super::stage::{ARRIVAL, DETOUR, Stage, WIREGUARD};
 use super::{Attacker, Case, Outcome};
 use crate::lab::capture::{Tap, udp_payload};
 use crate::lab::interrupt;
+use crate::lab::mesh::Node;
 use crate::lab::output::line;
 use crate::lab::spoof::{self, Spoofer};
 
@@ -127,47 +129,55 @@ fn amplify(stage: &mut Stage<'_>) -> anyhow::Result<Outcome> {
     Ok(if came > sent { Outcome::Delivered } else { Outcome::Dropped })
 }
 
-/// Floods `cp` with datagrams that have the address of `a`, and looks whether there is a direct path to `a` all the
-/// time. That it moves to the other address of `a` while the first one is flooded is what it should do: the flood
-/// makes answers on that one slower.
+/// Floods `cp` on its path to `a` with datagrams that have the address of `a`. There has to be a direct path to `a` all
+/// the time, which [`flooded_path`] judges.
 fn flood(stage: &mut Stage<'_>, datagrams: &[Vec<u8>]) -> anyhow::Result<Outcome> {
-    let from = SocketAddr::new(stage.hosts.a.addresses()[0], WIREGUARD);
-    let to = relay(stage);
+    let spoofer = Spoofer::new(stage.internet(), "cp", stage.hosts.cp.namespace(), "eth0")?;
+    let (here, there) = (stage.hosts.cp.addresses().to_vec(), stage.hosts.a.addresses().to_vec());
+    let mesh = stage.mesh()?;
+    let (cp, a) = (&mesh.cp, &mesh.a);
+    let from = settled_path(cp)?;
+    let to = here.iter().find(|address| address.is_ipv4() == from.is_ipv4());
+    let to = SocketAddr::new(*to.context("cp has no address of that family")?, WIREGUARD);
     let packets = datagrams.iter().map(|datagram| spoof::udp(from, to, datagram));
     let packets = packets.collect::<anyhow::Result<Vec<_>>>()?;
-    let spoofer = Spoofer::new(stage.internet(), "cp", stage.hosts.cp.namespace(), "eth0")?;
-    let before = settled_path(stage)?;
-    let addresses = stage.hosts.a.addresses().to_vec();
-    let (end, mut look) = (Instant::now() + FLOOD, Instant::now() + LOOK);
-    let mut packets = packets.iter().cycle();
-    while Instant::now() < end {
-        for packet in packets.by_ref().take(BURST) {
-            // A full queue loses it, as any network might.
-            let _ = spoofer.send(packet);
-        }
-        interrupt::sleep(BURST_PAUSE)?;
-        if Instant::now() >= look {
-            look = Instant::now() + LOOK;
-            let now = path(stage)?;
-            let is_to_a = now.as_ref().is_some_and(|to| addresses.contains(&to.ip()));
-            if !is_to_a {
-                line(&format!("the path of cp to a was {before:?} and is {now:?}"));
-                return Ok(Outcome::Hangs);
+    let ends = [End { node: cp, peer: "a" }, End { node: a, peer: "cp" }];
+    let fault = flooded_path::judge(ends, || {
+        let (end, mut look) = (Instant::now() + FLOOD, Instant::now() + LOOK);
+        let mut packets = packets.iter().cycle();
+        while Instant::now() < end {
+            for packet in packets.by_ref().take(BURST) {
+                // A full queue loses it, as any network might.
+                let _ = spoofer.send(packet);
+            }
+            interrupt::sleep(BURST_PAUSE)?;
+            if Instant::now() >= look {
+                look = Instant::now() + LOOK;
+                let now = path(cp)?;
+                let is_to_a = now.is_some_and(|to| there.contains(&to.ip()));
+                if !is_to_a {
+                    return Ok(Some(format!("the path of cp to a was {from} and is {now:?}")));
+                }
             }
         }
+        Ok(None)
+    })?;
+    if let Some(fault) = fault {
+        line(&format!("flood from {from} to {to}: {fault}"));
+        return Ok(Outcome::Hangs);
     }
     Ok(if stage.relay_works()? { Outcome::Works } else { Outcome::Hangs })
 }
 
-/// Waits until the path of `cp` to `a` has been the same for a while, and returns it. An agent that just started
-/// takes the first path that works, and a better one as soon as it knows one.
-fn settled_path(stage: &mut Stage<'_>) -> anyhow::Result<SocketAddr> {
-    interrupt::wait_until_steady("settled path of cp to a", SETTLE_LIMIT, SETTLED, || path(stage))
+/// Waits until the path of `cp` to `a` has been the same for a while, and returns its remote end. An agent that just
+/// started takes the first path that works, and a better one as soon as it knows one.
+fn settled_path(cp: &Node) -> anyhow::Result<SocketAddr> {
+    interrupt::wait_until_steady("settled path of cp to a", SETTLE_LIMIT, SETTLED, || path(cp))
 }
 
 /// Returns the remote end of the direct path of `cp` to `a`, if `a` is up.
-fn path(stage: &mut Stage<'_>) -> anyhow::Result<Option<SocketAddr>> {
-    let peer = stage.mesh()?.cp.peer("a")?;
+fn path(cp: &Node) -> anyhow::Result<Option<SocketAddr>> {
+    let peer = cp.peer("a")?;
     let path = peer.filter(|peer| peer.is_up()).and_then(|peer| peer.path);
     Ok(path.and_then(|path| path.parse().ok()))
 }
