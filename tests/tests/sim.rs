@@ -152,6 +152,29 @@ fn an_idle_pair_stays_up_for_hours_for_a_few_datagrams_a_second() {
 }
 
 #[test]
+fn nodes_that_are_off_cost_a_large_mesh_nothing_unless_something_is_sent_to_them() {
+    let mut sim = Sim::new(6, CALM);
+    let lan = nat(&mut sim, Behaviour::PORT_RESTRICTED, [198, 51, 100, 1].into());
+    let hosts: Vec<HostId> =
+        (1..=70).map(|last| sim.add_host(&[(lan, [192, 168, 1, last].into())])).collect();
+    // Each publishes its record, and is switched off.
+    for host in &hosts {
+        sim.start(*host);
+        sim.run(Duration::from_millis(100));
+        sim.stop(*host);
+    }
+    let (us, off) = (hosts[0], hosts[1]);
+    sim.start(us);
+    assert_eq!(bytes_within(&mut sim, Duration::from_secs(600)), 0);
+    sim.send_inner(us, off);
+    assert!(bytes_within(&mut sim, Duration::from_secs(900)) > 0);
+    assert_eq!(bytes_within(&mut sim, Duration::from_secs(3_600)), 0, "it was given up");
+    sim.start(off);
+    sim.run(Duration::from_secs(1));
+    echo(&mut sim, us, off);
+}
+
+#[test]
 fn the_same_seed_gives_the_same_trace() {
     let trace = |seed| {
         let (mut sim, _) = datacenters(seed);
@@ -597,6 +620,13 @@ fn pod_cidr(n: u8) -> IpNet {
 
 fn sent(sim: &Sim, host: HostId) -> u32 {
     sim.hosts[host].sent.values().sum()
+}
+
+/// Advances the virtual time, and returns the bytes of UDP payload that all hosts send meanwhile.
+fn bytes_within(sim: &mut Sim, time: Duration) -> u64 {
+    let before: u64 = sim.bytes_to.values().sum();
+    sim.run(time);
+    sim.bytes_to.values().sum::<u64>() - before
 }
 
 #[test]

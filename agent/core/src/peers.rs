@@ -40,6 +40,10 @@ impl Peers {
         let delay = spread.mul_f64(cx.fx.rng.random());
         let delay = (self.by_id.len() < EAGER_PEERS).then_some(delay);
         self.by_id.insert(id, Peer::new(cx.fx, node, delay));
+        if self.by_id.len() == EAGER_PEERS + 1 {
+            // A map arrives node by node, so that of a large mesh looks like that of a small one at first.
+            self.each(cx, |peer, cx| peer.cancel_first_attempt(cx));
+        }
     }
 
     /// Forgets a node that was removed.

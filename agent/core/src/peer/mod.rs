@@ -291,6 +291,17 @@ impl Peer {
         }
     }
 
+    /// Cancels the first attempt, unless it was made already or something was sent to the peer: the mesh is so
+    /// large that a peer is connected when there is traffic for it.
+    pub(crate) fn cancel_first_attempt(&mut self, cx: &mut PeerContext<'_>) {
+        if self.state == PeerState::Connecting
+            && self.schedule.attempts() == 0
+            && !self.liveness.has_been_used()
+        {
+            self.set_state(cx, PeerState::Idle);
+        }
+    }
+
     /// Takes a newer record, or another grant.
     pub(crate) fn set_node(&mut self, cx: &mut PeerContext<'_>, node: Arc<Node>) {
         let (old, new) = (self.node.record(), node.record());
@@ -447,10 +458,14 @@ impl Peer {
             Observation::HandshakeUnanswered => {}
             Observation::SessionExpired => {
                 self.has_session = false;
-                if self.state != PeerState::Up || self.liveness.is_used(cx.fx.now) {
-                    self.renew(cx);
-                } else if !cx.is_eager {
-                    self.set_state(cx, PeerState::Idle);
+                match self.state {
+                    PeerState::Up if self.liveness.is_used(cx.fx.now) => self.renew(cx),
+                    PeerState::Up if cx.is_eager => {}
+                    PeerState::Up => self.set_state(cx, PeerState::Idle),
+                    // The data plane goes on for a while with a handshake of a peer that was given up. If its end
+                    // began another attempt, that one would be followed by the next, without end.
+                    PeerState::Idle if !cx.is_eager => {}
+                    PeerState::Idle | PeerState::Connecting | PeerState::Down => self.renew(cx),
                 }
             }
             // Also while up: perhaps only our side lost the session, or it was never confirmed.
