@@ -3,6 +3,9 @@
 //!
 //! The agent and the ten nodes that exchange traffic with it are real. The other nodes have joined
 //! and published a record, but do not run. The agent's metrics are read every 15 s, as Prometheus would.
+//!
+//! Nothing is sent to the nodes that do not run, so the agent must send nothing to them. Without traffic it may
+//! renew its sessions with the active nodes, once each, and no others.
 
 use std::fmt::Write as _;
 use std::io::{Read as _, Write as _};
@@ -48,12 +51,15 @@ pub struct Many {
     pub agent_cpu_pct: f64,
     /// Resident memory of the agent, in megabytes.
     pub agent_rss_mb: f64,
-    /// Number of handshake initiations that the agent has sent since its start.
+    /// Number of handshake initiations that the agent sent from its start to the end of the measurement with
+    /// traffic.
     pub handshakes: u64,
     /// Number of keepalives per second that the agent sent during the measurement.
     pub keepalives_per_s: f64,
     /// Processor time of the agent without traffic, in percent of a core. As with traffic, its metrics are read.
     pub idle_pct: f64,
+    /// Number of handshake initiations that the agent sent during the measurement without traffic.
+    pub idle_handshakes: u64,
     /// Upper bound of `idle_pct` and `agent_cpu_pct`.
     pub idle_pct_max: f64,
     /// Resident memory of the agent at the end, in megabytes.
@@ -186,16 +192,21 @@ impl Many {
         self.keepalives_per_s = round(keepalives as f64 / window);
         setting.output.step(&format!("measuring without traffic for {} s", WINDOW.as_secs()));
         self.send_traffic(one, &[], SETTLE)?;
+        let handshakes = counted(one, HANDSHAKES)?;
         let (begun, before) = (Instant::now(), processor_time(pid)?);
         self.send_traffic(one, &[], WINDOW)?;
         let (window, after) = (begun.elapsed().as_secs_f64(), processor_time(pid)?);
         self.idle_pct = round((after - before).as_secs_f64() / window * 100.0);
         self.rss_mb = round(resident_mb(pid)?);
+        self.idle_handshakes = counted(one, HANDSHAKES)? - handshakes;
         promises.hold(self.active == ACTIVE, || format!("{ACTIVE} peers up: {}", self.active));
         for (what, percent) in [("agent_cpu_pct", self.agent_cpu_pct), ("idle_pct", self.idle_pct)]
         {
             promises.hold(percent < CPU_PCT, || format!("{what} below {CPU_PCT}: {percent}"));
         }
+        promises.hold(self.idle_handshakes <= ACTIVE as u64, || {
+            format!("at most {ACTIVE} initiations without traffic: {}", self.idle_handshakes)
+        });
         for (what, size) in [("agent_rss_mb", self.agent_rss_mb), ("rss_mb", self.rss_mb)] {
             promises.hold(size < RSS_MB, || format!("{what} below {RSS_MB}: {size}"));
         }
@@ -402,13 +413,13 @@ impl Figures for Many {
         );
         let _ = writeln!(
             text,
-            "  {} % of a core, {} MB resident, {} initiations, {} keepalives a second",
+            "  {} % of a core, {} MB resident, {} initiations since the start, {} keepalives a second",
             self.agent_cpu_pct, self.agent_rss_mb, self.handshakes, self.keepalives_per_s
         );
         let _ = writeln!(
             text,
-            "without traffic: {} % of a core, {} MB resident (bounds: {} %, {} MB)",
-            self.idle_pct, self.rss_mb, self.idle_pct_max, self.rss_mb_max
+            "without traffic: {} % of a core, {} MB resident (bounds: {} %, {} MB), {} initiations",
+            self.idle_pct, self.rss_mb, self.idle_pct_max, self.rss_mb_max, self.idle_handshakes
         );
         let _ = writeln!(
             text,
