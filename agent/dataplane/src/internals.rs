@@ -55,6 +55,7 @@ impl PacketPath {
             table.clone(),
             drops.clone(),
             sink,
+            Arc::default(),
             forwarding.clone(),
             link,
             now,

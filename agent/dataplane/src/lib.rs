@@ -34,6 +34,7 @@
 //! | `tunnel` | one tunnel: timers, keepalives, waiting packets |
 //! | `inner_traffic` | when it is reported that inner packets travelled |
 //! | `roaming` | when it is reported that a peer sends from elsewhere |
+//! | `live_tunnels` | which tunnels need ticks |
 //! | `table` | lookup of a peer by address, key or receiver index |
 //! | `arena` | the buffers of a batch |
 //! | `split`, `coalesce`, `vnet`, `checksum`, `headers` | inner packets and super-packets |
@@ -59,6 +60,7 @@ pub mod headers;
 mod inner_traffic;
 #[doc(hidden)]
 pub mod internals;
+mod live_tunnels;
 pub mod memory;
 mod pipeline;
 mod probes;
@@ -112,6 +114,7 @@ pub use udp::{OpenUdpError, Ready, Udp, UdpIo, open_udp, open_udp_group, open_ud
 use drops::Drops;
 use events::{EventSink, FaultState};
 use forwarding::Forwarding;
+use live_tunnels::LiveTunnels;
 use pipeline::Pipeline;
 use seal_ahead::SealAhead;
 use switch::Switch;
@@ -348,6 +351,7 @@ impl DataPlane {
             threads: Mutex::new(Threads { handles: Vec::new(), ended }),
         };
         let shared = Arc::new(WorkerShared::new(started));
+        let live = Arc::new(LiveTunnels::default());
         let mut workers = Vec::new();
         for (tun, udp) in shards {
             let (inbox, drops) = (Arc::new(Inbox::new()?), Arc::new(Drops::default()));
@@ -362,6 +366,7 @@ impl DataPlane {
                 running.table.clone(),
                 drops.clone(),
                 EventSink::new(events.clone(), drops.clone()),
+                live.clone(),
                 running.forwarding.clone(),
                 config.link,
                 started,

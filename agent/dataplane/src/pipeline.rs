@@ -28,6 +28,7 @@ use super::forwarding::{Forward, Forwarding};
 use super::headers::{
     IpHeader, ecn, is_congested, mark_congestion, outer_traffic_class, traffic_class,
 };
+use super::live_tunnels::LiveTunnels;
 use super::probes::{self, Probes};
 use super::runs::{Handshake, OpenedPacket, Run};
 use super::split::Split;
@@ -61,6 +62,7 @@ pub(super) struct Pipeline {
     table: Arc<ArcSwap<Table>>,
     drops: Arc<Drops>,
     events: EventSink,
+    live: Arc<LiveTunnels>,
     started: Instant,
     /// Limiter of initiations. Beyond it an initiator must prove its address with a cookie.
     handshakes: SourceLimiter,
@@ -118,6 +120,7 @@ impl Pipeline {
         table: Arc<ArcSwap<Table>>,
         drops: Arc<Drops>,
         events: EventSink,
+        live: Arc<LiveTunnels>,
         forwarding: Arc<ArcSwap<Forwarding>>,
         link: Option<u32>,
         started: Instant,
@@ -127,6 +130,7 @@ impl Pipeline {
             table,
             drops,
             events,
+            live,
             started,
             handshakes: SourceLimiter::new(HANDSHAKES),
             proven_handshakes: SourceLimiter::new(HANDSHAKES),
@@ -655,7 +659,7 @@ impl Pipeline {
         }
     }
 
-    /// Advances the timers of every tunnel. Returns whether further ticks are needed: a tunnel is
+    /// Advances the timers of the tunnels. Returns whether further ticks are needed: a tunnel is
     /// live, or events wait for room.
     pub(super) fn tick<U: UdpIo>(
         &mut self,
@@ -665,17 +669,18 @@ impl Pipeline {
     ) -> bool {
         self.events.retry();
         let table = self.table.load();
-        let mut live = self.events.is_waiting();
-        for peer in table.peers() {
+        let (live, is_waiting) = (self.live.clone(), self.events.is_waiting());
+        let is_live = live.tick(&table, |peer| {
             let mut context = self.context(now, peer, out);
-            live |= peer.tunnel.lock().tick(peer.endpoint(), peer.keepalive(), &mut context);
+            let is_live = peer.tunnel.lock().tick(peer.endpoint(), peer.keepalive(), &mut context);
             // One tick of a tunnel writes at most a few messages.
             if out.spare(8 * HANDSHAKE_BYTES).is_none() {
                 udp.flush(now, out, &self.drops);
             }
-        }
+            is_live
+        });
         udp.flush(now, out, &self.drops);
-        live
+        is_live || is_waiting
     }
 
     fn context<'a>(
@@ -689,6 +694,7 @@ impl Pipeline {
             started: self.started,
             out,
             events: &mut self.events,
+            live: &self.live,
             drops: &self.drops,
             counters: &peer.counters,
             is_static: peer.entry.is_static,

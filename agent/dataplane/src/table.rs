@@ -117,6 +117,11 @@ impl Table {
         self.parts.iter().flat_map(|part| part.iter())
     }
 
+    /// Returns the slot of every peer.
+    pub(super) fn slots(&self) -> impl Iterator<Item = Slot> {
+        (0..).zip(self.peers()).map(|(slot, _)| slot)
+    }
+
     /// Returns the peer with the longest prefix that contains `address`.
     pub(super) fn route(&self, address: IpAddr) -> Option<Slot> {
         self.lookup.routes.longest(address)

@@ -29,6 +29,7 @@ use super::counters::PeerCounters;
 use super::drops::{DropReason, Drops};
 use super::events::EventSink;
 use super::inner_traffic::InnerTraffic;
+use super::live_tunnels::LiveTunnels;
 use super::roaming::RoamReports;
 use super::runs::Run;
 use towline_wireguard::{
@@ -59,6 +60,7 @@ pub(super) struct TunnelContext<'a> {
     pub(super) started: Instant,
     pub(super) out: &'a mut SendBatch,
     pub(super) events: &'a mut EventSink,
+    pub(super) live: &'a LiveTunnels,
     pub(super) drops: &'a Drops,
     pub(super) counters: &'a PeerCounters,
     /// True for a peer of the configuration, which is followed as WireGuard does: to wherever its last
@@ -263,7 +265,7 @@ impl Tunnel {
             context.drops.count(DropReason::QueueFull);
         }
         self.waiting.push_back((context.now, packet.into()));
-        self.live_for(context.now, WAITING_TIME);
+        self.live_for(WAITING_TIME, context);
         // The core may have given up a peer whose addresses it did not know, without any initiation.
         let is_over = |at| context.now.saturating_duration_since(at) >= WAITING_TIME;
         let has_no_attempt = self.initiation.is_none();
@@ -369,7 +371,7 @@ impl Tunnel {
                 context.counters.received(message.len());
                 self.unconfirmed =
                     Some(Unconfirmed { receiver, answered: from, is_replaced: false });
-                self.live_for(context.now, SESSION_GONE);
+                self.live_for(SESSION_GONE, context);
                 self.send(&reply[..len], from, context);
                 self.seen(from, known, context);
             }
@@ -377,7 +379,7 @@ impl Tunnel {
                 context.counters.received(message.len());
                 let begun = self.initiation.take();
                 let is_proven = begun.is_some_and(|begun| begun.is_answered_by(&from));
-                self.live_for(context.now, SESSION_GONE);
+                self.live_for(SESSION_GONE, context);
                 self.established = Some((context.now, true));
                 if let Some(unconfirmed) = &mut self.unconfirmed {
                     unconfirmed.is_replaced = true;
@@ -555,8 +557,12 @@ impl Tunnel {
         self.live_until.is_some_and(|until| now < until)
     }
 
-    fn live_for(&mut self, now: Instant, time: Duration) {
-        self.live_until = self.live_until.max(Some(now + time));
+    /// Needs ticks for this time from now on.
+    fn live_for(&mut self, time: Duration, context: &TunnelContext<'_>) {
+        if self.live_until.is_none() {
+            context.live.record_new();
+        }
+        self.live_until = self.live_until.max(Some(context.now + time));
     }
 
     fn active(&mut self) -> &mut Session {
@@ -583,7 +589,7 @@ impl Tunnel {
         let jitter = Duration::from_millis(super::random() % RETRY_JITTER_MS);
         let before = self.initiation.take().map_or_else(Vec::new, |before| before.to);
         self.initiation = Some(Initiation { sent: context.now, jitter, to, before });
-        self.live_for(context.now, ATTEMPT_GONE);
+        self.live_for(ATTEMPT_GONE, context);
     }
 
     /// Records a completed handshake and sends the waiting packets.

@@ -387,3 +387,21 @@ fn packets_without_a_handshake_are_reported_again() {
     });
     assert!(enqueue(&mut side, 70).is_empty(), "a handshake is under way");
 }
+
+#[test]
+fn a_tunnel_is_recorded_when_it_needs_ticks_that_needed_none() {
+    let [_, mut side] = pair();
+    let (start, home) = (side.started, side.address);
+    let initiate = |side: &mut Side, now: Instant| {
+        side.with(now, |tunnel, context| tunnel.initiate(vec![home], context));
+    };
+    assert!(!is_live(&mut side, start) && !side.live.take_new());
+    side.with(start, |tunnel, context| tunnel.enqueue(&[0x45; 32], context));
+    assert!(side.live.take_new());
+    initiate(&mut side, start);
+    assert!(!side.live.take_new(), "it needs them already");
+    let late = start + Duration::from_secs(600);
+    assert!(!is_live(&mut side, late));
+    initiate(&mut side, late);
+    assert!(side.live.take_new());
+}
