@@ -140,6 +140,9 @@ impl Reporter<'_> {
         let endpoint = daemon.api_endpoint.as_ref();
         problems.extend(endpoint.and_then(ApiEndpoint::problem).map(Problem::from));
         problems.extend(daemon.api_port_without_role());
+        // This is not repeated for each peer: there may be as many guards as peers.
+        let gateways = daemon.host.gateways().iter().copied();
+        let gateways: Vec<IpAddr> = gateways.filter(|ip| daemon.host.is_guarded(ip)).collect();
         for status in mesh.peers() {
             let peer = status.node.name();
             problems.extend(
@@ -148,10 +151,11 @@ impl Reporter<'_> {
                     .into_iter()
                     .map(|conflict| Problem::Peer { peer: peer.clone(), conflict }),
             );
-            problems.extend(self.covered_gateways(&status.prefixes, &format!("peer {peer}'s")));
+            let whose = || format!("peer {peer}'s");
+            problems.extend(covered_gateways(&gateways, &status.prefixes, whose));
         }
         let ranges: Vec<_> = mesh.guarded_ranges().collect();
-        problems.extend(self.covered_gateways(&ranges, "the mesh's"));
+        problems.extend(covered_gateways(&gateways, &ranges, || "the mesh's".to_owned()));
         let refused = mesh.refused_ranges();
         problems.extend(refused.map(|(range, covered)| Problem::RangeRefused { range, covered }));
         problems.extend(mesh.static_peers().flat_map(|status| {
@@ -188,22 +192,6 @@ impl Reporter<'_> {
         } else {
             Problem::ForeignSource { source_address, destination }
         })
-    }
-
-    /// Returns a problem for each gateway whose address is in one of `networks`. Such a gateway
-    /// still forwards, but does not answer itself, so that its DNS and DHCP fail.
-    fn covered_gateways(&self, networks: &[IpNet], whose: &str) -> Vec<Problem> {
-        let covered = |gateway: &&IpAddr| networks.iter().find(|net| net.contains(*gateway));
-        let problem = |gateway: &IpAddr| {
-            let network = *covered(&gateway)?;
-            Some(Problem::GatewayCovered { whose: whose.to_owned(), network, gateway: *gateway })
-        };
-        let host = &self.0.host;
-        host.gateways()
-            .iter()
-            .filter(|gateway| host.is_guarded(gateway))
-            .filter_map(problem)
-            .collect()
     }
 
     /// Returns the answer to `towline guard list`.
@@ -305,6 +293,19 @@ impl Reporter<'_> {
         let (listen_port, fwmark) = (daemon.config.wireguard.port, daemon.config.routing.mark);
         uapi::Device { listen_port, fwmark, peers: peers.collect() }
     }
+}
+
+/// Returns a problem for each of these guarded gateways whose address is in one of `networks`. Such a
+/// gateway still forwards, but does not answer itself, so that its DNS and DHCP fail.
+fn covered_gateways(
+    gateways: &[IpAddr],
+    networks: &[IpNet],
+    whose: impl Fn() -> String,
+) -> impl Iterator<Item = Problem> {
+    gateways.iter().filter_map(move |gateway| {
+        let network = *networks.iter().find(|net| net.contains(gateway))?;
+        Some(Problem::GatewayCovered { whose: whose(), network, gateway: *gateway })
+    })
 }
 
 /// Returns a status that contains the identity of this node only.
