@@ -11,13 +11,15 @@ use towline_core::path::Path;
 use towline_types::frame::{RELAYED_HEADER_BYTES, relayed_header};
 
 use super::vnet::VnetHeader;
-use towline_wireguard::{Sink, Unsealed};
+use towline_wireguard::{DATA_OVERHEAD, Sink, Unsealed};
 
 /// Largest number of bytes in one send. The largest UDP payload over IPv4 is 65,507; 20 bytes less
 /// leaves room for the larger IPv6 header.
 pub const GSO_MAX_BYTES: usize = 65_487;
 /// Largest number of datagrams in one send: every kernel with `UDP_SEGMENT` takes as many.
 pub const GSO_MAX_SEGMENTS: usize = 64;
+/// Length of the shortest data message that has a packet, in bytes: an IPv4 header.
+const LEAST_MESSAGE: usize = DATA_OVERHEAD + 20;
 /// Bytes of a slot, which holds the largest datagram or TUN packet.
 pub const SLOT_BYTES: usize = 65_536;
 /// Free bytes before each packet from the TUN. Its virtio header is read into them.
@@ -77,12 +79,13 @@ pub struct SendBatch {
 impl SendBatch {
     /// Creates an empty batch with room for `bytes` bytes and `gso_batches` GSO batches.
     pub fn new(bytes: usize, gso_batches: usize) -> Self {
+        let messages = (bytes / LEAST_MESSAGE).min(gso_batches * GSO_MAX_SEGMENTS);
         Self {
             bytes: vec![0; bytes].into_boxed_slice(),
             used: 0,
             gso_batches: Vec::with_capacity(gso_batches),
             max_gso_batches: gso_batches,
-            unsealed: Unsealed::default(),
+            unsealed: Unsealed::with_capacity(messages, gso_batches),
         }
     }
 

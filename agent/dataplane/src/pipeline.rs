@@ -54,6 +54,8 @@ const REFLECTIONS: Rate = Rate::per_second(32, 128);
 
 /// Number of receive buffers in one batch: one receive call fills one.
 pub(super) const RECEIVE_SLOTS: usize = 8;
+/// Number of datagrams in one batch, if the kernel fills each buffer. Some kernels may put more into one.
+const RECEIVED: usize = RECEIVE_SLOTS * super::arena::GSO_MAX_SEGMENTS;
 
 /// Packet path of one worker.
 #[derive(Debug)]
@@ -140,14 +142,14 @@ impl Pipeline {
             challenges: SourceLimiter::new(CHALLENGES),
             reflections: SourceLimiter::new(REFLECTIONS),
             forwarding,
-            forwards: Vec::with_capacity(RECEIVE_SLOTS * super::arena::GSO_MAX_SEGMENTS),
+            forwards: Vec::with_capacity(RECEIVED),
             link,
             mtu: usize::MAX,
-            coalescer: Coalescer::default(),
-            runs: Vec::with_capacity(RECEIVE_SLOTS * 2),
+            coalescer: Coalescer::new(Coalesce::default()),
+            runs: Vec::with_capacity(RECEIVED),
             noted_handshakes: Vec::new(),
             opened: Vec::with_capacity(super::arena::SLOT_BYTES / 32),
-            scratch: Scratch::default(),
+            scratch: Scratch::with_capacity(RECEIVED),
             coalesced: Coalesced::default(),
             copy_dscp: false,
             traffic_class: 0,
@@ -439,8 +441,8 @@ impl Pipeline {
         let mut runs = std::mem::take(&mut self.runs);
         let mut opened = std::mem::take(&mut self.opened);
         let mut scratch = std::mem::take(&mut self.scratch);
-        // The sort is stable, so each peer's messages keep their order.
-        runs.sort_by_key(|run| run.slot);
+        // Each peer's messages keep their order. A stable sort by peer would do the same, but allocates.
+        runs.sort_unstable_by_key(Run::order);
         for group in runs.chunk_by(|last, run| run.continues(last)) {
             let Some(Run { slot, traffic_class, .. }) = group.first().copied() else { continue };
             let counts = group.iter().map(Run::count);

@@ -67,6 +67,12 @@ impl Run {
         Self { slot, from, receiver, traffic_class, skip, start, len, segment_size }
     }
 
+    /// Returns the key that sorts the runs of a batch by peer, and those of one peer by arrival.
+    pub(super) fn order(&self) -> (Slot, usize) {
+        // Later receive calls fill later slots.
+        (self.slot, self.start)
+    }
+
     /// Returns the number of messages.
     pub(super) fn count(&self) -> usize {
         self.len.div_ceil(self.segment_size.get())

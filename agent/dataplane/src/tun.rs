@@ -15,7 +15,7 @@ use towline_helper::protocol::Request;
 
 use super::Offloads;
 use super::arena::{Frame, HEADROOM, TunBatch, WriteBatch};
-use super::coalesce::{Coalesce, TunnelPorts};
+use super::coalesce::{Coalesce, TCP_PACKETS, TunnelPorts};
 use super::drops::{DropReason, Drops};
 use super::steering;
 use super::switch::{OffReason, Switch};
@@ -105,6 +105,8 @@ const OFFLOAD_UDP: c_uint = libc::TUN_F_USO4 | libc::TUN_F_USO6;
 const OFFLOAD_TUNNEL: c_uint = 0x80 | 0x100;
 
 const ETHERNET_HEADER_BYTES: u16 = 14;
+/// Largest number of parts of one write: the virtio header, and one for each packet of a super-packet.
+const VECTORS: usize = 1 + TCP_PACKETS;
 
 /// Error of opening a TUN link.
 #[derive(Debug, thiserror::Error)]
@@ -249,7 +251,7 @@ fn more_queues(first: &Tun, count: usize) -> io::Result<Vec<Tun>> {
             tunnel: first.tunnel.clone(),
             queues: None,
             host_tunnels: first.host_tunnels.clone(),
-            vectors: Vec::new(),
+            vectors: Vec::with_capacity(VECTORS),
         })
     });
     more.collect()
@@ -380,7 +382,7 @@ fn configure(file: File, name: String, offloads: Offloads) -> Result<Tun, OpenTu
         tunnel: Switch::new("tun_tunnel", tunnel),
         queues: None,
         host_tunnels: HostTunnels::default(),
-        vectors: Vec::new(),
+        vectors: Vec::with_capacity(VECTORS),
     })
 }
 

@@ -89,3 +89,14 @@ pub struct Scratch {
     /// One entry for each message: why it is refused without decryption, if it is.
     pub(crate) refusals: Vec<Option<crate::Refusal>>,
 }
+
+impl Scratch {
+    /// Creates the memory for calls with up to `messages` messages. It allocates only beyond that.
+    pub fn with_capacity(messages: usize) -> Self {
+        Self {
+            packets: Vec::with_capacity(messages),
+            authentic: Vec::with_capacity(messages),
+            refusals: Vec::with_capacity(messages),
+        }
+    }
+}

@@ -20,6 +20,16 @@ pub struct Unsealed {
 }
 
 impl Unsealed {
+    /// Creates an empty list with room for `messages` messages in `runs` runs of one key. It allocates
+    /// only beyond that.
+    pub fn with_capacity(messages: usize, runs: usize) -> Self {
+        Self {
+            packets: Vec::with_capacity(messages),
+            runs: Vec::with_capacity(runs),
+            batch: Vec::with_capacity(messages),
+        }
+    }
+
     /// Notes a message whose payload is at `packet`.
     #[inline]
     pub(crate) fn push(&mut self, key: &Arc<Key>, packet: Packet) {

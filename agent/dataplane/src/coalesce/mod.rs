@@ -31,7 +31,7 @@ use super::vnet::{
 /// Largest number of flows that are coalesced at a time. A new flow replaces the oldest.
 const FLOWS: usize = 16;
 /// Largest number of TCP segments in one super-packet.
-const TCP_PACKETS: usize = 128;
+pub(super) const TCP_PACKETS: usize = 128;
 /// Largest number of UDP datagrams in one super-packet: older kernels accept at most 64.
 const UDP_PACKETS: usize = 64;
 /// Largest size of a super-packet in bytes, which the length field of IPv4 limits.
@@ -55,7 +55,7 @@ pub struct Coalesce {
 pub type TunnelPorts = [u16; 4];
 
 /// Coalesces the packets of a batch into super-packets.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Coalescer {
     allowed: Coalesce,
     /// Flows with a super-packet that may still grow. The newest is last.
