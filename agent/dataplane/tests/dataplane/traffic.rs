@@ -216,9 +216,12 @@ fn an_authentic_datagram_from_elsewhere_is_reported_and_replies_stay() {
     carries(&a, &b, 10);
     b.observed(a.key(), |what| what == Observation::Roamed { from: elsewhere.into() });
     carries(&b, &a, 10);
-    // The change is reported only once.
+    // The change is reported only once. Traffic is reported each second.
     carries(&a, &b, 10);
-    assert!(b.events.try_recv().is_err());
+    while let Ok(event) = b.events.try_recv() {
+        let is_active = matches!(event, Event::Peer { what: Observation::Active { .. }, .. });
+        assert!(is_active, "{event:?}");
+    }
 }
 
 #[test]
@@ -547,13 +550,17 @@ fn one_loud_source_is_limited_before_its_handshakes_cost_anything() {
     let mut initiation = network.seen()[0].bytes.clone();
     initiation[140] ^= 1;
     initiation[120] ^= 1;
+    let begun = Instant::now();
     for _ in 0..1000 {
         let bytes = initiation.clone();
         network.inject(Datagram { from: loud, to: b.address, bytes });
     }
     a.plane.handshake(b.key(), vec![b.address.into()]);
     b.observed(a.key(), |what| matches!(what, Observation::Handshake { .. }));
-    assert!(b.drops("source_limited") > 700, "{:?}", b.plane.snapshot().drops);
+    // A source may send 128 at once, and 64 in each second.
+    let admitted = 128 + 64 * (begun.elapsed().as_secs() + 1);
+    let limited = b.drops("source_limited");
+    assert!(limited + admitted >= 1000, "{:?}", b.plane.snapshot().drops);
     assert_eq!(b.drops("under_load"), 0);
 }
 
@@ -567,14 +574,22 @@ fn a_forged_address_of_a_peer_does_not_keep_it_out() {
     let len = Inputs::system(Instant::now(), |inputs| session.initiate(inputs, &mut initiation));
     let (key, target, owner, plane) = (b.key(), b.address, a.address, &a.plane);
     let (network, stop) = (&network, &AtomicBool::new(false));
+    let flooded = b.plane.clone();
+    let refused = move || flooded.snapshot().drops.values().sum::<u64>();
     std::thread::scope(|scope| {
         scope.spawn(move || {
+            let mut sent = 0;
             while !stop.load(Ordering::Relaxed) {
                 for _ in 0..100 {
                     let bytes = initiation[..len].to_vec();
                     network.inject(Datagram { from: owner, to: target, bytes });
                 }
+                sent += 100;
                 std::thread::sleep(Duration::from_millis(5));
+                // A slow worker gets no more than it can refuse: in memory, its queue has no end.
+                while refused() + 100 < sent && !stop.load(Ordering::Relaxed) {
+                    std::thread::yield_now();
+                }
             }
         });
         // First the forger must exceed the limit of that address.
