@@ -53,7 +53,7 @@ fn a_kept_lab_lets_shells_in_and_ends_at_an_interrupt() {
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    let kept = wait_for("kept lab", Duration::from_secs(120), || {
+    let kept = wait_for("kept lab", Duration::from_secs(600), || {
         Ok(match demo.try_wait()? {
             Some(status) => Some(Err(status)),
             None => note.exists().then_some(Ok(())),

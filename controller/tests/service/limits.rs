@@ -158,8 +158,9 @@ async fn it_ends_in_time_though_clients_hold_on_and_its_store_is_free_at_once() 
     let watch = node.watch(&controller).await;
     let client = node.client(&controller).await;
     let stranger = tokio::net::TcpStream::connect(controller.address).await.unwrap();
-    let stopped = tokio::time::timeout(Duration::from_secs(2), controller.stop()).await;
-    stopped.expect("the controller ends within 2 s");
+    // The limit is for a slow machine. A client holds on for much longer.
+    let stopped = tokio::time::timeout(Duration::from_secs(20), controller.stop()).await;
+    stopped.expect("the controller does not wait for its clients");
     let controller = TestController::start(root.path());
     assert_eq!(controller.info("a").await.problems, [""; 0]);
     drop((watch, client, stranger));

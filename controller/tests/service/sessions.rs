@@ -82,13 +82,14 @@ async fn a_cloned_machine_is_refused_and_a_restarted_one_is_not() {
 #[tokio::test]
 async fn who_is_not_heard_is_offline_and_who_is_stays() {
     let root = tempfile::tempdir().unwrap();
-    let heartbeat = Duration::from_millis(100);
+    // Long enough for the one that answers, on a slow machine too.
+    let heartbeat = Duration::from_secs(1);
     let controller =
         TestController::with(towline_controller::Config { heartbeat, ..config(root.path()) });
     let silent = controller.node("silent", &[]).await;
     let heard = controller.node("heard", &[]).await;
     let mut watch = heard.watch(&controller).await;
-    assert_eq!(watch.ready.heartbeat_ms, 100);
+    assert_eq!(watch.ready.heartbeat_ms, 1_000);
     watch.synced().await;
     let listen = tokio::spawn(async move {
         // Answers each heartbeat until the watch ends.

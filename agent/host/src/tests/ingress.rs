@@ -83,30 +83,38 @@ pub(super) fn received(socket: &UdpSocket) -> Vec<u8> {
 
 /// Sends until a datagram arrives, because a new link may drop the first ones.
 pub(super) fn reach(from: &UdpSocket, to: SocketAddr, service: &UdpSocket) {
+    let send = |number: u8| {
+        // It fails while a link comes up.
+        let _ = from.send_to(&[number], to);
+    };
+    reach_by(send, service);
+}
+
+/// Sends numbers until one arrives in time. All before it have arrived or are lost then, since none
+/// overtakes another, so that none arrives later.
+fn reach_by(send: impl Fn(u8), service: &UdpSocket) {
     service.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
-    let arrived =
-        (0..50).any(|_| from.send_to(b"hello", to).is_ok() && service.recv(&mut [0; 100]).is_ok());
-    assert!(arrived, "nothing came from {from:?}");
-    service.set_nonblocking(true).unwrap();
-    while service.recv(&mut [0; 100]).is_ok() {}
-    service.set_nonblocking(false).unwrap();
+    let arrives = |number: u8| {
+        send(number);
+        let mut buffer = [0; 100];
+        while let Ok(length) = service.recv(&mut buffer) {
+            if buffer[..length] == [number] {
+                return true;
+            }
+        }
+        false
+    };
+    assert!((0..=u8::MAX).any(arrives), "nothing arrived");
     service.set_read_timeout(Some(TIMEOUT)).unwrap();
 }
 
 /// Writes a datagram for this node into the tunnel until it arrives, because a new link may drop the
 /// first packets.
 fn reach_by_tunnel(tunnel: &Tun, family: usize, port: u16, service: &UdpSocket) {
-    service.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
-    let datagram = datagram(THERE[family], OVERLAY[family], port, b"hello");
-    let arrived = (0..50).any(|_| {
-        into_tunnel(tunnel, &datagram);
-        service.recv(&mut [0; 100]).is_ok()
-    });
-    assert!(arrived, "nothing came out of the tunnel");
-    service.set_nonblocking(true).unwrap();
-    while service.recv(&mut [0; 100]).is_ok() {}
-    service.set_nonblocking(false).unwrap();
-    service.set_read_timeout(Some(TIMEOUT)).unwrap();
+    let send = |number: u8| {
+        into_tunnel(tunnel, &datagram(THERE[family], OVERLAY[family], port, &[number]));
+    };
+    reach_by(send, service);
 }
 
 /// Asserts that the socket has no queued datagram.

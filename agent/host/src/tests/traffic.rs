@@ -31,7 +31,8 @@ pub(super) const MARK: u32 = 0x10;
 /// LAN addresses of the host and of the peer, one pair per family.
 pub(super) const PAIRS: [(&str, &str); 2] =
     [("192.0.2.1", "192.0.2.2"), ("2001:db8::1", "2001:db8::2")];
-pub(super) const TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest wait for what must happen. It only bounds a failing test.
+pub(super) const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Creates the host's LAN link `eth0`, and the peer at its other end.
 pub(super) fn lan() -> NetworkNamespace {
