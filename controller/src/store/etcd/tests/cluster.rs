@@ -17,6 +17,8 @@ use crate::store::etcd::{EtcdError, EtcdSettings, EtcdUrl, TlsFiles};
 
 /// Number of times that a new cluster is asked whether it is ready. Each takes a few seconds at most.
 const READY: usize = 20;
+/// Number of times that a cluster is started: another program may take a port that was free a moment ago.
+const ATTEMPTS: usize = 5;
 
 /// A running cluster. It ends on drop.
 pub(super) struct Cluster {
@@ -51,6 +53,17 @@ impl Cluster {
         arguments: &[&str],
         tls: Option<&ServerTls>,
     ) -> Option<Self> {
+        for _ in 0..ATTEMPTS {
+            let mut cluster = Self::spawn(count, arguments, tls)?;
+            if cluster.becomes_ready() {
+                return Some(cluster);
+            }
+        }
+        panic!("etcd does not become ready");
+    }
+
+    /// Starts the members of a cluster. `None` if this machine has no etcd, after it said so.
+    fn spawn(count: usize, arguments: &[&str], tls: Option<&ServerTls>) -> Option<Self> {
         let directory = tempfile::tempdir().unwrap();
         let scheme = if tls.is_some() { "https" } else { "http" };
         let client = |port: u16| format!("{scheme}://127.0.0.1:{port}");
@@ -90,13 +103,23 @@ impl Cluster {
             }
         }
         let tls = tls.map(|tls| tls.client.clone());
-        let cluster = Self { members, tls, _directory: directory };
-        let ready = |_| {
+        Some(Self { members, tls, _directory: directory })
+    }
+
+    /// Waits until the cluster answers. Returns false if a member ends, or it takes too long.
+    fn becomes_ready(&mut self) -> bool {
+        for _ in 0..READY {
             let read = RangeRequest::of("ready".into());
-            cluster.call::<_, RangeResponse>(wire::RANGE, read).is_ok()
-        };
-        assert!((0..READY).any(ready), "etcd does not become ready");
-        Some(cluster)
+            let answers = self.call::<_, RangeResponse>(wire::RANGE, read).is_ok();
+            let mut members = self.members.iter_mut();
+            if members.any(|member| member.process.try_wait().unwrap().is_some()) {
+                return false;
+            }
+            if answers {
+                return true;
+            }
+        }
+        false
     }
 
     /// Returns the settings of a store below a prefix.
