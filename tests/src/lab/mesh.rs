@@ -18,9 +18,10 @@ use super::process::{CommandOutput, Daemon, Program};
 use super::topology::{Host, Lab};
 
 /// Time limit of a command; one that takes longer hangs.
-pub const COMMAND_LIMIT: Duration = Duration::from_secs(20);
-/// Time limit for a daemon to answer after its start; one that takes longer is broken.
-pub const START_LIMIT: Duration = Duration::from_secs(20);
+pub const COMMAND_LIMIT: Duration = Duration::from_secs(60);
+/// Time limit for a daemon to answer after its start; one that takes longer is broken, on a slow machine
+/// too.
+pub const START_LIMIT: Duration = Duration::from_secs(60);
 
 /// A controller on a host.
 #[derive(Debug)]

@@ -17,7 +17,7 @@ use super::namespace::Namespace;
 
 /// Time limit of [`Daemon::stop`]. An agent that does not end by itself within 8 s exits with code
 /// 1, which callers check. This limit is longer, so that a slow machine is not reported as a hang.
-const STOP_LIMIT: Duration = Duration::from_secs(12);
+const STOP_LIMIT: Duration = Duration::from_secs(30);
 
 /// A program to run, with its arguments and additional environment variables.
 #[derive(Debug, Clone)]

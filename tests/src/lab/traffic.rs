@@ -168,7 +168,7 @@ fn transfer(
 }
 
 /// Time without progress after which a stream counts as broken.
-pub const STALL: Duration = Duration::from_secs(10);
+pub const STALL: Duration = Duration::from_secs(60);
 
 /// Bytes that are generated, written, read or verified at once; a multiple of [`CELL`].
 const CHUNK: usize = 256 * 1024;

@@ -98,9 +98,11 @@ impl Capture {
         let links = links.into_iter().map(|link| (link.name, link.index)).collect();
         let shared = Arc::new(Shared::default());
         let worker = Arc::clone(&shared);
-        let thread = Builder::new()
-            .name(format!("capture-{}", namespace.name()))
-            .spawn(move || worker.work(ring, pattern))?;
+        let thread =
+            Builder::new().name(format!("capture-{}", namespace.name())).spawn(move || {
+                prefer_this_thread();
+                worker.work(ring, pattern)
+            })?;
         Ok(Self { shared, links, thread: Some(thread) })
     }
 
@@ -142,6 +144,14 @@ impl Capture {
         let thread = self.thread.take()?;
         Some(thread.join().unwrap_or_else(|_| Err(anyhow::anyhow!("the capture panicked"))))
     }
+}
+
+/// Lets the calling thread run before others where that is permitted: a capture that has to wait for long
+/// misses frames.
+fn prefer_this_thread() {
+    const NICENESS: libc::c_int = -10;
+    // SAFETY: the call takes no pointer. It changes only the calling thread, or nothing.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS as _, 0, NICENESS) };
 }
 
 impl Drop for Capture {

@@ -11,12 +11,14 @@ use socket2::{Domain, Socket, Type};
 use towline_netlink::Rtnetlink;
 
 /// Size of a block in bytes. A block holds many frames; the kernel hands over one block at a time.
-const BLOCK_BYTES: usize = 1 << 20;
-const BLOCKS: usize = 32;
+const BLOCK_BYTES: usize = 1 << 18;
+/// Number of blocks. A trickle of frames uses one each [`RETIRE_MS`] too, so the reader may be away for
+/// 0.6 s before a frame is missed.
+const BLOCKS: usize = 128;
 /// Time after which the kernel hands over a block that is not full, in milliseconds.
 const RETIRE_MS: u32 = 5;
 /// Time to wait for a block, in milliseconds; well above [`RETIRE_MS`].
-const WAIT_MS: u16 = 50;
+const WAIT_MS: u16 = 200;
 
 /// Offset of the link's address in a frame's header (`TPACKET_ALIGN`).
 const ADDRESS_OFFSET: usize =

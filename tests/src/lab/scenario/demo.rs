@@ -58,6 +58,9 @@ pub struct Demo {
     pub capture: Seen,
     /// Promises that did not hold.
     pub failed: Vec<String>,
+    /// Limit for `first_packet_ms`, by pair.
+    #[serde(skip)]
+    first_packet_limits: BTreeMap<String, Duration>,
     /// Output of `towline peers` on each node, by the node's name.
     #[serde(skip)]
     tables: Vec<(String, String)>,
@@ -66,13 +69,18 @@ pub struct Demo {
 /// Limit for the first echo reply between a worker and the control plane after the worker starts to
 /// join.
 const FIRST_PACKET_LIMIT: Duration = Duration::from_secs(2);
+/// Number of commands of the controller's operator that take as long as a join and the first packet may
+/// take on a slow machine, where that is longer than [`FIRST_PACKET_LIMIT`].
+const FIRST_PACKET_COMMANDS: u32 = 20;
 /// Time to wait for the first echo reply between a worker and the control plane. Longer than the
 /// limit, so that a late reply is measured too.
-const FIRST_PACKET_TIMEOUT: Duration = Duration::from_secs(15);
+const FIRST_PACKET_TIMEOUT: Duration = Duration::from_secs(60);
 /// Time to wait for the first echo reply between two workers. They may have no path to each other.
 const WORKERS_TIMEOUT: Duration = Duration::from_secs(3);
 /// Number of echo requests for each pair and address family.
 const ECHOES: u32 = 20;
+/// Time to wait for each echo reply.
+const ECHO_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Runs the scenario and returns its results.
 ///
@@ -149,7 +157,9 @@ impl Demo {
     /// echo request.
     fn add_node(&mut self, mut node: Node, site: &str, stage: &mut Stage) -> anyhow::Result<()> {
         let controller = stage.controller.as_ref().context("the controller does not run")?;
+        let asked = Instant::now();
         let token = controller.operator().token(site)?;
+        let before = asked.elapsed();
         let mut others = Vec::new();
         for other in &stage.nodes {
             let target = other.overlay_v4()?;
@@ -182,7 +192,12 @@ impl Demo {
             started?;
             first
         })?;
+        let asked = Instant::now();
+        controller.operator().nodes()?;
+        let command = asked.elapsed().max(before);
         for (pair, reply) in first {
+            let limit = FIRST_PACKET_LIMIT.max(command * FIRST_PACKET_COMMANDS);
+            self.first_packet_limits.insert(pair.clone(), limit);
             if let Some(at) = reply {
                 self.first_packet_ms.insert(pair, milliseconds(at - start));
             }
@@ -216,7 +231,8 @@ impl Demo {
                 }
                 if required {
                     let first = self.first_packet_ms.get(&pair).copied();
-                    let limit = milliseconds(FIRST_PACKET_LIMIT);
+                    let limit = self.first_packet_limits.get(&pair).copied();
+                    let limit = milliseconds(limit.unwrap_or(FIRST_PACKET_LIMIT));
                     promises.hold(first.is_some_and(|ms| ms <= limit), || match first {
                         Some(ms) => format!("first packet of {pair} within {limit} ms: {ms} ms"),
                         None => format!("first packet of {pair} within {limit} ms: none arrived"),
@@ -243,8 +259,7 @@ impl Demo {
         for target in b.status()?.overlay_addresses {
             let family = family(target);
             setting.output.step(&format!("echoes {pair} over {family}"));
-            let replies =
-                echoes(a.host().namespace(), target, ECHOES, Duration::from_secs(1), pattern)?;
+            let replies = echoes(a.host().namespace(), target, ECHOES, ECHO_TIMEOUT, pattern)?;
             let all = replies.received == replies.sent;
             promises.hold(all, || {
                 format!("echoes {pair} {family}: {} of {}", replies.received, replies.sent)

@@ -176,7 +176,7 @@ fn proven(
         Ok(())
     })?;
     capture
-        .expect_mark(Duration::from_secs(5))
+        .expect_mark(Duration::from_secs(60))
         .context("the capture did not find the test datagram")?;
     Ok(capture)
 }

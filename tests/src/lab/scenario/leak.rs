@@ -42,7 +42,7 @@ use super::hybrid::{Hybrid, Mesh};
 use crate::lab::actor::Actor;
 use crate::lab::background_traffic::{BackgroundTraffic, Member, PORT, StopOnDrop};
 use crate::lab::capture::Capture;
-use crate::lab::interrupt::{sleep, wait_for, wait_up_to};
+use crate::lab::interrupt::{sleep, wait_for, wait_until_steady, wait_up_to};
 use crate::lab::mesh::{Node, START_LIMIT, require_tunnel};
 use crate::lab::namespace::{Namespace, join};
 use crate::lab::privilege::Rank;
@@ -69,6 +69,11 @@ impl Options {
     /// Returns the duration of the random actions.
     fn duration(&self) -> Duration {
         Duration::from_secs(self.seconds)
+    }
+
+    /// Returns the number of actions below which the run is not meaningful.
+    fn fewest_acts(&self) -> u64 {
+        FEWEST_ACTS_A_MINUTE * self.seconds / 60
     }
 }
 
@@ -104,12 +109,18 @@ pub struct Leak {
 
 /// Lowest number of actions per minute. A run with fewer actions is not meaningful.
 const FEWEST_ACTS_A_MINUTE: u64 = 20;
+/// Largest factor by which a run is longer on a slow machine, until it has the lowest number of actions.
+const SLOWEST: u32 = 4;
 /// Range of the random pause between two actions, in milliseconds.
 const PAUSE_MS: std::ops::Range<u64> = 150..1_200;
 /// Pause between two rounds of forged packets to one node.
 const FORGING_PACE: Duration = Duration::from_millis(5);
 /// Limit for the recovery: after the last action, all traffic flows again within this time.
-const RECOVERY_LIMIT: Duration = Duration::from_secs(20);
+const RECOVERY_LIMIT: Duration = Duration::from_secs(60);
+/// Limit for the test packets of the listeners, on a slow machine.
+const PROOF_LIMIT: Duration = Duration::from_secs(60);
+/// Time without a further test packet after which none is on its way.
+const SILENCE: Duration = Duration::from_secs(1);
 /// TCP port that every node serves in clear and through the tunnel (`plain_ports`).
 const PLAIN_PORT: u16 = 6_443;
 /// UDP port of the agents.
@@ -459,7 +470,7 @@ impl Leak {
                 format!("all frames are captured: {} were missed", seen.missed)
             });
         }
-        self.judge(options.duration(), promises);
+        self.judge(options.fewest_acts(), promises);
         Ok(())
     }
 
@@ -479,7 +490,10 @@ impl Leak {
         let begun = Instant::now();
         let mut leaked: u64 = 0;
         setting.output.step("running random actions");
-        while begun.elapsed() < options.duration() {
+        let fewest = options.fewest_acts();
+        while begun.elapsed() < options.duration()
+            || (u64::from(self.acts) < fewest && begun.elapsed() < options.duration() * SLOWEST)
+        {
             let index = random.random_range(0..places.len());
             // In the last third of the run one node is removed, but never that of the controller.
             let late = begun.elapsed() > options.duration() * 2 / 3
@@ -604,8 +618,7 @@ impl Leak {
     }
 
     /// Checks the promises about the whole run.
-    fn judge(&self, duration: Duration, promises: &mut Promises) {
-        let fewest = FEWEST_ACTS_A_MINUTE * duration.as_secs() / 60;
+    fn judge(&self, fewest: u64, promises: &mut Promises) {
         promises.hold(u64::from(self.acts) >= fewest, || format!("{fewest} acts: {}", self.acts));
         promises.hold(self.plaintext_packets == 0, || {
             format!("no packet leaves in clear: {} did", self.plaintext_packets)
@@ -710,18 +723,15 @@ impl<'a> SpoofedTraffic<'a> {
     /// Checks the listener: it must receive and count a packet with the tag that no guard has to
     /// drop.
     fn prove(&self, member: &Member<'_>) -> anyhow::Result<()> {
-        let found = wait_up_to(Duration::from_secs(5), || {
+        let found = wait_up_to(PROOF_LIMIT, || {
             self.spoofer.send(&self.honest)?;
             Ok((member.spoofed() > 0).then_some(()))
         })?;
         found.context("the listener for forged packets received no test packet")?;
         // The last packets may still be on their way: wait until the count no longer changes.
-        let mut last = 0;
-        wait_for("silence", Duration::from_secs(5), || {
-            let now = member.spoofed();
-            Ok((std::mem::replace(&mut last, now) == now).then_some(()))
-        })?;
-        self.proof.store(member.spoofed(), Ordering::Relaxed);
+        let proof = || Ok(Some(member.spoofed()));
+        let proof = wait_until_steady("silence", PROOF_LIMIT, SILENCE, proof)?;
+        self.proof.store(proof, Ordering::Relaxed);
         Ok(())
     }
 

@@ -20,8 +20,9 @@ use crate::lab::mesh::Node;
 use crate::lab::namespace::Namespace;
 use crate::lab::tamper::{LINK, Tampering};
 
-/// Limit for `towline guard` to repair the link, and for an agent that refuses its state to exit.
-const GUARD_LIMIT: Duration = Duration::from_secs(5);
+/// Limit for `towline guard` to repair the link, and for an agent that refuses its state to exit, on a slow
+/// machine.
+const GUARD_LIMIT: Duration = Duration::from_secs(60);
 
 /// Flags of `TUNSETIFF` that the agent sets.
 const OURS: i32 = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR;

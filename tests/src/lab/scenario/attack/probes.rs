@@ -13,7 +13,7 @@ use towline_proto::frame::{DatagramKind, PROBE_HEADER_BYTES, Probe, ProbeHeader,
 use towline_proto::id::WireguardKey;
 
 use super::flooded_path::{self, End};
-use super::stage::{ARRIVAL, DETOUR, Stage, WIREGUARD};
+use super::stage::{ARRIVAL, DETOUR, SILENCE, Stage, WIREGUARD};
 use super::{Attacker, Case, Outcome};
 use crate::lab::capture::{Tap, udp_payload};
 use crate::lab::interrupt;
@@ -65,14 +65,17 @@ fn record(stage: &mut Stage<'_>) -> anyhow::Result<Vec<Vec<u8>>> {
     stage.restart_cp()?;
     let relay = relay(stage).ip();
     let mut recorded = Vec::new();
-    tap.find(DETOUR, |frame| {
+    let mut record = |frame: &[u8]| -> Option<()> {
         let (to, payload) = udp_payload(frame)?;
         if to == relay && DatagramKind::of(payload) == DatagramKind::Probe {
             recorded.push(payload.to_vec());
         }
-        None::<()>
-    })?;
-    anyhow::ensure!(recorded.len() >= 2, "{} probes were seen on the wire", recorded.len());
+        (recorded.len() >= 2).then_some(())
+    };
+    let enough = tap.find(ARRIVAL, &mut record)?;
+    // Those that are on the wire already are taken too.
+    tap.find(DETOUR, |frame| record(frame).and(None::<()>))?;
+    anyhow::ensure!(enough.is_some(), "{} probes were seen on the wire", recorded.len());
     Ok(recorded)
 }
 
@@ -203,13 +206,14 @@ fn flood_with_replays(stage: &mut Stage<'_>) -> anyhow::Result<Outcome> {
     flood(stage, &recorded)
 }
 
-/// Returns the first message of the relay that arrives at the socket and that `wanted` accepts.
+/// Returns the first message of the relay that arrives at the socket within `limit` and that `wanted` accepts.
 fn answer(
     probes: &Probes,
     socket: &UdpSocket,
+    limit: Duration,
     wanted: impl Fn(&Probe) -> bool,
 ) -> anyhow::Result<Option<Probe>> {
-    interrupt::wait_up_to(ARRIVAL, || {
+    interrupt::wait_up_to(limit, || {
         let opened = arrived(socket).into_iter().filter_map(|datagram| {
             // Nothing but the decryption is needed here.
             probes.open_signal(&datagram).map(|(_, message)| message)
@@ -228,12 +232,13 @@ fn register(stage: &mut Stage<'_>) -> anyhow::Result<Outcome> {
     };
     let request = Probe::Register { transaction: 7 };
     send(&request)?;
-    let challenge = answer(&probes, &socket, |message| matches!(message, Probe::Challenge { .. }))?;
+    let is_challenge = |message: &Probe| matches!(message, Probe::Challenge { .. });
+    let challenge = answer(&probes, &socket, ARRIVAL, is_challenge)?;
     let Some(Probe::Challenge { token }) = challenge else { return Ok(Outcome::Dropped) };
     send(&Probe::Proof { token })?;
     send(&request)?;
     let is_answer = |message: &Probe| matches!(message, Probe::Registered { transaction: 7, .. });
-    Ok(match answer(&probes, &socket, is_answer)? {
+    Ok(match answer(&probes, &socket, ARRIVAL, is_answer)? {
         Some(_) => Outcome::Delivered,
         None => Outcome::Dropped,
     })
@@ -255,7 +260,7 @@ fn register_for_victim(stage: &mut Stage<'_>) -> anyhow::Result<Outcome> {
         spoofer.send(&spoof::udp(VICTIM, relay(stage), &datagram)?)?;
     }
     let (mut came, mut is_registered) = (0, false);
-    tap.find(ARRIVAL, |frame| {
+    tap.find(SILENCE, |frame| {
         let (to, payload) = udp_payload(frame)?;
         if to == VICTIM.ip() {
             came += payload.len();
@@ -274,7 +279,8 @@ fn prove(stage: &Stage<'_>, probes: &Probes, cp: &WireguardKey) -> anyhow::Resul
     let (to, socket) = (relay(stage), socket(stage)?);
     let ping = probes.seal(cp, &Probe::Ping { transaction: 1 }, 0).context("cp is no peer")?;
     socket.send_to(&ping, to)?;
-    let challenge = answer(probes, &socket, |message| matches!(message, Probe::Challenge { .. }))?;
+    let is_challenge = |message: &Probe| matches!(message, Probe::Challenge { .. });
+    let challenge = answer(probes, &socket, ARRIVAL, is_challenge)?;
     let Some(Probe::Challenge { token }) = challenge else { return Ok(false) };
     let proof = probes.seal(cp, &Probe::Proof { token }, 0).context("cp is no peer")?;
     socket.send_to(&proof, to)?;
@@ -290,7 +296,7 @@ fn register_in_version_1(stage: &mut Stage<'_>) -> anyhow::Result<Outcome> {
     let version = ProbeHeader::decode(&datagram).map(|(header, _)| header.version);
     anyhow::ensure!(version == Some(ProbeVersion::V1), "the request has version {version:?}");
     socket.send_to(&datagram, to)?;
-    Ok(match answer(&probes, &socket, |_| true)? {
+    Ok(match answer(&probes, &socket, SILENCE, |_| true)? {
         Some(_) => Outcome::Delivered,
         None => Outcome::Dropped,
     })

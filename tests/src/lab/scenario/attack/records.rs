@@ -26,8 +26,8 @@ use super::{Attacker, Case, Outcome};
 use crate::lab::interrupt::wait_up_to;
 use crate::lab::namespace::Namespace;
 
-/// Limit for a statement to reach the victim and to appear in its status.
-const NOTICED: Duration = Duration::from_secs(10);
+/// Limit for a statement to reach the victim and to appear in its status, on a slow machine.
+const NOTICED: Duration = Duration::from_secs(60);
 /// Number of times that a member changes all that it announces.
 const CHANGES: u8 = 6;
 /// Pod range that no other node uses.
