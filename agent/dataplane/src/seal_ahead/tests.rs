@@ -10,7 +10,7 @@ use towline_wireguard::{Aead, DATA_OVERHEAD, Engine, EngineChoice, Opened, Sessi
 use super::*;
 
 /// Longest time to wait for something that must happen.
-const TIMEOUT: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(60);
 /// Length of the packets in bytes.
 const PACKET: usize = 1_024;
 /// Smallest number of packets in a large batch.

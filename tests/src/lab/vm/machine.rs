@@ -24,9 +24,9 @@ use crate::lab::process::{ending, processor_time};
 /// Time limit of a boot. An emulated machine boots in 15 s, but takes many minutes on a host that
 /// runs ten others.
 pub const BOOT_LIMIT: Duration = Duration::from_secs(900);
-/// Limit of QEMU's processor time until the machine accepts commands. Usually it is 5 to 15 s; a
-/// machine that used this much hangs.
-const BOOT_PROCESSOR_TIME: Duration = Duration::from_secs(120);
+/// Limit of QEMU's processor time until the machine accepts commands. Usually it is 5 to 15 s, and on a slow
+/// host ten times as much; a machine that used this much hangs.
+const BOOT_PROCESSOR_TIME: Duration = Duration::from_secs(400);
 /// Time limit of a command that does little.
 pub const COMMAND_LIMIT: Duration = Duration::from_secs(180);
 /// Time limit of a change of state that needs a few packets or a restart.

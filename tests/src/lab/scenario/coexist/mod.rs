@@ -63,7 +63,7 @@ pub struct ActionFigure {
 const RESTORED_MS: f64 = 1_000.0;
 /// Time to wait for state to be restored. Longer than the limit, so that a late restoration is
 /// measured too.
-const TIMEOUT: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(60);
 /// Limit for sessions to be established again after an action, for example after the link was
 /// deleted.
 const FLOWS_LIMIT: Duration = Duration::from_secs(10);
