@@ -262,26 +262,53 @@ mod tests {
 
     use super::*;
     use crate::clock;
+    use crate::state_dir::Lock;
     use crate::store::FileStore;
+
+    /// Controller that does not run: what it is opened with, and the lock on its state directory.
+    struct Stopped {
+        dir: StateDir,
+        authority: Arc<Authority>,
+        settings: MeshSettings,
+        now: Now,
+        _lock: Lock,
+        _directory: tempfile::TempDir,
+    }
+
+    impl Stopped {
+        /// Returns one that was never started, with a CA of its own.
+        fn new() -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            let dir = StateDir::new(directory.path().join("state"));
+            let lock = dir.lock().unwrap();
+            let now = clock::now();
+            let authority = Arc::new(Authority::load_or_create(&dir, true, now.unix).unwrap());
+            let settings = MeshSettings::default();
+            Self { dir, authority, settings, now, _lock: lock, _directory: directory }
+        }
+
+        fn opening(&self) -> Opening<'_> {
+            Opening {
+                dir: &self.dir,
+                authority: &self.authority,
+                settings: &self.settings,
+                advertise: &[],
+                migrate: false,
+                now: self.now,
+            }
+        }
+
+        /// Returns the place of its store.
+        fn place(&self) -> Place {
+            Place::File(self.dir.store())
+        }
+    }
 
     #[test]
     fn a_controller_serves_from_a_disk_that_takes_nothing() {
-        let directory = tempfile::tempdir().unwrap();
-        let dir = StateDir::new(directory.path().join("state"));
-        let _lock = dir.lock().unwrap();
-        let file = || Place::File(dir.store());
-        let now = clock::now();
-        let authority = Arc::new(Authority::load_or_create(&dir, true, now.unix).unwrap());
-        let settings = MeshSettings::default();
-        let opening = Opening {
-            dir: &dir,
-            authority: &authority,
-            settings: &settings,
-            advertise: &[],
-            migrate: false,
-            now,
-        };
-        let mut first = open_ledger(opening, file(), true).unwrap();
+        let controller = Stopped::new();
+        let (dir, opening) = (&controller.dir, controller.opening());
+        let mut first = open_ledger(opening, controller.place(), true).unwrap();
         let mesh = first.1.registry().mesh().clone();
         drop(first);
         let before = dir.starts().unwrap().unwrap();
@@ -302,28 +329,16 @@ mod tests {
         let store = FileStore::open(&dir.store()).unwrap();
         store.fail_next_commits(1);
         assert!(begin(opening, Box::new(store)).is_err());
-        let (_store, _ledger) = open_ledger(opening, file(), false).unwrap();
+        let (_store, _ledger) = open_ledger(opening, controller.place(), false).unwrap();
         assert_eq!(dir.starts().unwrap().unwrap().count, ahead.count + 1);
     }
 
     #[test]
     fn a_store_is_migrated_once_the_disk_takes_it() {
-        let directory = tempfile::tempdir().unwrap();
-        let dir = StateDir::new(directory.path().join("state"));
-        let _lock = dir.lock().unwrap();
-        let now = clock::now();
-        let authority = Arc::new(Authority::load_or_create(&dir, true, now.unix).unwrap());
-        let settings = MeshSettings::default();
-        let opening = Opening {
-            dir: &dir,
-            authority: &authority,
-            settings: &settings,
-            advertise: &[],
-            migrate: false,
-            now,
-        };
-        let (mut store, _) = open_ledger(opening, Place::File(dir.store()), true).unwrap();
-        writer::remove_authentication(&mut *store, &authority);
+        let controller = Stopped::new();
+        let (dir, opening) = (&controller.dir, controller.opening());
+        let (mut store, _) = open_ledger(opening, controller.place(), true).unwrap();
+        writer::remove_authentication(&mut *store, opening.authority);
         drop(store);
 
         let opening = Opening { migrate: true, ..opening };
@@ -334,29 +349,16 @@ mod tests {
         assert!(ledger.needs_rewrite(), "nothing could be written yet");
         let (mut store, ledger) = admit_local_admin(opening, false, store, ledger).unwrap();
         assert!(!ledger.needs_rewrite());
-        writer::read(&mut *store, authority.clone(), false, now).unwrap();
+        writer::read(&mut *store, opening.authority.clone(), false, opening.now).unwrap();
     }
 
     #[test]
     fn a_store_that_is_behind_what_it_was_is_a_restored_one() {
-        let directory = tempfile::tempdir().unwrap();
-        let dir = StateDir::new(directory.path().join("state"));
-        let _lock = dir.lock().unwrap();
-        let now = clock::now();
-        let authority = Arc::new(Authority::load_or_create(&dir, true, now.unix).unwrap());
-        let settings = MeshSettings::default();
-        let opening = Opening {
-            dir: &dir,
-            authority: &authority,
-            settings: &settings,
-            advertise: &[],
-            migrate: false,
-            now,
-        };
+        let controller = Stopped::new();
+        let (dir, opening) = (&controller.dir, controller.opening());
         // The store is closed when the result is dropped.
         let epoch_of_start = |fresh| {
-            let place = Place::File(dir.store());
-            let opened = open_ledger(opening, place, fresh);
+            let opened = open_ledger(opening, controller.place(), fresh);
             opened.map(|(_store, ledger)| ledger.counters().epoch).unwrap()
         };
         let epoch = epoch_of_start(true);
