@@ -189,80 +189,82 @@ pub enum Piece {
     Route,
 }
 
+/// Answers of a problem to the questions of those who apply a plan.
+#[derive(Debug, Clone, Copy)]
+struct Consequences {
+    is_of_hooks: bool,
+    is_passing: bool,
+    has_open_inverse_guard: bool,
+    is_note: bool,
+    is_worth_retrying: bool,
+    is_blocking: bool,
+}
+
+impl Consequences {
+    /// A part of the plan is missing, and only a later attempt may help.
+    const OF_FAULT: Self = Self {
+        is_of_hooks: false,
+        is_passing: false,
+        has_open_inverse_guard: false,
+        is_note: false,
+        is_worth_retrying: true,
+        is_blocking: false,
+    };
+}
+
 impl Problem {
     /// Returns true if [`super::hook`] reports this problem.
     pub(super) fn is_of_hooks(&self) -> bool {
-        matches!(self, Self::Hook(_) | Self::NoZone(_))
+        self.consequences().is_of_hooks
     }
 
     /// Returns true if the next apply must read the kernel's state again, even for the same plan.
     pub(super) fn is_passing(&self) -> bool {
-        match self {
-            Self::LinkMissing(_) | Self::Hook(_) | Self::Intruder(_) | Self::Refused { .. } => true,
-            Self::NoFirewall(_)
-            | Self::FirewallReduced(_)
-            | Self::NoZone(_)
-            | Self::MarkInUse { .. }
-            | Self::MarkSeen { .. }
-            | Self::Setting { .. }
-            | Self::NoIpv6
-            | Self::NoIpv6Rules
-            | Self::NoIpv6OnLink { .. } => false,
-        }
+        self.consequences().is_passing
     }
 
     /// Returns true if packets that come from outside the tunnel with a source of the mesh are not dropped.
     pub fn has_open_inverse_guard(&self) -> bool {
-        match self {
-            Self::NoFirewall(_) | Self::FirewallReduced(_) => true,
-            Self::LinkMissing(_)
-            | Self::Hook(_)
-            | Self::NoZone(_)
-            | Self::Intruder(_)
-            | Self::MarkInUse { .. }
-            | Self::MarkSeen { .. }
-            | Self::Setting { .. }
-            | Self::Refused { .. }
-            | Self::NoIpv6
-            | Self::NoIpv6Rules
-            | Self::NoIpv6OnLink { .. } => false,
-        }
+        self.consequences().has_open_inverse_guard
     }
 
     /// Returns true if it only describes the host, and nothing has to be repaired.
     pub fn is_note(&self) -> bool {
-        matches!(self, Self::NoIpv6 | Self::NoIpv6OnLink { .. })
+        self.consequences().is_note
     }
 
     /// Returns true if a retry may help although the kernel sends no notification.
     pub fn is_worth_retrying(&self) -> bool {
-        !matches!(
-            self,
-            Self::NoIpv6
-                | Self::NoIpv6Rules
-                | Self::NoIpv6OnLink { .. }
-                | Self::MarkInUse { .. }
-                | Self::MarkSeen { .. }
-        )
+        self.consequences().is_worth_retrying
     }
 
     /// Returns true if a plan with this problem is not applied: a policy rule or unreachable route is
     /// missing, or no packet can enter the tunnel. The mesh must not be used then.
     pub fn is_blocking(&self) -> bool {
+        self.consequences().is_blocking
+    }
+
+    /// Returns the answers to all questions. There is one match, so that a new problem has to be decided once.
+    fn consequences(&self) -> Consequences {
+        let fault = Consequences::OF_FAULT;
         match self {
-            Self::LinkMissing(_) => true,
-            Self::Refused { piece, .. } => *piece != Piece::Route,
-            Self::NoFirewall(_)
-            | Self::FirewallReduced(_)
-            | Self::Hook(_)
-            | Self::NoZone(_)
-            | Self::Intruder(_)
-            | Self::MarkInUse { .. }
-            | Self::MarkSeen { .. }
-            | Self::Setting { .. }
-            | Self::NoIpv6
-            | Self::NoIpv6Rules
-            | Self::NoIpv6OnLink { .. } => false,
+            Self::LinkMissing(_) => Consequences { is_passing: true, is_blocking: true, ..fault },
+            Self::NoFirewall(_) | Self::FirewallReduced(_) => {
+                Consequences { has_open_inverse_guard: true, ..fault }
+            }
+            Self::Hook(_) => Consequences { is_of_hooks: true, is_passing: true, ..fault },
+            Self::NoZone(_) => Consequences { is_of_hooks: true, ..fault },
+            Self::Intruder(_) => Consequences { is_passing: true, ..fault },
+            Self::Setting { .. } => fault,
+            Self::Refused { piece, .. } => {
+                Consequences { is_passing: true, is_blocking: *piece != Piece::Route, ..fault }
+            }
+            Self::MarkInUse { .. } | Self::MarkSeen { .. } | Self::NoIpv6Rules => {
+                Consequences { is_worth_retrying: false, ..fault }
+            }
+            Self::NoIpv6 | Self::NoIpv6OnLink { .. } => {
+                Consequences { is_note: true, is_worth_retrying: false, ..fault }
+            }
         }
     }
 }
