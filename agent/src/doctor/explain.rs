@@ -410,3 +410,17 @@ impl Draft<'_> {
         self.finish(Verdict::Healthy, None, sentences)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_cause_that_is_looked_for_is_a_code() {
+        let codes = crate::codes();
+        let lists: [&[&str]; 4] = [&OF_UNDERLAY, &OF_DIRECT_PATH, &OF_NODE, &OF_TRAFFIC];
+        for code in lists.concat() {
+            assert!(codes.contains(&code), "{code}");
+        }
+    }
+}

@@ -5,6 +5,7 @@ use towline_proto::mtu::Mtu;
 use towline_proto::pb;
 use towline_service::output;
 
+use super::classes::Class;
 use super::findings::Findings;
 use super::{Agent, Answers, Cause, CheckState, Facts, Subject, role_checks};
 use crate::down::MachineState;
@@ -53,137 +54,28 @@ pub(super) fn examine(facts: &Facts, findings: &mut Findings) {
     }
 }
 
-/// Returns the subject of a problem or note of the agent.
-fn subject(code: &str) -> Subject {
-    match code {
-        "link-missing"
-        | "guard-refused"
-        | "link-refused"
-        | "route-refused"
-        | "nftables-guard-missing"
-        | "nftables-guard-reduced"
-        | "nftables-failed"
-        | "netlink-failed"
-        | "redirects-not-guarded"
-        | "no-plan"
-        | "host-open" => Subject::Guards,
-        "routing-table-in-use"
-        | "rule-priority-in-use"
-        | "nftables-table-in-use"
-        | "link-name-in-use"
-        | "mark-in-use"
-        | "marked-packets-dropped"
-        | "state-removed"
-        | "redirects-by-cilium"
-        | "redirects-by-calico"
-        | "redirects-by-program" => Subject::OtherPrograms,
-        "docker-hook-failed"
-        | "firewalld-zone-missing"
-        | "firewall-drops-input"
-        | "firewall-drops-output"
-        | "firewall-drops-forwarded"
-        | "firewall-drops-tunnels"
-        | "firewall-closes-port" => Subject::Firewalls,
-        "local-network-covered"
-        | "gateway-covered"
-        | "name-conflict"
-        | "key-conflict"
-        | "prefix-conflict"
-        | "prefix-overlap"
-        | "prefix-in-overlay"
-        | "prefix-not-unicast"
-        | "covers-controller"
-        | "covers-gateway"
-        | "covers-dns-server"
-        | "covers-uplink"
-        | "refused-here" => Subject::Overlaps,
-        "record-refused" | "prefix-withheld" | "prefix-not-granted" | "pod-blocks-used"
-        | "too-many-prefixes" => Subject::Announcements,
-        "own-source-foreign" | "source-not-announced" => Subject::Sources,
-        "rp-filter-strict" => Subject::ReversePath,
-        "ipv6-absent" | "ipv6-disabled" | "ipv6-rules-missing" => Subject::Ipv6,
-        "conntrack-full" => Subject::Conntrack,
-        "reflector-silent" | "second-port-used" => Subject::Reflectors,
-        "state-not-stored" | "kubernetes-facts-not-stored" => Subject::Disk,
-        "node-ip-unreached"
-        | "kubeconfig-of-other-node"
-        | "pod-network-of-other-mesh"
-        | "pod-network-invalid" => Subject::Cni,
-        "cni-mtu-too-large" => Subject::Mtu,
-        "identity-changed" | "name-moved" | "in-clear-not-allowed" => Subject::Trust,
-        "relay-denied" | "relay-not-granted" => Subject::Relay,
-        "api-endpoint-taken"
-        | "api-endpoint-not-opened"
-        | "api-servers-unreached"
-        | "api-servers-unknown"
-        | "api-port-without-role" => Subject::ApiEndpoint,
-        // Membership, join and leave, and what a newer agent reports.
-        _ => Subject::Agent,
-    }
-}
-
-/// Returns how bad a problem of the agent is. Most cut something off.
-fn severity(code: &str) -> CheckState {
-    match code {
-        "join-unconfirmed"
-        | "mark-in-use"
-        | "state-removed"
-        | "nftables-guard-reduced"
-        | "redirects-not-guarded"
-        | "name-conflict"
-        | "prefix-conflict"
-        | "prefix-overlap"
-        | "prefix-in-overlay"
-        | "prefix-not-unicast"
-        | "prefix-withheld"
-        | "prefix-not-granted"
-        | "pod-blocks-used"
-        | "too-many-prefixes"
-        | "name-moved"
-        | "relay-denied"
-        | "api-port-without-role"
-        | "gateway-covered"
-        | "covers-controller"
-        | "covers-gateway"
-        | "covers-dns-server"
-        | "covers-uplink"
-        | "refused-here"
-        | "ipv6-rules-missing"
-        | "reflector-silent"
-        | "state-not-stored"
-        | "kubernetes-facts-not-stored"
-        | "own-source-foreign"
-        | "source-not-announced"
-        | "docker-hook-failed" => CheckState::Warning,
-        _ => CheckState::Failed,
-    }
-}
-
 fn problems(answers: &Answers, findings: &mut Findings) {
     let status = &answers.status;
     for problem in &status.problem_details {
         let code = problem.code.as_str();
         // What is a warning elsewhere may keep this machine from being used.
         let is_blocking = status.applied == Some(false) && status.applied_reason_code == code;
-        let state = if is_blocking { CheckState::Failed } else { severity(code) };
-        findings.add(subject(code), state, code, problem.message.as_str());
+        let class = Class::of(code);
+        let state = if is_blocking { CheckState::Failed } else { class.of_problem() };
+        findings.add(class.subject, state, code, problem.message.as_str());
     }
-    // A closed port matters only if a peer has no direct path.
     let is_missed = answers.peers.iter().any(|peer| peer.state == "down" || is_relayed(peer));
     for note in &status.note_details {
-        let code = note.code.as_str();
-        let state = match code {
-            "firewall-closes-port" | "second-port-used" if is_missed => CheckState::Warning,
-            _ => CheckState::Ok,
-        };
-        findings.add(subject(code), state, code, note.message.as_str());
+        let (code, class) = (note.code.as_str(), Class::of(&note.code));
+        findings.add(class.subject, class.of_note(is_missed), code, note.message.as_str());
     }
     if status.applied == Some(false) {
         let code = status.applied_reason_code.as_str();
         let text = format!("the mesh must not be used yet: {}", status.applied_reason);
         // The reason is often one of the problems.
-        if !findings.has(subject(code), code) {
-            findings.add(subject(code), CheckState::Failed, code, text);
+        let subject = Class::of(code).subject;
+        if !findings.has(subject, code) {
+            findings.add(subject, CheckState::Failed, code, text);
         }
     }
 }

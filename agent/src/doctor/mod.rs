@@ -7,12 +7,14 @@
 //! | `host_checks.rs` | checks of what was read from the host |
 //! | `mesh_checks.rs` | checks of what the agent reports |
 //! | `role_checks.rs` | checks of what a node does for others: trust, probes, relay, endpoint of the Kubernetes API |
+//! | `classes.rs` | subject and severity of each problem and note of the agent |
 //! | `findings.rs` | collects findings, and makes one check of those of a kind |
 //! | `reference.rs` | cause and command of a code, from `docs/troubleshooting.md` |
 //! | `explain.rs` | why one peer is down, relayed or slow |
 //!
 //! Only `host_facts.rs` does I/O. [`examine`] is a pure function of [`Facts`], and works without an agent.
 
+mod classes;
 pub mod explain;
 mod findings;
 mod host_checks;
