@@ -437,6 +437,33 @@ fn whole_seconds(duration: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::doctor::reference::{self, Message};
+
+    #[test]
+    fn no_remedy_repeats_a_command_of_its_message() {
+        let link = || "mesh0".to_owned();
+        let problems = [
+            Problem::Removed,
+            Problem::Unconfirmed { seconds: 60 },
+            Problem::RelayDenied { node: "node-a".parse().unwrap() },
+            Problem::NodeIpUnreached { address: "192.0.2.1".parse().unwrap() },
+            Problem::ApiPortWithoutRole { port: NonZeroU16::MIN },
+            Problem::Host(towline_host::Problem::NoFirewall("no such file".to_owned())),
+            Problem::Host(towline_host::Problem::NoZone(link())),
+            Problem::Host(towline_host::Problem::Setting {
+                link: link(),
+                reason: "read-only".to_owned(),
+            }),
+        ];
+        for problem in problems {
+            let text = problem.to_string();
+            let Message { finding, remedy } = Message::of(problem.code(), &text);
+            let remedy = remedy.unwrap_or_else(|| panic!("{text}"));
+            for command in reference::commands(remedy) {
+                assert!(!finding.contains(command), "{text}");
+            }
+        }
+    }
 
     #[test]
     fn a_setting_that_is_not_applied_is_named_as_in_the_configuration() {

@@ -13,7 +13,7 @@ use towline_proto::pb;
 use towline_service::output;
 
 use super::mesh_checks::lossy;
-use super::reference;
+use super::reference::{self, Message};
 use super::{Answers, Cause, Check, CheckState};
 
 /// Round-trip time in microseconds from which a path counts as slow. Between continents it is less.
@@ -148,15 +148,32 @@ impl Local<'_> {
         codes.iter().copied().find(|code| is_found(code))
     }
 
-    /// Returns the message of the agent or of the check about a code.
+    /// Returns what the agent or the check says about a code, without what to do.
     fn message(&self, code: &str) -> String {
-        let mut details = self.status.problem_details.iter().chain(&self.status.note_details);
-        let reported = details.find(|detail| detail.code == code);
+        let reported = self.reported(code).map(|message| message.finding);
         let checked = || self.checks.iter().find(|check| is_named(check, code));
         reported
-            .map(|detail| detail.message.clone())
-            .or_else(|| checked().map(|check| check.finding.clone()))
-            .unwrap_or_else(|| code.to_owned())
+            .or_else(|| checked().map(|check| check.finding.as_str()))
+            .unwrap_or(code)
+            .to_owned()
+    }
+
+    /// Returns what to do about a code: what the agent says, or else the check or the document.
+    fn remedy(&self, code: &str) -> Option<String> {
+        if let Some(said) = self.reported(code).and_then(|message| message.remedy) {
+            return Some(said.to_owned());
+        }
+        // A check with several causes may say what to do about another one.
+        let is_alone = |check: &&Check| check.causes == [code];
+        let checked = self.checks.iter().find(is_alone).and_then(|check| check.remedy.clone());
+        checked.or_else(|| reference::remedy(code))
+    }
+
+    /// Returns the message of the agent about a code.
+    fn reported(&self, code: &str) -> Option<Message<'_>> {
+        let mut details = self.status.problem_details.iter().chain(&self.status.note_details);
+        let detail = details.find(|detail| detail.code == code)?;
+        Some(Message::of(code, &detail.message))
     }
 }
 
@@ -187,7 +204,7 @@ fn unknown(name: &str, local: &Local<'_>) -> Explanation {
             controller.reason
         ));
     }
-    let remedy = reference::remedy(&cause);
+    let remedy = local.remedy(&cause);
     Explanation {
         peer: name.into(),
         state: Verdict::Unknown,
@@ -214,7 +231,7 @@ struct Draft<'a> {
 
 impl Draft<'_> {
     fn finish(&self, state: Verdict, cause: Option<&str>, sentences: Vec<String>) -> Explanation {
-        let remedy = cause.filter(|_| state.is_bad()).and_then(reference::remedy);
+        let remedy = cause.filter(|_| state.is_bad()).and_then(|code| self.local.remedy(code));
         let cause = cause.map(ToOwned::to_owned);
         Explanation { peer: self.peer.name.clone(), state, cause, sentences, remedy }
     }

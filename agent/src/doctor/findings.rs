@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use towline_proto::code::Coded as _;
 
-use super::reference;
+use super::reference::{self, Message};
 use super::{Cause, Check, CheckState, Subject};
 
 /// Greatest number of findings whose texts a check shows. A mesh may have hundreds of peers that are down.
@@ -89,27 +89,37 @@ impl Findings {
     }
 }
 
+impl Finding {
+    /// Returns the text in its parts. A note has no remedy beside it, so its text stays whole.
+    fn message(&self) -> Message<'_> {
+        if self.state > CheckState::Ok {
+            Message::of(&self.code, &self.text)
+        } else {
+            Message { finding: &self.text, remedy: None }
+        }
+    }
+}
+
 impl Draft {
     fn finish(mut self, subject: Subject) -> Check {
         // Stable: findings of one state keep their order.
         self.findings.sort_by_key(|finding| std::cmp::Reverse(finding.state));
         let worst = self.findings.first().map(|finding| finding.state);
-        let (state, finding) = match (worst, self.summary, self.skipped) {
+        let shown = || self.findings.iter().filter(|finding| Some(finding.state) == worst);
+        let (state, finding) = match (worst, &self.summary, &self.skipped) {
             (Some(state), summary, _) => {
-                let worst = || self.findings.iter().filter(|finding| finding.state == state);
-                let texts = worst().map(|finding| finding.text.clone()).take(TEXTS);
-                let more = worst().count().saturating_sub(TEXTS);
+                let texts = shown().map(|finding| finding.message().finding).take(TEXTS);
+                let more = shown().count().saturating_sub(TEXTS);
                 let more = (more > 0).then(|| format!("and {more} more"));
-                let summary = summary.filter(|_| state <= CheckState::Ok);
-                let parts = summary.into_iter().chain(texts).chain(more);
+                let summary = summary.as_deref().filter(|_| state <= CheckState::Ok);
+                let parts = summary.into_iter().chain(texts).chain(more.as_deref());
                 (state, parts.collect::<Vec<_>>().join("; "))
             }
-            (None, Some(summary), _) => (CheckState::Ok, summary),
-            (None, None, Some(why)) => (CheckState::Skipped, why),
+            (None, Some(summary), _) => (CheckState::Ok, summary.clone()),
+            (None, None, Some(why)) => (CheckState::Skipped, why.clone()),
             (None, None, None) => (CheckState::Ok, "nothing found".to_owned()),
         };
-        let first = self.findings.first().filter(|_| state > CheckState::Ok);
-        let remedy = first.and_then(|finding| reference::remedy(&finding.code));
+        let remedy = (state > CheckState::Ok).then(|| remedy(shown().take(TEXTS))).flatten();
         let mut causes: Vec<String> = Vec::new();
         for finding in self.findings {
             if !causes.contains(&finding.code) {
@@ -118,4 +128,16 @@ impl Draft {
         }
         Check { subject, name: subject.name(), state, finding, remedy, causes }
     }
+}
+
+/// Returns what to do about the first finding, and what the messages of the others say to do.
+fn remedy<'a>(findings: impl Iterator<Item = &'a Finding>) -> Option<String> {
+    let mut remedies: Vec<String> = Vec::new();
+    for (index, finding) in findings.enumerate() {
+        let said = finding.message().remedy.map(ToOwned::to_owned);
+        let documented = || (index == 0).then(|| reference::remedy(&finding.code)).flatten();
+        let remedy = said.or_else(documented);
+        remedies.extend(remedy.filter(|remedy| !remedies.contains(remedy)));
+    }
+    (!remedies.is_empty()).then(|| remedies.join("; "))
 }

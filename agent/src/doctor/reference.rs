@@ -29,7 +29,36 @@ pub fn entry(code: &str) -> Option<Entry> {
     })
 }
 
-/// Returns what to do about a code, for the operator.
+/// Message about a code, which has the form `what failed: why: what to do`, in its parts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Message<'a> {
+    /// What failed and why. The whole message if it does not say what to do.
+    pub finding: &'a str,
+    /// What to do, with the names of this machine, such as ``run `ufw allow in on towline0` ``.
+    pub remedy: Option<&'a str>,
+}
+
+impl<'a> Message<'a> {
+    /// Takes a message about a code apart. What to do is a command, or contains the one of the document: a
+    /// remedy beside the finding would repeat it.
+    pub fn of(code: &str, text: &'a str) -> Self {
+        let documented = entry(code).map_or("", |entry| entry.command);
+        let is_remedy = |part: &str| {
+            part.starts_with("run `") || commands(documented).any(|command| part.contains(command))
+        };
+        match text.rsplit_once(": ") {
+            Some((finding, last)) if is_remedy(last) => Self { finding, remedy: Some(last) },
+            _ => Self { finding: text, remedy: None },
+        }
+    }
+}
+
+/// Returns the commands of a text, which are in backticks.
+pub(crate) fn commands(text: &str) -> impl Iterator<Item = &str> {
+    text.split('`').skip(1).step_by(2)
+}
+
+/// Returns what to do about a code, for the operator who reads no message that says it.
 pub fn remedy(code: &str) -> Option<String> {
     let command = entry(code)?.command;
     Some(if command.starts_with('`') { format!("run {command}") } else { command.to_owned() })
@@ -47,5 +76,26 @@ mod tests {
         }
         assert_eq!(entry("no-such-code"), None);
         assert_eq!(remedy("peer-idle").as_deref(), Some("run `towline ping NAME`"));
+    }
+
+    #[test]
+    fn a_message_is_separated_from_what_it_says_to_do() {
+        fn parts<'a>(code: &str, text: &'a str) -> (&'a str, Option<&'a str>) {
+            let Message { finding, remedy } = Message::of(code, text);
+            (finding, remedy)
+        }
+        let drops = "ufw drops what arrives first at UDP port 7: chain INPUT of table ip filter";
+        let text = format!("{drops}: run `ufw allow 7/udp`");
+        let separated = (drops, Some("run `ufw allow 7/udp`"));
+        assert_eq!(parts("firewall-closes-port", &text), separated);
+        assert_eq!(parts("of-a-newer-agent", &text), separated);
+        // The command of the document, in other words.
+        let text =
+            "no guard: no such file: load the module (`modprobe nf_tables`), or use another kernel";
+        let remedy = "load the module (`modprobe nf_tables`), or use another kernel";
+        let separated = ("no guard: no such file", Some(remedy));
+        assert_eq!(parts("nftables-guard-missing", text), separated);
+        assert_eq!(parts("link-missing", text), (text, None));
+        assert_eq!(parts("link-missing", "the link is missing"), ("the link is missing", None));
     }
 }

@@ -4,7 +4,7 @@ use towline_proto::pb;
 
 use super::explain::{Verdict, explain};
 use super::host_facts::{Disk, HostFacts, LinkFacts};
-use super::{Agent, Answers, Check, CheckState, Facts, Subject, examine};
+use super::{Agent, Answers, Check, CheckState, Facts, Subject, examine, reference};
 use crate::conntrack::Conntrack;
 
 /// Time of the tests, in seconds since 1970.
@@ -281,6 +281,54 @@ fn each_broken_host_gets_the_code_of_its_fault() {
         assert_eq!(check.state, state, "{code}: {check:?}");
         assert!(check.remedy.is_some(), "{code}: {check:?}");
     }
+}
+
+#[test]
+fn no_remedy_repeats_a_command_of_the_finding() {
+    for code in crate::codes() {
+        let command = reference::entry(code).unwrap().command;
+        let message = format!("what failed: why: {command}");
+        let mut facts = facts();
+        answers(&mut facts).status.problem_details =
+            vec![pb::Detail { code: code.into(), message }];
+        let checks = examine(&facts);
+        let is_named = |check: &&Check| check.causes.iter().any(|cause| cause == code);
+        let check = checks.iter().find(is_named).unwrap_or_else(|| panic!("{code}"));
+        assert_eq!(
+            (check.finding.as_str(), check.remedy.as_deref()),
+            ("what failed: why", Some(command))
+        );
+        // The peer is up: a cause of the whole node explains it, or one that drops packets.
+        let explanation = explain("node-b", answers(&mut facts), &[], &checks);
+        let remedy = explanation.remedy.unwrap_or_default();
+        for command in reference::commands(&remedy) {
+            let is_repeated = explanation.sentences.iter().any(|text| text.contains(command));
+            assert!(!is_repeated, "{code}: {:?}: {remedy}", explanation.sentences);
+        }
+    }
+}
+
+#[test]
+fn what_several_messages_say_to_do_is_kept() {
+    let mut facts = facts();
+    let detail = |code: &str, way: &str| pb::Detail {
+        code: code.into(),
+        message: format!("the firewall drops {way}: run `allow {way}`"),
+    };
+    answers(&mut facts).status.problem_details =
+        vec![detail("firewall-drops-input", "in"), detail("firewall-drops-forwarded", "through")];
+    let checks = examine(&facts);
+    let check = check(&checks, Subject::Firewalls);
+    assert_eq!(check.finding, "the firewall drops in; the firewall drops through");
+    assert_eq!(check.remedy.as_deref(), Some("run `allow in`; run `allow through`"));
+    // A note has no remedy beside it.
+    let status = &mut answers(&mut facts).status;
+    status.problem_details.clear();
+    status.note_details = vec![detail("firewall-closes-port", "in")];
+    let checks = examine(&facts);
+    let check = self::check(&checks, Subject::Firewalls);
+    assert_eq!(check.finding, "the firewall drops in: run `allow in`");
+    assert_eq!((check.state, check.remedy.as_deref()), (CheckState::Ok, None));
 }
 
 fn away(facts: &mut Facts, code: &str) {

@@ -15,7 +15,8 @@ use serde::Serialize;
 use towline_proto::code::Coded as _;
 use towline_proto::pb;
 
-use crate::doctor::{Answers, Cause, Check, CheckState, Subject, reference};
+use crate::doctor::reference::{self, Message};
+use crate::doctor::{Answers, Cause, Check, CheckState, Subject};
 use destination::Target;
 use kernel::{KernelView, OwnRoute};
 
@@ -81,6 +82,17 @@ pub struct Step {
     pub cause: Option<String>,
 }
 
+impl Step {
+    /// Moves what to do from the finding, or else takes it from the document.
+    fn take_remedy(&mut self) -> Option<String> {
+        let code = self.cause.as_deref()?;
+        let Message { finding, remedy } = Message::of(code, &self.finding);
+        let remedy = remedy.map(ToOwned::to_owned).or_else(|| reference::remedy(code));
+        self.finding = finding.to_owned();
+        remedy
+    }
+}
+
 /// What happens to a packet at a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -137,14 +149,18 @@ pub fn trace(input: Input<'_>) -> Trace {
         incoming.push(tracer.reverse_path());
         incoming.push(tracer.firewalls(Direction::In));
     }
-    let cause = outgoing.iter().chain(&incoming).find_map(|step| step.cause.clone());
+    let mut steps = outgoing.iter_mut().chain(&mut incoming);
+    let (cause, remedy) = match steps.find(|step| step.cause.is_some()) {
+        Some(step) => (step.cause.clone(), step.take_remedy()),
+        None => (None, None),
+    };
     Trace {
         destination: target.text.clone(),
         address: target.address,
         port: target.port,
         peer: tracer.holder.map(|peer| peer.name.clone()),
         outcome: if cause.is_some() { Outcome::Dropped } else { outcome },
-        remedy: cause.as_deref().and_then(reference::remedy),
+        remedy,
         cause,
         outgoing,
         incoming,
@@ -422,7 +438,9 @@ impl Tracer<'_> {
         let check = self.input.checks.iter().find(|check| check.subject == Subject::ReversePath);
         match check {
             Some(check) if check.state == CheckState::Failed => {
-                dropped("rp-filter", "rp-filter-strict", check.finding.as_str())
+                let remedy = check.remedy.as_ref().map(|remedy| format!(": {remedy}"));
+                let text = format!("{}{}", check.finding, remedy.unwrap_or_default());
+                dropped("rp-filter", "rp-filter-strict", text)
             }
             Some(check) => step("rp-filter", Fate::Pass, check.finding.as_str()),
             None => step("rp-filter", Fate::Unknown, "it was not checked"),
