@@ -171,16 +171,7 @@ impl End {
         let private_key = StaticSecret::from([number; 32]);
         let probes = Probes::new(private_key.clone(), 1);
         let engine = Engine::select(EngineChoice::Auto, Aead::Auto);
-        let spin = Duration::ZERO;
-        let config = Config {
-            private_key,
-            probes,
-            link: None,
-            copy_dscp: false,
-            engine,
-            spin,
-            seal_helpers: 0,
-        };
+        let config = Config::new(private_key, probes, engine);
         let plane = DataPlane::start(config, [(link, wire)], sender).expect("a data plane");
         Self { plane, host, events, address: address(number) }
     }

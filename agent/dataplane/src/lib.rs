@@ -147,6 +147,22 @@ pub struct Config {
     pub seal_helpers: usize,
 }
 
+impl Config {
+    /// Returns the settings of a data plane without a link: nothing is copied to outer packets, its workers do not
+    /// spin, and have no helpers.
+    pub fn new(private_key: StaticSecret, probes: Probes, engine: Engine) -> Self {
+        Self {
+            private_key,
+            probes,
+            link: None,
+            copy_dscp: false,
+            engine,
+            spin: Duration::ZERO,
+            seal_helpers: 0,
+        }
+    }
+}
+
 impl std::fmt::Debug for Config {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Config").finish_non_exhaustive()

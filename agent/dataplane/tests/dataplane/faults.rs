@@ -85,20 +85,7 @@ impl Faulty {
         let (peer, message) = (WireguardKey([7; 32]), Probe::Ping { transaction: 7 });
         let from = SocketAddr::from(([1; 4], 1)).into();
         sender.try_send(Event::Probe { peer, from, is_validated: false, message }).unwrap();
-        let private_key = StaticSecret::from([1; 32]);
-        let probes = Probes::new(private_key.clone(), 1);
-        let engine = Engine::BORINGTUN;
-        let spin = Duration::ZERO;
-        let config = Config {
-            private_key,
-            probes,
-            link: None,
-            copy_dscp: false,
-            engine,
-            spin,
-            seal_helpers: 0,
-        };
-        let plane = DataPlane::start(config, shards, sender).unwrap();
+        let plane = DataPlane::start(config(1, Engine::BORINGTUN), shards, sender).unwrap();
         Self { plane, host, reading, events }
     }
 
@@ -186,13 +173,7 @@ fn orders_that_a_worker_does_not_take_are_bounded_and_counted() {
         network.bind(SocketAddr::from(([192, 0, 2, 1], 51830))).unwrap(),
     );
     let (sender, _events) = channel(8);
-    let private_key = StaticSecret::from([1; 32]);
-    let probes = Probes::new(private_key.clone(), 1);
-    let engine = Engine::BORINGTUN;
-    let spin = Duration::ZERO;
-    let config =
-        Config { private_key, probes, link: None, copy_dscp: false, engine, spin, seal_helpers: 0 };
-    let plane = DataPlane::start(config, [shard], sender).unwrap();
+    let plane = DataPlane::start(config(1, Engine::BORINGTUN), [shard], sender).unwrap();
     host.send(&[0x45; 20]);
     let deadline = Instant::now() + TIMEOUT;
     // The worker handles some commands before it hangs.

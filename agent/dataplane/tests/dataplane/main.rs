@@ -52,6 +52,13 @@ fn engine_of(number: u8) -> Engine {
     Engine::select(choice, Aead::Auto)
 }
 
+/// Returns the settings of a data plane whose private key is made of a number.
+fn config(number: u8, engine: Engine) -> Config {
+    let private_key = StaticSecret::from([number; 32]);
+    let probes = Probes::new(private_key.clone(), 1);
+    Config::new(private_key, probes, engine)
+}
+
 /// Data plane with its host and its events.
 struct End {
     plane: DataPlane,
@@ -73,17 +80,9 @@ impl End {
         let address = SocketAddr::from(([192, 0, 2, number], 51830));
         let (tun, host) = memory::tun(1420).unwrap();
         let (sender, events) = channel(256);
-        let private_key = StaticSecret::from([number; 32]);
-        let probes = Probes::new(private_key.clone(), 1);
-        let config = Config {
-            private_key,
-            probes: probes.clone(),
-            link: None,
-            copy_dscp: false,
-            engine: engine_of(number),
-            spin: Duration::from_micros(20),
-            seal_helpers,
-        };
+        let spin = Duration::from_micros(20);
+        let config = Config { spin, seal_helpers, ..config(number, engine_of(number)) };
+        let probes = config.probes.clone();
         let plane =
             DataPlane::start(config, [(tun, network.bind(address).unwrap())], sender).unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
@@ -193,18 +192,28 @@ impl Drop for End {
 fn strangers() -> (Network, End, End) {
     let network = Network::new();
     let (a, b) = (End::new(&network, 1), End::new(&network, 2));
-    a.apply([(b.key(), b.entry())]);
-    b.apply([(a.key(), a.entry())]);
+    introduce(&a, &b);
     (network, a, b)
 }
 
 /// Returns two ends with a session that the first initiated.
 fn friends() -> (Network, End, End) {
     let (network, mut a, mut b) = strangers();
+    connect(&mut a, &mut b);
+    (network, a, b)
+}
+
+/// Makes each of two ends the only peer of the other.
+fn introduce(a: &End, b: &End) {
+    a.apply([(b.key(), b.entry())]);
+    b.apply([(a.key(), a.entry())]);
+}
+
+/// Makes two ends that know each other begin a session, which the first initiates.
+fn connect(a: &mut End, b: &mut End) {
     a.plane.handshake(b.key(), vec![b.address.into()]);
     a.observed(b.key(), |what| what == Observation::Handshake { from: b.address.into() });
     b.observed(a.key(), |what| what == Observation::Handshake { from: a.address.into() });
-    (network, a, b)
 }
 
 /// Returns a UDP packet over IPv4 that contains the pattern.

@@ -31,11 +31,8 @@ impl Flows {
         let mut from = End::with_helpers(&network, 1, HELPERS);
         let mut to = End::with_helpers(&network, 3, 0);
         assert_eq!((from.plane.seal_helpers(), to.plane.seal_helpers()), (HELPERS, 0));
-        from.apply([(to.key(), to.entry())]);
-        to.apply([(from.key(), from.entry())]);
-        from.plane.handshake(to.key(), vec![to.address.into()]);
-        from.observed(to.key(), |what| matches!(what, Observation::Handshake { .. }));
-        to.observed(from.key(), |what| matches!(what, Observation::Handshake { .. }));
+        introduce(&from, &to);
+        connect(&mut from, &mut to);
         Self { from, to, sent: [0; FLOWS], received: [0; FLOWS], under_way: 0 }
     }
 

@@ -225,8 +225,7 @@ fn a_relay_of_either_engine_forwards_unchanged_what_arrives_between_its_own_pack
     for number in [2, 3] {
         let network = Network::new();
         let (mut a, relay) = (End::new(&network, 1), End::new(&network, number));
-        a.apply([(relay.key(), relay.entry())]);
-        relay.apply([(a.key(), a.entry())]);
+        introduce(&a, &relay);
         let ends = [7, 8].map(|n| SocketAddr::from(([192, 0, 2, n], 51830)));
         relay.relay(77, ends, 1 << 33);
         a.plane.handshake(relay.key(), vec![relay.address.into()]);

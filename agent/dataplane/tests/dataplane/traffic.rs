@@ -458,10 +458,7 @@ fn a_preshared_key_changes_without_a_gap() {
 
 #[test]
 fn a_node_whose_clock_was_set_back_returns_when_its_boot_epoch_grows() {
-    let network = Network::new();
-    let (a, mut b) = (End::new(&network, 1), End::new(&network, 2));
-    b.apply([(a.key(), a.entry())]);
-    a.apply([(b.key(), b.entry())]);
+    let (network, a, mut b) = strangers();
     a.plane.handshake(b.key(), vec![b.address.into()]);
     b.observed(a.key(), |what| matches!(what, Observation::Handshake { .. }));
     let recorded = of_type(&network.seen(), 1)[0].clone();
