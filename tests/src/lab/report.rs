@@ -1,5 +1,6 @@
 //! Promises of a scenario, its figures, and the resulting exit status.
 
+use std::fmt;
 use std::io::Write;
 use std::process::ExitCode;
 
@@ -78,6 +79,12 @@ pub struct Skipped {
     pub name: String,
     /// Reason, in one line.
     pub why: String,
+}
+
+impl fmt::Display for Skipped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "without {}: {}", self.name, self.why)
+    }
 }
 
 /// Rounds a figure to two decimal places.

@@ -775,8 +775,8 @@ impl Figures for Leak {
             "{} forged packets sent, {} accepted",
             self.forged_sent, self.forged_accepted
         );
-        for Skipped { name, why } in &self.skipped {
-            let _ = write!(text, "\nwithout {name}: {why}");
+        for skipped in &self.skipped {
+            let _ = write!(text, "\n{skipped}");
         }
         text
     }

@@ -7,7 +7,6 @@
 //! Nothing is sent to the nodes that do not run, so the agent must send nothing to them. Without traffic it may
 //! renew its sessions with the active nodes, once each, and no others.
 
-use std::fmt::Write as _;
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 use std::path::Path;
@@ -405,33 +404,30 @@ impl Figures for Many {
     }
 
     fn for_people(&self) -> String {
-        let mut text = String::new();
-        let _ = writeln!(
-            text,
-            "{} peers, {} of them active, for {} s:",
-            self.peers, self.active, self.window_s
-        );
-        let _ = writeln!(
-            text,
-            "  {} % of a core, {} MB resident, {} initiations since the start, {} keepalives a second",
-            self.agent_cpu_pct, self.agent_rss_mb, self.handshakes, self.keepalives_per_s
-        );
-        let _ = writeln!(
-            text,
-            "without traffic: {} % of a core, {} MB resident (bounds: {} %, {} MB), {} initiations",
-            self.idle_pct, self.rss_mb, self.idle_pct_max, self.rss_mb_max, self.idle_handshakes
-        );
-        let _ = writeln!(
-            text,
-            "metrics read {} times: at most {} ms and {} bytes",
-            self.scrapes, self.scrape_ms, self.scrape_bytes
-        );
-        if let Some(shown) = self.wg_peers {
-            let _ = writeln!(text, "wg show prints {shown} peers");
-        }
-        for Skipped { name, why } in &self.skipped {
-            let _ = writeln!(text, "without {name}: {why}");
-        }
-        text.trim_end().to_owned()
+        let mut lines = vec![
+            format!(
+                "{} peers, {} of them active, for {} s:",
+                self.peers, self.active, self.window_s
+            ),
+            format!(
+                "  {} % of a core, {} MB resident, {} initiations since the start, {} keepalives a second",
+                self.agent_cpu_pct, self.agent_rss_mb, self.handshakes, self.keepalives_per_s
+            ),
+            format!(
+                "without traffic: {} % of a core, {} MB resident (bounds: {} %, {} MB), {} initiations",
+                self.idle_pct,
+                self.rss_mb,
+                self.idle_pct_max,
+                self.rss_mb_max,
+                self.idle_handshakes
+            ),
+            format!(
+                "metrics read {} times: at most {} ms and {} bytes",
+                self.scrapes, self.scrape_ms, self.scrape_bytes
+            ),
+        ];
+        lines.extend(self.wg_peers.map(|shown| format!("wg show prints {shown} peers")));
+        lines.extend(self.skipped.iter().map(Skipped::to_string));
+        lines.join("\n")
     }
 }

@@ -234,8 +234,8 @@ impl Figures for Attack {
         for Tried { name, got, .. } in &self.cases {
             let _ = writeln!(text, "  {name}: {got:?}");
         }
-        for Skipped { name, why } in &self.skipped {
-            let _ = writeln!(text, "without {name}: {why}");
+        for skipped in &self.skipped {
+            let _ = writeln!(text, "{skipped}");
         }
         text
     }

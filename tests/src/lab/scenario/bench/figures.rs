@@ -382,8 +382,8 @@ impl Figures for Bench {
             "waited {waited_s} s for an idle machine; windows disturbed by other programs: {repeated} measured \
              again, {disturbed} kept; {begun_busy} begun on a busy machine"
         );
-        for Skipped { name, why } in &self.skipped {
-            let _ = writeln!(text, "without {name}: {why}");
+        for skipped in &self.skipped {
+            let _ = writeln!(text, "{skipped}");
         }
         text
     }

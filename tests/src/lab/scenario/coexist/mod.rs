@@ -334,7 +334,7 @@ impl Figures for Coexist {
             let _ = writeln!(text, "  {:8} ms  {}", action.restored_ms, action.name);
         }
         for skipped in &self.skipped {
-            let _ = writeln!(text, "  skipped: {}: {}", skipped.name, skipped.why);
+            let _ = writeln!(text, "{skipped}");
         }
         let _ = write!(
             text,

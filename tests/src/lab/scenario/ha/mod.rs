@@ -216,8 +216,8 @@ impl Figures for Ha {
                 if case.controllers_agree { "" } else { "; the controllers do not agree" }
             );
         }
-        for Skipped { name, why } in &self.skipped {
-            let _ = writeln!(text, "without {name}: {why}");
+        for skipped in &self.skipped {
+            let _ = writeln!(text, "{skipped}");
         }
         let _ = write!(text, "{} operations checked, {} agents", self.operations, self.agents);
         text

@@ -169,8 +169,8 @@ impl Figures for Hosts {
             let ok = if *ok { "ok" } else { "FAILED" };
             let _ = writeln!(text, "  {name:<52}{ok:<8}{took_ms:>6} ms");
         }
-        for Skipped { name, why } in &self.skipped {
-            let _ = writeln!(text, "without {name}: {why}");
+        for skipped in &self.skipped {
+            let _ = writeln!(text, "{skipped}");
         }
         text.trim_end().to_owned()
     }

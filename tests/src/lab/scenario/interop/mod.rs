@@ -271,8 +271,8 @@ impl Figures for Interop {
                 text.push('\n');
             }
         }
-        for Skipped { name, why } in &self.skipped {
-            let _ = writeln!(text, "{name} skipped: {why}");
+        for skipped in &self.skipped {
+            let _ = writeln!(text, "{skipped}");
         }
         text.trim_end().to_owned()
     }

@@ -385,8 +385,8 @@ impl Figures for Kubernetes {
             let _ =
                 writeln!(text, "{}  {}", if arrow.ok { "ok    " } else { "FAILED" }, arrow.name);
         }
-        for Skipped { name, why } in &self.skipped {
-            let _ = writeln!(text, "skipped {name}: {why}");
+        for skipped in &self.skipped {
+            let _ = writeln!(text, "{skipped}");
         }
         let took = self.cidr_change_ms.map_or("-".to_owned(), |took| took.to_string());
         let _ = write!(text, "a change of pod network took {took} ms");

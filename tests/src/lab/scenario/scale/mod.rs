@@ -18,7 +18,6 @@ mod light_agent;
 mod plot;
 mod run;
 
-use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -194,33 +193,29 @@ impl Figures for Scale {
     }
 
     fn for_people(&self) -> String {
-        let mut text = format!("{}\n", self.machine);
-        for run in &self.runs {
-            // Writing to a string cannot fail.
-            let _ = writeln!(
-                text,
-                "{} agents on {} cores, store {}:",
-                run.agents,
-                self.cores,
-                run.store.name()
-            );
-            let _ = writeln!(
-                text,
-                "  {} joins/s without watches, {} joins/s with; whole map in {} s",
-                run.enrol_per_s, run.enrol_watched_per_s, run.snapshot_s
-            );
-            let _ = writeln!(
-                text,
-                "  a change at all agents: median {} ms, p99 {} ms; at {} changes/s p99 {} ms",
-                run.delta_p50_ms, run.delta_p99_ms, run.deltas_per_s, run.load_p99_ms
-            );
-            let _ = writeln!(
-                text,
-                "  controller {} MB, idle {} % of a core; all connected again in {} s",
-                run.rss_mb, run.cpu_idle_pct, run.reconnect_all_s
-            );
-        }
-        text.trim_end().to_owned()
+        let lines = self.runs.iter().flat_map(|run| {
+            [
+                format!(
+                    "{} agents on {} cores, store {}:",
+                    run.agents,
+                    self.cores,
+                    run.store.name()
+                ),
+                format!(
+                    "  {} joins/s without watches, {} joins/s with; whole map in {} s",
+                    run.enrol_per_s, run.enrol_watched_per_s, run.snapshot_s
+                ),
+                format!(
+                    "  a change at all agents: median {} ms, p99 {} ms; at {} changes/s p99 {} ms",
+                    run.delta_p50_ms, run.delta_p99_ms, run.deltas_per_s, run.load_p99_ms
+                ),
+                format!(
+                    "  controller {} MB, idle {} % of a core; all connected again in {} s",
+                    run.rss_mb, run.cpu_idle_pct, run.reconnect_all_s
+                ),
+            ]
+        });
+        std::iter::once(self.machine.to_string()).chain(lines).collect::<Vec<_>>().join("\n")
     }
 }
 
