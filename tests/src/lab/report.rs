@@ -33,6 +33,15 @@ impl Promises {
         Self::default()
     }
 
+    /// Returns the promises that a run broke. A run that ends with an error broke one.
+    pub fn broken_by(run: impl FnOnce(&mut Self) -> anyhow::Result<()>) -> Vec<String> {
+        let mut promises = Self::new();
+        if let Err(error) = run(&mut promises) {
+            promises.fail(format!("{error:#}"));
+        }
+        promises.into_failed()
+    }
+
     /// Records whether a promise held. `name` returns what was promised, with the figure that broke
     /// it.
     pub fn hold(&mut self, held: bool, name: impl FnOnce() -> String) {

@@ -61,11 +61,7 @@ pub fn run(setting: &Setting) -> anyhow::Result<Bootstrap> {
     let hybrid = Hybrid::build(setting)?;
     let mut figures =
         Bootstrap { rootless: setting.rank == Rank::Rootless, ..Bootstrap::default() };
-    let mut promises = Promises::new();
-    if let Err(error) = figures.play(setting, &hybrid, &mut promises) {
-        promises.fail(format!("{error:#}"));
-    }
-    figures.failed = promises.into_failed();
+    figures.failed = Promises::broken_by(|promises| figures.play(setting, &hybrid, promises));
     Ok(figures)
 }
 

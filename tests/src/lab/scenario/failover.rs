@@ -75,12 +75,8 @@ const CUT: &str = "cut";
 /// Runs the scenario and returns its results.
 pub fn run(setting: &Setting) -> anyhow::Result<Failover> {
     let mut figures = Failover { rootless: setting.rank == Rank::Rootless, ..Failover::default() };
-    let mut promises = Promises::new();
     let mut world = World::build(setting)?;
-    if let Err(error) = figures.measure(setting, &mut world, &mut promises) {
-        promises.fail(format!("{error:#}"));
-    }
-    figures.failed = promises.into_failed();
+    figures.failed = Promises::broken_by(|promises| figures.measure(setting, &mut world, promises));
     Ok(figures)
 }
 

@@ -51,11 +51,7 @@ const CONTROLLER_RSS_MB: f64 = 50.0;
 pub fn run(setting: &Setting) -> anyhow::Result<Idle> {
     let hybrid = Hybrid::build(setting)?;
     let mut idle = Idle { rootless: setting.rank == Rank::Rootless, ..Idle::default() };
-    let mut promises = Promises::new();
-    if let Err(error) = idle.measure(setting, &hybrid, &mut promises) {
-        promises.fail(format!("{error:#}"));
-    }
-    idle.failed = promises.into_failed();
+    idle.failed = Promises::broken_by(|promises| idle.measure(setting, &hybrid, promises));
     Ok(idle)
 }
 

@@ -161,11 +161,7 @@ pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Leak> {
     let seed = given_or_random(options.seed)?;
     setting.output.note(&format!("seed {seed} (repeat with --seed)"));
     let mut leak = Leak { rootless: setting.rank == Rank::Rootless, seed, ..Leak::default() };
-    let mut promises = Promises::new();
-    if let Err(error) = leak.play(setting, *options, &hybrid, &mut promises) {
-        promises.fail(format!("{error:#}"));
-    }
-    leak.failed = promises.into_failed();
+    leak.failed = Promises::broken_by(|promises| leak.play(setting, *options, &hybrid, promises));
     Ok(leak)
 }
 

@@ -113,11 +113,7 @@ pub fn run(setting: &Setting) -> anyhow::Result<Many> {
         rss_mb_max: RSS_MB,
         ..Many::default()
     };
-    let mut promises = Promises::new();
-    if let Err(error) = figures.measure(setting, &mut promises) {
-        promises.fail(format!("{error:#}"));
-    }
-    figures.failed = promises.into_failed();
+    figures.failed = Promises::broken_by(|promises| figures.measure(setting, promises));
     Ok(figures)
 }
 

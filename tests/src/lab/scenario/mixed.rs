@@ -130,13 +130,9 @@ pub fn require_history() -> anyhow::Result<()> {
 pub fn run(setting: &Setting) -> anyhow::Result<Mixed> {
     let rootless = setting.rank == Rank::Rootless;
     let mut figures = Mixed { rootless, before: BEFORE, ..Mixed::default() };
-    let mut promises = Promises::new();
     let before = Binaries::build_commit(BEFORE)?;
     let mut world = World::build(setting, before)?;
-    if let Err(error) = figures.measure(setting, &mut world, &mut promises) {
-        promises.fail(format!("{error:#}"));
-    }
-    figures.failed = promises.into_failed();
+    figures.failed = Promises::broken_by(|promises| figures.measure(setting, &mut world, promises));
     Ok(figures)
 }
 

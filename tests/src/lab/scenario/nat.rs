@@ -178,14 +178,11 @@ pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<NatFigures> {
         loss_pct: options.loss_pct,
         ..NatFigures::default()
     };
-    let mut promises = Promises::new();
     let pairs = if options.full { grid() } else { PAIRS.to_vec() };
     setting.output.step("building the simulated internet, the NATs and the nodes");
     let mut world = World::build(setting, *options, &pairs)?;
-    if let Err(error) = figures.measure(setting, &mut world, &pairs, &mut promises) {
-        promises.fail(format!("{error:#}"));
-    }
-    figures.failed = promises.into_failed();
+    figures.failed =
+        Promises::broken_by(|promises| figures.measure(setting, &mut world, &pairs, promises));
     Ok(figures)
 }
 

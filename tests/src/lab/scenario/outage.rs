@@ -97,12 +97,8 @@ const GATEWAY: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
 /// Runs the scenario and returns its results.
 pub fn run(setting: &Setting) -> anyhow::Result<Outage> {
     let mut figures = Outage { rootless: setting.rank == Rank::Rootless, ..Outage::default() };
-    let mut promises = Promises::new();
     let mut world = World::build(setting)?;
-    if let Err(error) = figures.measure(setting, &mut world, &mut promises) {
-        promises.fail(format!("{error:#}"));
-    }
-    figures.failed = promises.into_failed();
+    figures.failed = Promises::broken_by(|promises| figures.measure(setting, &mut world, promises));
     Ok(figures)
 }
 

@@ -72,11 +72,7 @@ pub struct Options {
 /// Runs the scenario and returns its results.
 pub fn run(rank: Rank) -> anyhow::Result<PlanFigures> {
     let mut figures = PlanFigures { rootless: rank == Rank::Rootless, ..Default::default() };
-    let mut promises = Promises::new();
-    if let Err(error) = figures.measure(&mut promises) {
-        promises.fail(format!("{error:#}"));
-    }
-    figures.failed = promises.into_failed();
+    figures.failed = Promises::broken_by(|promises| figures.measure(promises));
     Ok(figures)
 }
 

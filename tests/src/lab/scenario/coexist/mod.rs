@@ -89,11 +89,8 @@ pub struct Options {
 pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Coexist> {
     let hybrid = Hybrid::build(setting)?;
     let mut coexist = Coexist { rootless: setting.rank == Rank::Rootless, ..Coexist::default() };
-    let mut promises = Promises::new();
-    if let Err(error) = coexist.play(setting, options.netlink, &hybrid, &mut promises) {
-        promises.fail(format!("{error:#}"));
-    }
-    coexist.failed = promises.into_failed();
+    coexist.failed =
+        Promises::broken_by(|promises| coexist.play(setting, options.netlink, &hybrid, promises));
     Ok(coexist)
 }
 

@@ -79,11 +79,7 @@ pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Crash> {
     let seed = given_or_random(options.seed)?;
     setting.output.note(&format!("seed {seed} (repeat with --seed)"));
     let mut crash = Crash { rootless: setting.rank == Rank::Rootless, seed, ..Crash::default() };
-    let mut promises = Promises::new();
-    if let Err(error) = crash.play(setting, *options, &hybrid, &mut promises) {
-        promises.fail(format!("{error:#}"));
-    }
-    crash.failed = promises.into_failed();
+    crash.failed = Promises::broken_by(|promises| crash.play(setting, *options, &hybrid, promises));
     Ok(crash)
 }
 

@@ -162,11 +162,7 @@ pub fn run(setting: &Setting, options: &Options) -> anyhow::Result<Flood> {
         paced_mbit_per_s: options.mbit,
         ..Flood::default()
     };
-    let mut promises = Promises::new();
-    if let Err(error) = flood.play(setting, options, &mut promises) {
-        promises.fail(format!("{error:#}"));
-    }
-    flood.failed = promises.into_failed();
+    flood.failed = Promises::broken_by(|promises| flood.play(setting, options, promises));
     Ok(flood)
 }
 

@@ -67,11 +67,8 @@ pub fn run(setting: &Setting) -> anyhow::Result<Kubernetes> {
     let hybrid = Hybrid::build(setting)?;
     let mut figures =
         Kubernetes { rootless: setting.rank == Rank::Rootless, ..Kubernetes::default() };
-    let mut promises = Promises::new();
-    if let Err(error) = figures.play(setting, &hybrid, programs, &mut promises) {
-        promises.fail(format!("{error:#}"));
-    }
-    figures.failed = promises.into_failed();
+    figures.failed =
+        Promises::broken_by(|promises| figures.play(setting, &hybrid, programs, promises));
     Ok(figures)
 }
 
