@@ -343,6 +343,11 @@ impl<'a> RouterBuilder<'a> {
         Ok(self)
     }
 
+    /// Sets the router's addresses on the internet to 203.0.113.N and 2001:db8::N.
+    pub fn public_number(self, number: u8) -> anyhow::Result<Self> {
+        self.public(&format!("203.0.113.{number}"), &format!("2001:db8::{number}"))
+    }
+
     /// Places the router behind another router instead of on the internet.
     pub fn behind(mut self, router: &'a Router) -> Self {
         self.uplink = Some(Uplink::Lan(router));
@@ -355,6 +360,11 @@ impl<'a> RouterBuilder<'a> {
         self.lan =
             Some(parse().with_context(|| format!("{v4} and {v6} are not networks of a LAN"))?);
         Ok(self)
+    }
+
+    /// Sets the networks of the router's LAN to 192.168.N.0/24 and 2001:db8:N::/64.
+    pub fn lan_number(self, number: u8) -> anyhow::Result<Self> {
+        self.lan(&format!("192.168.{number}.0/24"), &format!("2001:db8:{number}::/64"))
     }
 
     /// Sets the router's NAT or firewall class; without one, the router only forwards.

@@ -113,8 +113,8 @@ impl World {
         ] {
             routers.push(
                 lab.router(&format!("r{number}"))
-                    .public(&format!("203.0.113.{number}"), &format!("2001:db8::{number}"))?
-                    .lan(&format!("192.168.{number}.0/24"), &format!("2001:db8:{number}::/64"))?
+                    .public_number(number)?
+                    .lan_number(number)?
                     .nat(nat)
                     .build()?,
             );

@@ -86,8 +86,8 @@ impl Hybrid {
         let mut site = |letter: &str, number: u8| -> anyhow::Result<(Router, Arc<Host>)> {
             let router = lab
                 .router(&format!("router-{letter}"))
-                .public(&format!("203.0.113.1{number}"), &format!("2001:db8::1{number}"))?
-                .lan(&format!("192.168.{number}.0/24"), &format!("2001:db8:{number}::/64"))?
+                .public_number(10 + number)?
+                .lan_number(number)?
                 .nat(Nat::Masquerade)
                 .build()?;
             let worker = lab.host(&format!("worker-{letter}")).behind(&router).build()?;

@@ -169,7 +169,7 @@ impl World {
                     let router = lab
                         .router(&format!("r{number}"))
                         .public(&public(number).to_string(), &format!("2001:db8::{number:x}"))?
-                        .lan(&format!("192.168.{number}.0/24"), &format!("2001:db8:{number}::/64"))?
+                        .lan_number(number)?
                         .nat(nat)
                         .build()?;
                     let host = lab.host(name).only(Family::V4).behind(&router).build()?;

@@ -69,8 +69,8 @@ impl Sites {
         for number in [1, 2] {
             let router = lab
                 .router(&format!("router-{number}"))
-                .public(&format!("203.0.113.1{number}"), &format!("2001:db8::1{number}"))?
-                .lan(&format!("192.168.{number}.0/24"), &format!("2001:db8:{number}::/64"))?
+                .public_number(10 + number)?
+                .lan_number(number)?
                 .nat(nat)
                 .build()?;
             let name = format!("worker-{number}");

@@ -121,8 +121,8 @@ impl Cluster {
         let player = lab.host("player").public("203.0.113.90", "2001:db8::90")?.build()?;
         let mut router = |letter: &str, number: u8| {
             lab.router(&format!("router-{letter}"))
-                .public(&format!("203.0.113.1{number}"), &format!("2001:db8::1{number}"))?
-                .lan(&format!("192.168.{number}.0/24"), &format!("2001:db8:{number}::/64"))?
+                .public_number(10 + number)?
+                .lan_number(number)?
                 .nat(Nat::Masquerade)
                 .build()
         };
