@@ -294,14 +294,7 @@ impl Connection {
         }
         let Some(last) = batch.last_mut() else { return Ok(Vec::new()) };
         last.add_flags(libc::NLM_F_ACK as u16);
-        let first_sequence = self.sequence.wrapping_add(1);
-        let mut bytes = Vec::with_capacity(batch.iter().map(Message::len).sum());
-        for message in batch.iter_mut() {
-            let sequence = self.next_sequence();
-            bytes.extend_from_slice(message.finish(sequence));
-        }
-        self.send(&bytes)?;
-
+        let first_sequence = self.send_all(batch)?;
         let mut failures = Vec::new();
         loop {
             let Some(length) = self.receive(0).map_err(lost("change the network"))? else {
@@ -325,14 +318,7 @@ impl Connection {
     /// Sends the messages of one transaction and returns the failures. The kernel acknowledges no
     /// message of a transaction, so no answer means success.
     pub fn transact(&mut self, batch: &mut [Message]) -> Result<Vec<Failure>, NetlinkError> {
-        let first_sequence = self.sequence.wrapping_add(1);
-        let mut bytes = Vec::with_capacity(batch.iter().map(Message::len).sum());
-        for message in batch.iter_mut() {
-            let sequence = self.next_sequence();
-            bytes.extend_from_slice(message.finish(sequence));
-        }
-        self.send(&bytes)?;
-
+        let first_sequence = self.send_all(batch)?;
         let mut failures = Vec::new();
         let mut overrun = false;
         loop {
@@ -360,6 +346,18 @@ impl Connection {
             return Err(NetlinkError::Overrun("change a table".to_owned()));
         }
         Ok(failures)
+    }
+
+    /// Sends messages in one call. Returns the sequence number of the first; the others follow it.
+    fn send_all(&mut self, batch: &mut [Message]) -> Result<u32, NetlinkError> {
+        let first_sequence = self.sequence.wrapping_add(1);
+        let mut bytes = Vec::with_capacity(batch.iter().map(Message::len).sum());
+        for message in batch.iter_mut() {
+            let sequence = self.next_sequence();
+            bytes.extend_from_slice(message.finish(sequence));
+        }
+        self.send(&bytes)?;
+        Ok(first_sequence)
     }
 
     fn next_sequence(&mut self) -> u32 {
