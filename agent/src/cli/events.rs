@@ -1,30 +1,11 @@
 //! Implements `towline events`: what happened on this node lately.
 
-use std::time::Duration;
-
-use clap::Args;
 use towline_proto::pb;
-use towline_service::event_output;
+use towline_service::event_output::{self, EventsArgs};
 use towline_service::output::{self, Format};
 
 use super::local::{status_error, with_agent};
 use crate::config::Config;
-
-#[derive(Debug, Args)]
-pub(super) struct EventsArgs {
-    /// Only events of this last time, such as 10m or 2h
-    #[arg(long, value_name = "TIME", value_parser = event_output::since)]
-    since: Option<Duration>,
-    /// Only events after the one with this id
-    #[arg(long, value_name = "ID")]
-    after: Option<String>,
-    /// Print events as they happen, until this is interrupted
-    #[arg(short, long)]
-    follow: bool,
-    /// Output format; with --follow, JSON and YAML print one document for each event
-    #[arg(short, long, value_enum, default_value_t)]
-    output: Format,
-}
 
 pub(super) fn run(config: &Config, args: EventsArgs) -> anyhow::Result<()> {
     let EventsArgs { since, after, follow, output } = args;

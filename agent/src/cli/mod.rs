@@ -30,6 +30,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
+use towline_service::event_output::EventsArgs;
 use towline_service::log::LogArgs;
 use towline_service::manual::{self, Shell};
 use towline_service::output::{self, Format, OutputError};
@@ -94,7 +95,7 @@ enum Command {
     Top,
     /// Show what happened on this node lately: peers, paths, controllers, problems
     #[command(after_help = examples::EVENTS)]
-    Events(events::EventsArgs),
+    Events(EventsArgs),
     /// Show this machine's WireGuard public key, for the other end of a static peer
     #[command(after_help = examples::PUBKEY)]
     Pubkey,

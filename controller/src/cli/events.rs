@@ -2,10 +2,9 @@
 
 use std::time::Duration;
 
-use clap::Args;
 use tokio::time::sleep;
 use towline_proto::pb;
-use towline_service::event_output;
+use towline_service::event_output::{self, EventsArgs};
 use towline_service::output::{self, Format};
 
 use super::Common;
@@ -15,45 +14,27 @@ use crate::clock;
 /// Interval at which a follower asks for events.
 const PERIOD: Duration = Duration::from_secs(2);
 
-#[derive(Debug, Args)]
-pub(super) struct EventsArgs {
-    /// Only events of this last time, such as 10m or 2h
-    #[arg(long, value_name = "TIME", value_parser = event_output::since)]
-    since: Option<Duration>,
-    /// Only events after the one with this id
-    #[arg(long, value_name = "ID")]
-    after: Option<String>,
-    /// Print events as they happen, until this is interrupted
-    #[arg(short, long)]
-    follow: bool,
-    /// Output format; with --follow, JSON and YAML print one document for each event
-    #[arg(short, long, value_enum, default_value_t)]
-    output: Format,
-}
-
-impl EventsArgs {
-    pub(super) async fn run(self, common: &Common) -> anyhow::Result<()> {
-        let Self { since, after, follow, output } = self;
-        let since_ms = since.map(|since| i64::try_from(since.as_millis()).unwrap_or(i64::MAX));
-        let oldest = since_ms.map(|since| clock::unix_millis().saturating_sub(since));
-        let mut client = common.connect().await?;
-        let mut after = after.unwrap_or_default();
-        loop {
-            let request = pb::ListEventsRequest { after: after.clone() };
-            let answer = client.admin.list_events(request).await.map_err(status_error)?;
-            let mut events = answer.into_inner().events;
-            if let Some(last) = events.last() {
-                after.clone_from(&last.id);
-            }
-            events.retain(|event| oldest.is_none_or(|oldest| event.at >= oldest));
-            if !follow {
-                let wide = output == Format::Wide;
-                return Ok(output::write(output, &events, |_| event_output::lines(&events, wide))?);
-            }
-            for event in &events {
-                output::print(&event_output::one(output, event)?)?;
-            }
-            sleep(PERIOD).await;
+pub(super) async fn run(args: EventsArgs, common: &Common) -> anyhow::Result<()> {
+    let EventsArgs { since, after, follow, output } = args;
+    let since_ms = since.map(|since| i64::try_from(since.as_millis()).unwrap_or(i64::MAX));
+    let oldest = since_ms.map(|since| clock::unix_millis().saturating_sub(since));
+    let mut client = common.connect().await?;
+    let mut after = after.unwrap_or_default();
+    loop {
+        let request = pb::ListEventsRequest { after: after.clone() };
+        let answer = client.admin.list_events(request).await.map_err(status_error)?;
+        let mut events = answer.into_inner().events;
+        if let Some(last) = events.last() {
+            after.clone_from(&last.id);
         }
+        events.retain(|event| oldest.is_none_or(|oldest| event.at >= oldest));
+        if !follow {
+            let wide = output == Format::Wide;
+            return Ok(output::write(output, &events, |_| event_output::lines(&events, wide))?);
+        }
+        for event in &events {
+            output::print(&event_output::one(output, event)?)?;
+        }
+        sleep(PERIOD).await;
     }
 }

@@ -11,6 +11,7 @@ use serde::Serialize;
 use towline_proto::id::{IdentityKey, Label, MeshId};
 use towline_proto::token::ControllerAddress;
 use towline_proto::{pb, signed};
+use towline_service::event_output::EventsArgs;
 use towline_service::output::{self, Format};
 
 use super::client::status_error;
@@ -37,7 +38,7 @@ pub(super) enum Mesh {
     Graph(tunnels::Graph),
     /// Show what happened in the mesh lately: who joined, left, connected, disconnected, was refused
     #[command(after_help = examples::MESH_EVENTS)]
-    Events(events::EventsArgs),
+    Events(EventsArgs),
     /// Change the configuration of the mesh: each given list is replaced, on every node at once
     #[command(after_help = examples::MESH_SET)]
     Set(Changes),
@@ -77,7 +78,7 @@ pub(super) async fn run(command: Mesh, common: &Common) -> anyhow::Result<()> {
         Mesh::Status(args) => args.run(common).await,
         Mesh::Matrix(args) => args.run(common).await,
         Mesh::Graph(args) => args.run(common).await,
-        Mesh::Events(args) => args.run(common).await,
+        Mesh::Events(args) => events::run(args, common).await,
         Mesh::Set(changes) => {
             let request = changes.request()?;
             let mut client = common.connect().await?;

@@ -2,10 +2,28 @@
 
 use std::time::Duration;
 
+use clap::Args;
 use jiff::SignedDuration;
 use towline_proto::pb;
 
 use crate::output::{self, Format, OutputError};
+
+/// Arguments of the commands `events`.
+#[derive(Debug, Args)]
+pub struct EventsArgs {
+    /// Only events of this last time, such as 10m or 2h
+    #[arg(long, value_name = "TIME", value_parser = since)]
+    pub since: Option<Duration>,
+    /// Only events after the one with this id
+    #[arg(long, value_name = "ID")]
+    pub after: Option<String>,
+    /// Print events as they happen, until this is interrupted
+    #[arg(short, long)]
+    pub follow: bool,
+    /// Output format; with --follow, JSON and YAML print one document for each event
+    #[arg(short, long, value_enum, default_value_t)]
+    pub output: Format,
+}
 
 /// Parses the time of `--since`, such as `10m` or `2h`.
 ///
