@@ -2,11 +2,9 @@
 
 use anyhow::bail;
 use clap::Args;
-use serde::Serialize;
-use towline_proto::status::SCHEMA_VERSION;
 use towline_service::output::{self, Format};
 
-use super::{doctor, local};
+use super::{Versioned, doctor, local};
 use crate::config::Config;
 use crate::control::unknown_node;
 use crate::doctor::explain::{self, Explanation, Verdict};
@@ -21,20 +19,13 @@ pub(super) struct ExplainArgs {
     output: Format,
 }
 
-#[derive(Serialize)]
-struct Report<'a> {
-    schema_version: u32,
-    #[serde(flatten)]
-    explanation: &'a Explanation,
-}
-
 /// Prints the explanation. Succeeds if this node knows the peer.
 pub(super) fn run(config: &Config, args: &ExplainArgs) -> anyhow::Result<()> {
     let answers = local::ask(&config.socket)?;
     let facts = doctor::facts(config, Agent::Answered(Box::new(answers.clone())));
     let paths = local::paths(&config.socket, &args.peer);
     let explanation = explain::explain(&args.peer, &answers, &paths, &examine(&facts));
-    let report = Report { schema_version: SCHEMA_VERSION, explanation: &explanation };
+    let report = Versioned::new(&explanation);
     output::write(args.output, &report, |wide| text(&explanation, wide))?;
     if explanation.state == Verdict::Unknown {
         bail!("{}", unknown_node(&args.peer));

@@ -30,6 +30,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
+use serde::Serialize;
+use towline_proto::status::SCHEMA_VERSION;
 use towline_service::event_output::EventsArgs;
 use towline_service::log::LogArgs;
 use towline_service::manual::{self, Shell};
@@ -171,6 +173,20 @@ struct OutputArgs {
     /// Output format
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
+}
+
+/// Document of a diagnosis: its fields, and the version of their form.
+#[derive(Serialize)]
+struct Versioned<'a, T> {
+    schema_version: u32,
+    #[serde(flatten)]
+    document: &'a T,
+}
+
+impl<'a, T: Serialize> Versioned<'a, T> {
+    fn new(document: &'a T) -> Self {
+        Self { schema_version: SCHEMA_VERSION, document }
+    }
 }
 
 #[derive(Debug, Subcommand)]

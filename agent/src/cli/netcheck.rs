@@ -4,14 +4,12 @@ use std::net::SocketAddr;
 
 use anyhow::bail;
 use clap::Args;
-use serde::Serialize;
 use towline_proto::node::Candidate;
 use towline_proto::pb;
-use towline_proto::status::SCHEMA_VERSION;
 use towline_service::color::{Color, Palette};
 use towline_service::output::{self, Format};
 
-use super::local;
+use super::{Versioned, local};
 use crate::config::Config;
 use crate::netcheck::{
     AgentView, FamilyFindings, FamilyState, Nat, NatMapping, Netcheck, ReflectorFindings, judge,
@@ -27,13 +25,6 @@ pub(super) struct NetcheckArgs {
     /// Output format
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
-}
-
-#[derive(Serialize)]
-struct Report<'a> {
-    schema_version: u32,
-    #[serde(flatten)]
-    netcheck: &'a Netcheck,
 }
 
 /// Asks the STUN servers and prints the findings. Succeeds if one of them answered.
@@ -52,7 +43,7 @@ pub(super) fn run(config: &Config, args: NetcheckArgs) -> anyhow::Result<()> {
     }
     let (ipv4, ipv6) = probe::observe(&reflectors, &config.link.name);
     let findings = judge(&ipv4, &ipv6, status.as_ref().map(agent_view));
-    let report = Report { schema_version: SCHEMA_VERSION, netcheck: &findings };
+    let report = Versioned::new(&findings);
     output::write(args.output, &report, |_| text(&findings, Palette::of_stdout()))?;
     if !findings.udp {
         bail!(

@@ -3,13 +3,11 @@
 use anyhow::bail;
 use clap::Args;
 use ipnet::IpNet;
-use serde::Serialize;
 use towline_proto::pb;
-use towline_proto::status::SCHEMA_VERSION;
 use towline_service::color::Palette;
 use towline_service::output::{self, Format};
 
-use super::{doctor, local};
+use super::{Versioned, doctor, local};
 use crate::config::{Addressing, Config};
 use crate::doctor::{Agent, examine};
 use crate::trace::destination::Destination;
@@ -26,13 +24,6 @@ pub(super) struct TraceArgs {
     output: Format,
 }
 
-#[derive(Serialize)]
-struct Report<'a> {
-    schema_version: u32,
-    #[serde(flatten)]
-    trace: &'a Trace,
-}
-
 /// Prints the steps. Succeeds unless the packet or its answer is dropped.
 pub(super) fn run(config: &Config, args: &TraceArgs) -> anyhow::Result<()> {
     let answers = local::ask(&config.socket)?;
@@ -44,7 +35,7 @@ pub(super) fn run(config: &Config, args: &TraceArgs) -> anyhow::Result<()> {
     let input =
         Input { target: &target, answers: &answers, checks: &checks, own: &own, kernel: &kernel };
     let traced = trace(input);
-    let report = Report { schema_version: SCHEMA_VERSION, trace: &traced };
+    let report = Versioned::new(&traced);
     output::write(args.output, &report, |wide| text(&traced, wide, Palette::of_stdout()))?;
     if traced.outcome == Outcome::Dropped {
         bail!("a packet to {} is dropped, or its answer is: see the steps above", traced.address);
