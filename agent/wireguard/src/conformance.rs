@@ -5,7 +5,7 @@ use std::time::Duration;
 use towline_types::id::{PresharedKey, WireguardKey};
 use x25519_dalek::StaticSecret;
 
-use crate::internals::{World, establish, open, pair_of, seal};
+use crate::internals::{World, answer, establish, initiate, open, pair_of, seal};
 use crate::{
     Aead, Answered, Engine, EngineChoice, HANDSHAKE_BYTES, MessageKind, Opened, Refusal, Secrets,
     Session,
@@ -43,22 +43,6 @@ fn packet(len: usize, mark: u8) -> Vec<u8> {
     packet[2..4].copy_from_slice(&(len as u16).to_be_bytes());
     packet.resize(len.next_multiple_of(16), 0);
     packet
-}
-
-fn initiate(world: &mut World, session: &mut Session) -> Vec<u8> {
-    let mut message = [0; HANDSHAKE_BYTES];
-    let len = world.with(|inputs| session.initiate(inputs, &mut message));
-    message[..len].to_vec()
-}
-
-fn answer(world: &mut World, session: &mut Session, message: &[u8]) -> (Answered, Vec<u8>) {
-    let mut reply = [0; HANDSHAKE_BYTES];
-    let answered = world.with(|inputs| session.handshake(inputs, message, &mut reply));
-    let len = match answered {
-        Answered::Response { len, .. } | Answered::Established { len } => len,
-        Answered::Cookie | Answered::Refused(_) => 0,
-    };
-    (answered, reply[..len].to_vec())
 }
 
 /// Asserts that a packet gets through in both directions.

@@ -156,14 +156,31 @@ pub fn pair_of(engines: [Engine; 2], world: &mut World) -> [Session; 2] {
     [a, b]
 }
 
+/// Returns the message by which a session initiates a handshake.
+pub fn initiate(world: &mut World, session: &mut Session) -> Vec<u8> {
+    let mut message = [0; HANDSHAKE_BYTES];
+    let len = world.with(|inputs| session.initiate(inputs, &mut message));
+    message[..len].to_vec()
+}
+
+/// Returns the answer to a message of a handshake, and the reply, which is empty if there is none.
+pub fn answer(world: &mut World, session: &mut Session, message: &[u8]) -> (Answered, Vec<u8>) {
+    let mut reply = [0; HANDSHAKE_BYTES];
+    let answered = world.with(|inputs| session.handshake(inputs, message, &mut reply));
+    let len = match answered {
+        Answered::Response { len, .. } | Answered::Established { len } => len,
+        Answered::Cookie | Answered::Refused(_) => 0,
+    };
+    (answered, reply[..len].to_vec())
+}
+
 /// Completes a handshake that `a` initiates. Returns whether both have a session that is confirmed.
 pub fn establish(world: &mut World, a: &mut Session, b: &mut Session) -> bool {
-    let (mut message, mut answer) = ([0; HANDSHAKE_BYTES], [0; HANDSHAKE_BYTES]);
-    let len = world.with(|inputs| a.initiate(inputs, &mut message));
-    let answered = world.with(|inputs| b.handshake(inputs, &message[..len], &mut answer));
-    let Answered::Response { len, .. } = answered else { return false };
-    let answered = world.with(|inputs| a.handshake(inputs, &answer[..len], &mut message));
-    let Answered::Established { len } = answered else { return false };
-    let opened = open(b, world.now, &[message[..len].to_vec()]);
+    let initiation = initiate(world, a);
+    let (answered, response) = answer(world, b, &initiation);
+    let Answered::Response { .. } = answered else { return false };
+    let (answered, keepalive) = answer(world, a, &response);
+    let Answered::Established { .. } = answered else { return false };
+    let opened = open(b, world.now, &[keepalive]);
     matches!(opened[..], [(Opened::Keepalive, _)]) && a.is_ready(world.now) && b.is_ready(world.now)
 }

@@ -9,7 +9,7 @@ use super::timers::{
     KEEPALIVE_TIMEOUT, REKEY_AFTER, REKEY_ATTEMPT, REKEY_ON_RECEIVE, REKEY_TIMEOUT,
 };
 use super::transport::{REJECT_AFTER, REJECT_AFTER_MESSAGES, REKEY_AFTER_MESSAGES};
-use crate::internals::{Outbox, World, establish, open, pair_of, seal};
+use crate::internals::{Outbox, World, answer, establish, initiate, open, pair_of, seal};
 use crate::{
     Aead, Answered, Engine, EngineChoice, HANDSHAKE_BYTES, MessageKind, Opened, Refusal, Sealed,
     Secrets, Segments, Session, Tick,
@@ -41,24 +41,6 @@ fn packet() -> Vec<u8> {
     packet[0] = 0x45;
     packet[3] = 20;
     packet
-}
-
-fn initiate(world: &mut World, session: &mut Session) -> Vec<u8> {
-    let mut message = [0; HANDSHAKE_BYTES];
-    let len = world.with(|inputs| session.initiate(inputs, &mut message));
-    assert_eq!(len, HANDSHAKE_BYTES);
-    message.to_vec()
-}
-
-/// Returns the answer to a message, and the reply.
-fn answer(world: &mut World, session: &mut Session, message: &[u8]) -> (Answered, Vec<u8>) {
-    let mut reply = [0; HANDSHAKE_BYTES];
-    let answered = world.with(|inputs| session.handshake(inputs, message, &mut reply));
-    let len = match answered {
-        Answered::Response { len, .. } | Answered::Established { len } => len,
-        Answered::Cookie | Answered::Refused(_) => 0,
-    };
-    (answered, reply[..len].to_vec())
 }
 
 /// Ticks each quarter of a second until `time` has passed. Returns what was due, with the time since
