@@ -22,11 +22,13 @@
 //! ranges of the mesh. Even after the removal, no packet may reach the pods of the removed node or
 //! come from them.
 
+mod packets;
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -42,7 +44,7 @@ use super::hybrid::{Hybrid, Mesh};
 use crate::lab::actor::Actor;
 use crate::lab::background_traffic::{BackgroundTraffic, Member, PORT, StopOnDrop};
 use crate::lab::capture::Capture;
-use crate::lab::interrupt::{sleep, wait_for, wait_until_steady, wait_up_to};
+use crate::lab::interrupt::{sleep, wait_for};
 use crate::lab::mesh::{Node, START_LIMIT, require_tunnel};
 use crate::lab::namespace::{Namespace, join};
 use crate::lab::privilege::Rank;
@@ -53,6 +55,7 @@ use crate::lab::tamper::Tampering;
 use crate::lab::topology::Host;
 use crate::lab::traffic::{MARK, Pattern, given_or_random, random_bytes};
 use crate::lab::unusual::{FromHost, FromPod, Transport, Way};
+use packets::{SpoofedTraffic, Unusual};
 
 /// Command line options of the scenario.
 #[derive(Debug, Clone, Copy, clap::Args)]
@@ -113,14 +116,8 @@ const FEWEST_ACTS_A_MINUTE: u64 = 20;
 const SLOWEST: u32 = 4;
 /// Range of the random pause between two actions, in milliseconds.
 const PAUSE_MS: std::ops::Range<u64> = 150..1_200;
-/// Pause between two rounds of forged packets to one node.
-const FORGING_PACE: Duration = Duration::from_millis(5);
 /// Limit for the recovery: after the last action, all traffic flows again within this time.
 const RECOVERY_LIMIT: Duration = Duration::from_secs(60);
-/// Limit for the test packets of the listeners, on a slow machine.
-const PROOF_LIMIT: Duration = Duration::from_secs(60);
-/// Time without a further test packet after which none is on its way.
-const SILENCE: Duration = Duration::from_secs(1);
 /// TCP port that every node serves in clear and through the tunnel (`plain_ports`).
 const PLAIN_PORT: u16 = 6_443;
 /// UDP port of the agents.
@@ -633,119 +630,6 @@ impl Leak {
         promises.hold(self.sealed_packets > 0, || {
             "the captures see WireGuard frames: none was seen".to_owned()
         });
-    }
-}
-
-/// Packets that are sent after each action: their payload and their destinations.
-struct Unusual {
-    /// Destinations by the index of the sending node: the mesh addresses and the pod addresses of
-    /// all other members.
-    targets: Vec<Vec<SocketAddr>>,
-    payload: Vec<u8>,
-}
-
-impl Unusual {
-    fn new(background_traffic: &BackgroundTraffic<'_>, pods: &[Host], pattern: Pattern) -> Self {
-        let all: Vec<Vec<SocketAddr>> = background_traffic
-            .members()
-            .iter()
-            .zip(pods)
-            .map(|(member, pod)| {
-                let addresses = member.addresses.iter().chain(pod.addresses());
-                addresses.map(|address| (*address, PORT).into()).collect()
-            })
-            .collect();
-        let others = |place: usize| {
-            let others = all.iter().enumerate().filter(|(other, _)| *other != place);
-            others.flat_map(|(_, targets)| targets.clone()).collect()
-        };
-        let payload = [pattern.cell(0), pattern.cell(1)].concat();
-        Self { targets: (0..all.len()).map(others).collect(), payload }
-    }
-}
-
-/// Sender of forged packets to one node.
-struct SpoofedTraffic<'a> {
-    spoofer: Spoofer,
-    packets: Vec<Vec<u8>>,
-    /// Packet with the tag of the forged ones, but with a legitimate source. Shows that the
-    /// listener counts packets that get through.
-    honest: Vec<u8>,
-    unarmed: &'a AtomicBool,
-    /// Number of forged packets that were sent.
-    sent: AtomicU64,
-    /// Number of packets with the tag that [`Self::prove`] let the member receive. Not counted as
-    /// accepted.
-    proof: AtomicU64,
-}
-
-impl<'a> SpoofedTraffic<'a> {
-    /// Builds packets whose sources are all mesh addresses and a pod address of every node, those
-    /// of the victim included. Their destinations are the addresses of the victim's uplink, its
-    /// mesh addresses, and the mesh addresses of the other members.
-    fn new(
-        spoofer: Spoofer,
-        background_traffic: &BackgroundTraffic<'_>,
-        uplink: &[IpAddr],
-        tag: [u8; MARK],
-        unarmed: &'a AtomicBool,
-    ) -> Self {
-        let mesh = || {
-            background_traffic.members().iter().flat_map(|member| member.addresses.iter().copied())
-        };
-        let mut packets = Vec::new();
-        let nodes = background_traffic.members().len() as u8;
-        for from in mesh().chain((0..nodes).flat_map(absent_pods)) {
-            for to in uplink.iter().copied().chain(mesh()).filter(|to| *to != from) {
-                packets.extend(spoof::udp((from, PORT).into(), (to, PORT).into(), &tag));
-            }
-        }
-        let stranger: IpAddr = [192, 0, 2, 99].into();
-        let honest = uplink
-            .iter()
-            .filter(|ip| ip.is_ipv4())
-            .find_map(|to| spoof::udp((stranger, PORT).into(), (*to, PORT).into(), &tag).ok());
-        let honest = honest.unwrap_or_default();
-        Self {
-            spoofer,
-            packets,
-            honest,
-            unarmed,
-            sent: AtomicU64::new(0),
-            proof: AtomicU64::new(0),
-        }
-    }
-
-    /// Checks the listener: it must receive and count a packet with the tag that no guard has to
-    /// drop.
-    fn prove(&self, member: &Member<'_>) -> anyhow::Result<()> {
-        let found = wait_up_to(PROOF_LIMIT, || {
-            self.spoofer.send(&self.honest)?;
-            Ok((member.spoofed() > 0).then_some(()))
-        })?;
-        found.context("the listener for forged packets received no test packet")?;
-        // The last packets may still be on their way: wait until the count no longer changes.
-        let proof = || Ok(Some(member.spoofed()));
-        let proof = wait_until_steady("silence", PROOF_LIMIT, SILENCE, proof)?;
-        self.proof.store(proof, Ordering::Relaxed);
-        Ok(())
-    }
-
-    /// Sends forged packets until the traffic stops.
-    fn run(&self, background_traffic: &BackgroundTraffic<'_>) -> anyhow::Result<()> {
-        while !background_traffic.stopped() {
-            for packet in &self.packets {
-                if self.unarmed.load(Ordering::SeqCst) {
-                    break;
-                }
-                // Sending fails while the cable is disconnected.
-                if self.spoofer.send(packet).is_ok() {
-                    self.sent.fetch_add(1, Ordering::Relaxed);
-                }
-            }
-            sleep(FORGING_PACE)?;
-        }
-        Ok(())
     }
 }
 
