@@ -27,6 +27,7 @@
 //! possible.
 
 mod lock;
+mod membership;
 #[cfg(test)]
 mod tests;
 mod unsaved;
@@ -46,12 +47,11 @@ use rustls_pki_types::pem::PemObject;
 use serde::{Deserialize, Serialize};
 use towline_core::local_limits::HostAddresses;
 use towline_core::mesh::Mesh;
-use towline_proto::id::{IdentityKey, NodeId, NodeName};
-use towline_proto::node::{Grant, MeshConfig};
+use towline_proto::id::NodeId;
+use towline_proto::pb;
 use towline_proto::token::ControllerAddress;
-use towline_proto::{pb, signed};
 use towline_service::directory::{self, DirectoryError, PrivateDirectory};
-use towline_service::{account, certificate, pem};
+use towline_service::{account, pem};
 use zeroize::Zeroizing;
 
 use crate::confirm::{self, Confirmation, Moment, Unconfirmed};
@@ -60,6 +60,7 @@ use crate::map_cache::MapCache;
 use lock::StateLock;
 use unsaved::Unsaved;
 
+pub use membership::{InvalidMembership, Membership};
 pub use unsaved::NotStored;
 
 /// Name of the marker of `towline down`.
@@ -136,26 +137,6 @@ pub struct Keys {
     pub identity: Identity,
     /// X25519 key pair, for the tunnels.
     pub wireguard: Wireguard,
-}
-
-/// Membership of a mesh, as a join returns it: the statements that the CA signed for this node.
-#[derive(Debug, Clone)]
-pub struct Membership {
-    /// Pinned certificate of the CA.
-    pub ca: CertificateDer<'static>,
-    /// Public key of the CA, from its certificate.
-    pub ca_key: IdentityKey,
-    /// Addresses of the controllers from the join token. Those of the mesh's configuration come
-    /// first.
-    pub controllers: Vec<ControllerAddress>,
-    /// Grant of this node.
-    pub grant: Grant,
-    /// The signed form of `grant`.
-    pub signed_grant: pb::Signed,
-    /// Configuration of the mesh.
-    pub mesh: MeshConfig,
-    /// The signed form of `mesh`.
-    pub signed_mesh: pb::Signed,
 }
 
 /// Content of `membership.json`.
@@ -718,58 +699,5 @@ impl StateDir {
 
     fn not_joined(&self, name: &str) -> StateError {
         StateError::NotJoined { path: self.path.join(name) }
-    }
-}
-
-/// Error of verifying a membership.
-#[derive(Debug, thiserror::Error)]
-pub enum InvalidMembership {
-    /// The CA certificate contains no Ed25519 key.
-    #[error("the CA certificate contains no Ed25519 key")]
-    Ca,
-    /// The grant or the configuration is not what this machine asked for.
-    #[error("the {0} is another one than this machine asked for")]
-    Other(&'static str),
-    /// A statement is not signed by the CA, or is malformed.
-    #[error(transparent)]
-    Untrusted(#[from] signed::Untrusted),
-}
-
-impl Membership {
-    /// Creates a membership. Verifies both statements with the CA's key.
-    pub fn new(
-        ca: CertificateDer<'static>,
-        controllers: Vec<ControllerAddress>,
-        signed_grant: pb::Signed,
-        signed_mesh: pb::Signed,
-    ) -> Result<Self, InvalidMembership> {
-        let ca_key = certificate::public_key(&ca).ok_or(InvalidMembership::Ca)?;
-        let grant = signed::grant(Some(&signed_grant), &ca_key)?;
-        let mesh = signed::mesh(Some(&signed_mesh), &ca_key)?;
-        Ok(Self { ca, ca_key, controllers, grant, signed_grant, mesh, signed_mesh })
-    }
-
-    /// Checks that the grant is for this machine: its name, its keys, and the mesh of the configuration.
-    pub fn check_own(&self, name: &NodeName, keys: &Keys) -> Result<(), InvalidMembership> {
-        let Grant { mesh_id, identity_key, wireguard_keys, .. } = &self.grant;
-        let other = [
-            ("mesh of the grant", *mesh_id == self.mesh.mesh_id),
-            ("name in the grant", self.grant.name == *name),
-            ("identity key in the grant", *identity_key == keys.identity.public()),
-            ("WireGuard key in the grant", *wireguard_keys == [keys.wireguard.public()]),
-        ]
-        .into_iter()
-        .find(|(_, is_ours)| !is_ours);
-        other.map_or(Ok(()), |(what, _)| Err(InvalidMembership::Other(what)))
-    }
-
-    /// Takes over the mesh configuration of the map if it is newer. Returns whether it was.
-    pub fn update(&mut self, map: &MapCache) -> bool {
-        let Some((signed, mesh)) = map.mesh() else { return false };
-        if !mesh.is_newer_than(&self.mesh) {
-            return false;
-        }
-        (self.mesh, self.signed_mesh) = (mesh.clone(), signed.clone());
-        true
     }
 }
