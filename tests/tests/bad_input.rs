@@ -11,12 +11,11 @@ use towline_proto::token::JoinToken;
 use towline_tests::lab::binaries::{Binaries, Profile};
 use towline_tests::lab::interrupt::wait_for;
 use towline_tests::lab::mesh::{Controller, Node, Token, require_tunnel};
-use towline_tests::lab::nat::Nat;
 use towline_tests::lab::netns_exec::netns_exec;
 use towline_tests::lab::ping::echoes;
 use towline_tests::lab::privilege::Rank;
 use towline_tests::lab::process::CommandOutput;
-use towline_tests::lab::topology::{Host, Lab, Router};
+use towline_tests::lab::topology::{CloudAndWorker, Host, Lab, Router};
 use towline_tests::lab::traffic::{Pattern, random_bytes};
 
 /// Longest wait for what must happen. It only bounds a failing test.
@@ -35,15 +34,7 @@ struct World {
 impl World {
     fn new(rank: Rank) -> anyhow::Result<Self> {
         let binaries = Binaries::build(Profile::Dev)?;
-        let mut lab = Lab::new(rank)?;
-        let cp = lab.host("cp").public("203.0.113.10", "2001:db8::10")?.build()?;
-        let router = lab
-            .router("router-a")
-            .public("203.0.113.11", "2001:db8::11")?
-            .lan("192.168.1.0/24", "2001:db8:1::/64")?
-            .nat(Nat::Masquerade)
-            .build()?;
-        let worker = lab.host("worker-a").behind(&router).build()?;
+        let CloudAndWorker { cp, worker, router, lab } = CloudAndWorker::build(rank)?;
         let controller = Controller::start(&lab, &cp, &binaries)?;
         Ok(Self { controller, cp, worker, binaries, _router: router, lab })
     }

@@ -4,42 +4,19 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use towline_tests::lab::capture::Capture;
-use towline_tests::lab::nat::Nat;
 use towline_tests::lab::netns_exec::netns_exec;
 use towline_tests::lab::ping::{echoes, first_reply};
-use towline_tests::lab::privilege::Rank;
 use towline_tests::lab::process::Program;
-use towline_tests::lab::topology::{Host, Lab, Router};
+use towline_tests::lab::topology::{CloudAndWorker, Host};
 use towline_tests::lab::traffic::{Pattern, tcp_both_ways};
 
 /// Longest wait for what must happen. It only bounds a failing test.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// A public host, and a host behind a NAT router.
-struct Picture {
-    cp: std::sync::Arc<Host>,
-    worker: std::sync::Arc<Host>,
-    router: Router,
-    lab: Lab,
-}
-
-fn picture(rank: Rank) -> anyhow::Result<Picture> {
-    let mut lab = Lab::new(rank)?;
-    let cp = lab.host("cp").public("203.0.113.10", "2001:db8::10")?.build()?;
-    let router = lab
-        .router("router-a")
-        .public("203.0.113.11", "2001:db8::11")?
-        .lan("192.168.1.0/24", "2001:db8:1::/64")?
-        .nat(Nat::Masquerade)
-        .build()?;
-    let worker = lab.host("worker-a").behind(&router).build()?;
-    Ok(Picture { cp, worker, router, lab })
-}
-
 #[test]
 fn who_is_behind_a_router_reaches_the_internet_and_is_not_reached() {
     netns_exec("who_is_behind_a_router_reaches_the_internet_and_is_not_reached", |rank| {
-        let Picture { cp, worker, router, lab: _lab } = picture(rank).unwrap();
+        let CloudAndWorker { cp, worker, router, lab: _lab } = CloudAndWorker::build(rank).unwrap();
         let pattern = Pattern::random().unwrap();
         let ask = |from: &Host, to: IpAddr| {
             echoes(from.namespace(), to, 2, TIMEOUT, pattern).unwrap().received
@@ -60,7 +37,8 @@ fn who_is_behind_a_router_reaches_the_internet_and_is_not_reached() {
 #[test]
 fn transfers_are_verified_and_a_capture_finds_them_in_clear() {
     netns_exec("transfers_are_verified_and_a_capture_finds_them_in_clear", |rank| {
-        let Picture { cp, worker, router: _router, lab } = picture(rank).unwrap();
+        let CloudAndWorker { cp, worker, router: _router, lab } =
+            CloudAndWorker::build(rank).unwrap();
         let pattern = Pattern::random().unwrap();
         let capture = Capture::start(lab.internet(), pattern).unwrap();
         let cloud = cp.addresses()[0];
@@ -81,7 +59,8 @@ fn transfers_are_verified_and_a_capture_finds_them_in_clear() {
 #[test]
 fn a_capture_counts_watched_addresses() {
     netns_exec("a_capture_counts_watched_addresses", |rank| {
-        let Picture { cp, worker, router: _router, lab } = picture(rank).unwrap();
+        let CloudAndWorker { cp, worker, router: _router, lab } =
+            CloudAndWorker::build(rank).unwrap();
         let capture = Capture::start(lab.internet(), Pattern::random().unwrap()).unwrap();
         capture.watch(["203.0.113.10/32".parse().unwrap()]);
         echoes(worker.namespace(), cp.addresses()[0], 1, TIMEOUT, Pattern::random().unwrap())
@@ -95,7 +74,8 @@ fn a_capture_counts_watched_addresses() {
 #[test]
 fn a_first_reply_waits_for_its_link() {
     netns_exec("a_first_reply_waits_for_its_link", |rank| {
-        let Picture { cp, worker, router: _router, lab: _lab } = picture(rank).unwrap();
+        let CloudAndWorker { cp, worker, router: _router, lab: _lab } =
+            CloudAndWorker::build(rank).unwrap();
         let start = Instant::now();
         let target = cp.addresses()[0];
         let at = first_reply(worker.namespace(), target, "eth0", start + TIMEOUT).unwrap();
@@ -108,7 +88,8 @@ fn a_first_reply_waits_for_its_link() {
 #[test]
 fn processes_end_with_their_host() {
     netns_exec("processes_end_with_their_host", |rank| {
-        let Picture { cp, worker, router: _router, lab } = picture(rank).unwrap();
+        let CloudAndWorker { cp, worker, router: _router, lab } =
+            CloudAndWorker::build(rank).unwrap();
         let log = lab.directory().join("log");
         let directory = lab.directory().to_owned();
         let sleeper = Program::new("sleep").arg("1000");
@@ -133,7 +114,8 @@ fn processes_end_with_their_host() {
 #[test]
 fn commands_end_in_time() {
     netns_exec("commands_end_in_time", |rank| {
-        let Picture { cp, worker: _worker, router: _router, lab: _lab } = picture(rank).unwrap();
+        let CloudAndWorker { cp, worker: _worker, router: _router, lab: _lab } =
+            CloudAndWorker::build(rank).unwrap();
         let output = Program::new("cat").input("hello").run(cp.namespace(), TIMEOUT).unwrap();
         assert_eq!((output.status.code(), &*output.stdout), (Some(0), "hello"));
         let failed = Program::new("sh").args(["-c", "echo why >&2; exit 7"]);

@@ -68,6 +68,35 @@ pub struct Router {
     next: AtomicU8,
 }
 
+/// Network of the example above: a cloud host, and a worker behind a NAT router. Fields are dropped in this order.
+#[derive(Debug)]
+pub struct CloudAndWorker {
+    /// Host with a public address.
+    pub cp: Arc<Host>,
+    /// Host behind the router.
+    pub worker: Arc<Host>,
+    /// Router of the worker.
+    pub router: Router,
+    /// The lab that they are in.
+    pub lab: Lab,
+}
+
+impl CloudAndWorker {
+    /// Builds the network.
+    pub fn build(rank: Rank) -> anyhow::Result<Self> {
+        let mut lab = Lab::new(rank)?;
+        let cp = lab.host("cp").public("203.0.113.10", "2001:db8::10")?.build()?;
+        let router = lab
+            .router("router-a")
+            .public_number(11)?
+            .lan_number(1)?
+            .nat(Nat::Masquerade)
+            .build()?;
+        let worker = lab.host("worker-a").behind(&router).build()?;
+        Ok(Self { cp, worker, router, lab })
+    }
+}
+
 /// Time limit for a new link to carry its first packet; one that takes longer is broken.
 const LINK_LIMIT: Duration = Duration::from_secs(5);
 const BRIDGE: &str = "net0";
