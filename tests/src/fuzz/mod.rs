@@ -26,6 +26,7 @@ use towline_proto::limits;
 use towline_proto::node::{Candidate, CandidateKind, Grant, MeshConfig, Node, Record, Tombstone};
 use towline_proto::pb;
 use towline_proto::signed::{self, Domain};
+use towline_proto::stun::behaviour::{Change, Request as BehaviourRequest, ServerAddresses};
 use towline_proto::stun::{self, Message as StunMessage};
 use towline_proto::token::JoinToken;
 use towline_wireguard::{DATA_HEADER, MessageKind, Segments};
@@ -216,10 +217,25 @@ pub fn datagram(bytes: &[u8]) {
 /// Decodes a STUN message, as the client does with what any host sends to the WireGuard port.
 ///
 /// A decoded message is a bounded datagram with the cookie, and its transaction id is that of the
-/// header. The answer to a decoded request states the address where it came from.
+/// header. The answer to a decoded request states the address where it came from. That to a request about
+/// the NAT's behaviour is not longer than the request.
 pub fn stun(bytes: &[u8]) {
     let from = SocketAddr::from((Ipv4Addr::new(192, 0, 2, 1), 51_830));
-    let Some(message) = StunMessage::decode(bytes) else { return };
+    let behaviour = BehaviourRequest::decode(bytes);
+    let server = ServerAddresses::decode(bytes);
+    let Some(message) = StunMessage::decode(bytes) else {
+        assert_eq!(behaviour, None);
+        return;
+    };
+    let is_request = matches!(message, StunMessage::Request { .. });
+    assert!(if is_request { server.is_none() } else { behaviour.is_none() });
+    if let Some(request) = behaviour {
+        let server = ServerAddresses { origin: from, other: from };
+        let answer = request.answer(from, server);
+        assert!(answer.len() <= bytes.len());
+        assert_eq!(ServerAddresses::decode(&answer), Some(server));
+        assert_eq!(BehaviourRequest::decode(&answer), None);
+    }
     assert_eq!(DatagramKind::of(bytes), DatagramKind::Stun);
     let (StunMessage::Request { transaction } | StunMessage::Success { transaction, .. }) = message;
     assert_eq!(bytes.get(8..20), Some(&transaction[..]));
@@ -564,7 +580,12 @@ fn stun_seeds() -> Vec<Vec<u8>> {
     classic.extend([9; 12]);
     classic.extend([0x80, 0x2b, 0, 8, 0, 1, 13, 150, 192, 0, 2, 2]);
     classic.extend([0, 1, 0, 8, 0, 1, 0x80, 0x55, 192, 0, 2, 1]);
-    [vec![request.to_vec(), classic], answers.into()].concat()
+    let behaviour = BehaviourRequest { transaction: [9; 12], change: Change::ADDRESS_AND_PORT };
+    let [from, origin, other] =
+        [1, 2, 3].map(|host: u8| SocketAddr::from(([192, 0, 2, host], 7_443)));
+    let server = ServerAddresses { origin, other };
+    let about_behaviour = vec![behaviour.encode(), behaviour.answer(from, server)];
+    [vec![request.to_vec(), classic], answers.into(), about_behaviour].concat()
 }
 
 fn coalesce_seeds() -> Vec<Vec<u8>> {

@@ -2,11 +2,14 @@
 //!
 //! Only binding requests and success responses are implemented. The address comes from
 //! XOR-MAPPED-ADDRESS, or from MAPPED-ADDRESS (classic servers) if the former is absent. A
-//! FINGERPRINT must be correct if it is present. All other attributes are ignored.
+//! FINGERPRINT must be correct if it is present. All other attributes are ignored, except by
+//! [`behaviour`], which asks how a NAT filters.
 //!
 //! A SOFTWARE attribute, which servers ignore, makes Towline's requests at least as long as its
 //! responses. Towline's STUN servers ([`answer`]) refuse requests that are shorter than the
 //! response, so they cannot be used for amplification.
+
+pub mod behaviour;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroUsize;
@@ -28,9 +31,12 @@ const BINDING_REQUEST: u16 = 0x0001;
 const BINDING_SUCCESS: u16 = 0x0101;
 
 const MAPPED_ADDRESS: u16 = 0x0001;
+const CHANGE_REQUEST: u16 = 0x0003;
 const XOR_MAPPED_ADDRESS: u16 = 0x0020;
 const SOFTWARE_ATTRIBUTE: u16 = 0x8022;
 const FINGERPRINT: u16 = 0x8028;
+const RESPONSE_ORIGIN: u16 = 0x802b;
+const OTHER_ADDRESS: u16 = 0x802c;
 /// Value that the CRC-32 of a FINGERPRINT is XORed with (RFC 8489 section 14.7).
 const FINGERPRINT_XOR: u32 = 0x5354_554e;
 /// Value of the SOFTWARE attribute: a multiple of four bytes, so that it needs no padding.
@@ -61,6 +67,33 @@ pub enum Message {
 impl Message {
     /// Parses a datagram. Returns `None` for anything but a binding request or success response.
     pub fn decode(datagram: &[u8]) -> Option<Self> {
+        let Parsed { kind, transaction, mapped, .. } = Parsed::decode(datagram)?;
+        match kind {
+            BINDING_REQUEST => Some(Self::Request { transaction }),
+            BINDING_SUCCESS => Some(Self::Success { transaction, mapped: mapped? }),
+            _ => None,
+        }
+    }
+}
+
+/// A message whose framing, addresses of the client and FINGERPRINT are valid. The other attributes are
+/// those of [`behaviour`], as they are.
+struct Parsed<'a> {
+    kind: u16,
+    transaction: Transaction,
+    /// Address of XOR-MAPPED-ADDRESS, otherwise that of MAPPED-ADDRESS.
+    mapped: Option<SocketAddr>,
+    has_fingerprint: bool,
+    /// Value of CHANGE-REQUEST.
+    change: Option<&'a [u8]>,
+    /// Value of RESPONSE-ORIGIN.
+    origin: Option<&'a [u8]>,
+    /// Value of OTHER-ADDRESS.
+    other: Option<&'a [u8]>,
+}
+
+impl<'a> Parsed<'a> {
+    fn decode(datagram: &'a [u8]) -> Option<Self> {
         let (header, attributes) = datagram.split_first_chunk::<HEADER_BYTES>()?;
         let [t0, t1, l0, l1, c0, c1, c2, c3, transaction @ ..] = *header;
         let length = usize::from(u16::from_be_bytes([l0, l1]));
@@ -71,8 +104,16 @@ impl Message {
         {
             return None;
         }
-        let kind = u16::from_be_bytes([t0, t1]);
         let (mut xored, mut plain) = (None, None);
+        let mut parsed = Self {
+            kind: u16::from_be_bytes([t0, t1]),
+            transaction,
+            mapped: None,
+            has_fingerprint: false,
+            change: None,
+            origin: None,
+            other: None,
+        };
         let mut rest = Cursor::new(attributes);
         while let Some(here) = rest {
             let (attribute, value, after) = next_attribute(here)?;
@@ -83,6 +124,9 @@ impl Message {
                 MAPPED_ADDRESS if plain.is_none() => {
                     plain = Some(address(value, &[0; 4], &[0; 12])?);
                 }
+                CHANGE_REQUEST => parsed.change = parsed.change.or(Some(value)),
+                RESPONSE_ORIGIN => parsed.origin = parsed.origin.or(Some(value)),
+                OTHER_ADDRESS => parsed.other = parsed.other.or(Some(value)),
                 FINGERPRINT => {
                     // FINGERPRINT is the last attribute and covers everything before it.
                     let covered = datagram.strip_suffix(here.bytes())?;
@@ -90,16 +134,14 @@ impl Message {
                     if value != expected || after.is_some() {
                         return None;
                     }
+                    parsed.has_fingerprint = true;
                 }
                 _ => {}
             }
             rest = after;
         }
-        match kind {
-            BINDING_REQUEST => Some(Self::Request { transaction }),
-            BINDING_SUCCESS => Some(Self::Success { transaction, mapped: xored.or(plain)? }),
-            _ => None,
-        }
+        parsed.mapped = xored.or(plain);
+        Some(parsed)
     }
 }
 
@@ -182,7 +224,7 @@ fn next_attribute(bytes: Cursor<'_>) -> Option<(u16, &[u8], Option<Cursor<'_>>)>
 }
 
 /// Parses XOR-MAPPED-ADDRESS (RFC 8489 section 14.2). With a cookie and a transaction of zeros it
-/// parses MAPPED-ADDRESS (section 14.1).
+/// parses MAPPED-ADDRESS (section 14.1), and the attributes that have its form.
 fn address(value: &[u8], cookie: &[u8; 4], transaction: &Transaction) -> Option<SocketAddr> {
     let ([_, family, p0, p1], octets) = value.split_first_chunk::<4>()?;
     let mask = mask(cookie, transaction);
