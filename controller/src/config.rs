@@ -2,7 +2,8 @@
 //! of it is parsed before any file or socket is opened.
 
 use std::fmt::Display;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
@@ -41,6 +42,9 @@ pub const LEASE: Duration = Duration::from_secs(600);
 /// see [`listen`](crate::listen). At 10,000 nodes this is 667 messages per second in each direction.
 pub const HEARTBEAT: Duration = Duration::from_secs(15);
 
+/// Largest number of further addresses of the STUN server.
+const STUN_ADDRESSES: usize = 8;
+
 /// Complete configuration of the controller, with defaults applied.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
@@ -63,6 +67,8 @@ pub struct Config {
     pub metrics: Option<SocketAddr>,
     /// Web page. `None`: there is none.
     pub ui: Option<UiConfig>,
+    /// Second port of the STUN server. `None`: it has none, and does not tell how a NAT filters.
+    pub stun: Option<StunConfig>,
     /// True if administrators may also come over the network, with a certificate.
     pub remote_admin: bool,
     /// True if records of the store that are not authenticated are taken at this start, and authenticated.
@@ -77,6 +83,16 @@ pub struct UiConfig {
     /// Host names by which browsers may call the page, in lower case. IP addresses of this machine and
     /// `localhost` are always accepted.
     pub hosts: Vec<String>,
+}
+
+/// Configuration of the STUN server's second port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StunConfig {
+    /// UDP port beside that of `listen`.
+    pub other_port: NonZeroU16,
+    /// Addresses of this machine from which the server answers, if another address than the one that was
+    /// asked is wanted. Empty: it always answers from the address that was asked.
+    pub addresses: Vec<IpAddr>,
 }
 
 /// Settings of the mesh, which are stored. A setting that is `None` stays unchanged.
@@ -147,6 +163,8 @@ pub struct Settings {
     pub metrics: MetricsSettings,
     /// Settings of the web page.
     pub ui: UiSettings,
+    /// Second port of the STUN server, by which `towline netcheck` finds out how a NAT filters (RFC 5780).
+    pub stun: StunSettings,
     /// How to reach the etcd cluster that `store` names.
     pub etcd: EtcdTable,
 }
@@ -212,6 +230,21 @@ pub struct UiSettings {
     /// `localhost` are always accepted; other names are refused, so that no other web site can read
     /// the page through a browser.
     pub hosts: Option<Vec<String>>,
+}
+
+/// Settings of the STUN server.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct StunSettings {
+    /// Second UDP port, for example 7444, which machines on the internet must reach like the first one. The
+    /// server answers from there if it is asked to. Without it, it answers from the address and port that was
+    /// asked alone.
+    pub other_port: Option<NonZeroU16>,
+    /// Public addresses of this machine, two of a family, for example `["203.0.113.10", "203.0.113.11"]`. The
+    /// server answers from the other one if it is asked to, so that a NAT that filters by address is told from
+    /// one that does not filter. An address must belong to a link of this machine. They need `other_port`, and
+    /// that `listen` is every address.
+    pub addresses: Option<Vec<IpAddr>>,
 }
 
 fn from_text<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
@@ -281,6 +314,10 @@ impl Settings {
                 listen: self.ui.listen.or(below.ui.listen),
                 allow_remote: self.ui.allow_remote.or(below.ui.allow_remote),
                 hosts: self.ui.hosts.or(below.ui.hosts),
+            },
+            stun: StunSettings {
+                other_port: self.stun.other_port.or(below.stun.other_port),
+                addresses: self.stun.addresses.or(below.stun.addresses),
             },
             etcd: EtcdTable {
                 ca: self.etcd.ca.or(below.etcd.ca),
@@ -405,6 +442,7 @@ impl Settings {
             return Err(invalid("metrics-listen", "use a port of 1 to 65535".into()));
         }
         let ui = self.ui.resolve().map_err(|(setting, why)| invalid(setting, why))?;
+        let stun = self.stun.resolve(listen).map_err(|why| invalid("stun", why))?;
         Ok(Config {
             state_dir,
             credentials: credentials(),
@@ -415,6 +453,7 @@ impl Settings {
             heartbeat: HEARTBEAT,
             metrics,
             ui,
+            stun,
             remote_admin: self.remote_admin.unwrap_or(false),
             migrate_store: false,
         })
@@ -447,6 +486,29 @@ impl UiSettings {
         }
         let hosts = hosts.iter().map(|host| host.to_ascii_lowercase()).collect();
         Ok(Some(UiConfig { listen, hosts }))
+    }
+}
+
+impl StunSettings {
+    /// Returns the configuration of the second port, or why it is invalid.
+    fn resolve(self, listen: SocketAddr) -> Result<Option<StunConfig>, String> {
+        let addresses = self.addresses.unwrap_or_default();
+        let Some(other_port) = self.other_port else {
+            return match addresses.is_empty() {
+                true => Ok(None),
+                false => Err("`addresses` needs `other_port`".into()),
+            };
+        };
+        if other_port.get() == listen.port() {
+            return Err(format!("`other_port` must differ from {other_port}, that of `listen`"));
+        }
+        if !addresses.is_empty() && !listen.ip().is_unspecified() {
+            return Err("`addresses` needs that `listen` is every address, as [::]:7443 is".into());
+        }
+        if addresses.len() > STUN_ADDRESSES {
+            return Err(format!("too many addresses: use at most {STUN_ADDRESSES}"));
+        }
+        Ok(Some(StunConfig { other_port, addresses }))
     }
 }
 
@@ -503,6 +565,7 @@ mod tests {
         assert_eq!(example.mesh.lease, Some(LEASE));
         assert_eq!(example.metrics, None);
         assert_eq!(example.ui, None);
+        assert_eq!(example.stun, None);
         assert_eq!(example.remote_admin, default.remote_admin);
         assert_eq!(example.mesh.protected, Some(Vec::new()));
     }
@@ -526,6 +589,17 @@ mod tests {
         let remote =
             "listen = \"198.19.0.1:7480\"\nallow_remote = true\nhosts = [\"Mesh.example\"]";
         assert_eq!(page(remote).unwrap().hosts, ["mesh.example"]);
+    }
+
+    #[test]
+    fn the_stun_server_has_a_second_port_only_if_that_is_configured() {
+        let stun = |text: &str| parse(text).unwrap().resolve().unwrap().stun;
+        assert_eq!(stun(""), None);
+        assert_eq!(stun("[stun]"), None);
+        let port = stun("listen = \"192.0.2.1:7443\"\n[stun]\nother_port = 7444").unwrap();
+        assert_eq!((port.other_port.get(), port.addresses), (7_444, Vec::new()));
+        let text = "[stun]\nother_port = 7444\naddresses = [\"192.0.2.1\", \"192.0.2.2\"]";
+        assert_eq!(stun(text).unwrap().addresses.len(), 2);
     }
 
     #[test]
@@ -594,6 +668,12 @@ mod tests {
         assert!(of("[ui]\nlisten = \"0.0.0.0:7480\"").contains("allow_remote"));
         assert!(of("[ui]\nlisten = \"[::1]:1\"\nhosts = [\"a:1\"]").contains("ui.hosts"));
         assert!(of("[metrics]\nlisten = \"9587\"").contains("address"));
+        assert!(of("[stun]\nother_port = 0").contains("line 2"));
+        assert!(of("[stun]\nother_port = 7443").contains("must differ"));
+        assert!(of("[stun]\naddresses = [\"192.0.2.1\"]").contains("needs `other_port`"));
+        let one =
+            "listen = \"192.0.2.1:7443\"\n[stun]\nother_port = 7444\naddresses = [\"192.0.2.2\"]";
+        assert!(of(one).contains("every address"));
         let missing = Settings::read(Some(Path::new("/nonexistent/x.toml"))).unwrap_err();
         assert!(missing.to_string().contains("/nonexistent/x.toml"));
     }

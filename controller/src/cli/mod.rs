@@ -38,7 +38,7 @@ use towline_service::manual::{self, Shell};
 use towline_service::notify::Notifier;
 use towline_service::output::{self, Format, OutputError};
 
-use crate::config::{Config, EtcdTable, MetricsSettings, Settings, UiSettings};
+use crate::config::{Config, EtcdTable, MetricsSettings, Settings, StunSettings, UiSettings};
 use crate::server::{Controller, ServeError};
 
 /// Interval at which a controller that waits for its turn asks whether the store is free.
@@ -241,6 +241,7 @@ impl Serve {
             log: None,
             metrics: MetricsSettings { listen: self.metrics_listen },
             ui: UiSettings { listen: self.ui, ..UiSettings::default() },
+            stun: StunSettings::default(),
             etcd: EtcdTable::default(),
         };
         Ok(flags.or(common.settings()?))

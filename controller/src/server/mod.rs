@@ -256,7 +256,7 @@ impl Controller {
         let proof_key = StaticSecret::from(random::<32>()?);
         let (stop, stopping) = watch::channel(None);
         // Without the STUN server, nodes learn their public addresses only from other nodes.
-        let reflector = Reflector::bind(address).inspect_err(
+        let reflector = Reflector::bind(address, config.stun.as_ref()).inspect_err(
             |error| tracing::warn!(%error, port = address.port(), "no STUN server: cannot bind UDP"),
         );
         let reflector = reflector.ok();
