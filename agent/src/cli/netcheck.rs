@@ -1,5 +1,6 @@
 //! Implements `towline netcheck`: what the network between this machine and the internet allows.
 
+use std::io::IsTerminal as _;
 use std::net::SocketAddr;
 
 use anyhow::bail;
@@ -12,8 +13,8 @@ use towline_service::output::{self, Format};
 use super::{Versioned, local};
 use crate::config::Config;
 use crate::netcheck::{
-    AgentView, FamilyFindings, FamilyState, Nat, NatMapping, Netcheck, ReflectorFindings, judge,
-    probe,
+    AgentView, FamilyFindings, FamilyState, Nat, NatFiltering, NatMapping, Netcheck,
+    ReflectorFindings, judge, probe,
 };
 use crate::state::StateDir;
 
@@ -40,6 +41,9 @@ pub(super) fn run(config: &Config, args: NetcheckArgs) -> anyhow::Result<()> {
             "no STUN server is known: no agent answers, or it was never connected to a controller: \
              give two with --reflector ADDRESS:PORT"
         );
+    }
+    if std::io::stderr().is_terminal() {
+        eprintln!("asking the STUN servers, for at most 5 s");
     }
     let (ipv4, ipv6) = probe::observe(&reflectors, &config.link.name);
     let findings = judge(&ipv4, &ipv6, status.as_ref().map(agent_view));
@@ -137,13 +141,23 @@ fn family_words(family: &FamilyFindings) -> String {
     }
 }
 
+/// Words for a mapping or filter that was tried with one remote address alone.
+const ONE_ADDRESS: &str =
+    "endpoint-independent or address-dependent (no second address to ask from)";
+
 fn nat_words(nat: Nat) -> String {
     let mapping = match nat.mapping {
-        NatMapping::None => return "none: the servers see the machine's own address".to_owned(),
+        NatMapping::None => {
+            let filtering = filtering_words(nat);
+            return format!(
+                "none: the servers see the machine's own address; filtering {filtering}"
+            );
+        }
         NatMapping::EndpointIndependent => "endpoint-independent",
         NatMapping::AddressDependent => "address-dependent",
         NatMapping::AddressAndPortDependent => "address and port-dependent",
         NatMapping::Dependent => "address-dependent, perhaps port-dependent too",
+        NatMapping::EndpointIndependentOrAddressDependent => ONE_ADDRESS,
         NatMapping::Unknown => "unknown (two servers with different addresses must answer)",
     };
     let word = |known: Option<bool>, yes, no| match known {
@@ -152,10 +166,27 @@ fn nat_words(nat: Nat) -> String {
         None => "unknown",
     };
     format!(
-        "mapping {mapping}; source port {}; hairpinning {}; filtering unknown",
+        "mapping {mapping}; source port {}; hairpinning {}; filtering {}",
         word(nat.preserves_port, "kept", "changed"),
         word(nat.hairpins, "yes", "no"),
+        filtering_words(nat),
     )
+}
+
+fn filtering_words(nat: Nat) -> String {
+    let filtering = match (nat.filtering, nat.filtering_reflector) {
+        (NatFiltering::EndpointIndependent, _) => "endpoint-independent",
+        (NatFiltering::AddressDependent, _) => "address-dependent",
+        (NatFiltering::AddressAndPortDependent, _) => "address and port-dependent",
+        (NatFiltering::EndpointIndependentOrAddressDependent, _) => ONE_ADDRESS,
+        (NatFiltering::Unknown, None) => "unknown (no STUN server has a second port)",
+        (NatFiltering::Unknown, Some(reflector)) => {
+            return format!(
+                "unknown (no answer shows that {reflector} sends from its second port)"
+            );
+        }
+    };
+    filtering.to_owned()
 }
 
 /// Returns what a mapping means for the paths to other nodes.
@@ -168,7 +199,9 @@ fn consequence(mapping: NatMapping) -> &'static str {
         | NatMapping::Dependent => {
             "direct paths only to nodes that can be reached from outside; others need a relay"
         }
-        NatMapping::Unknown => "whether direct paths can be opened is not known",
+        NatMapping::EndpointIndependentOrAddressDependent | NatMapping::Unknown => {
+            "whether direct paths can be opened is not known"
+        }
     }
 }
 
@@ -187,7 +220,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::netcheck::{Asked, Observed};
+    use crate::netcheck::{Asked, FilterTest, Observed, Passage};
 
     fn observed(answers: bool) -> Observed {
         let asked = |reflector: &str| Asked {
@@ -203,6 +236,7 @@ mod tests {
             local_port: Some(40_000),
             asked: vec![asked("203.0.113.1:7443"), asked("203.0.113.2:7443")],
             came_back: Some(false),
+            filter_test: None,
         }
     }
 
@@ -219,7 +253,7 @@ mod tests {
         for line in [
             "udp         works",
             "ipv4        192.168.1.7 is seen as 198.51.100.7:40000",
-            "nat ipv4    mapping endpoint-independent; source port kept; hairpinning no; filtering unknown",
+            "nat ipv4    mapping endpoint-independent; source port kept; hairpinning no; filtering unknown (no STUN server has a second port)",
             "            direct paths can be opened to nodes behind most NATs",
             "ipv6        no address, or no route",
             "agent       udp port 51830, mapping endpoint-independent",
@@ -227,6 +261,32 @@ mod tests {
             "203.0.113.1:7443  198.51.100.7:40000  0.42 ms  1420 to 1500",
         ] {
             assert!(text.lines().any(|found| found == line), "{line}\n{text}");
+        }
+    }
+
+    #[test]
+    fn the_words_about_the_filter_say_what_was_asked() {
+        let reflector = "203.0.113.1:7443".parse().unwrap();
+        for (other_port, other_address, words) in [
+            (Passage::Passes, Some(Passage::Passes), "filtering endpoint-independent"),
+            (Passage::Passes, Some(Passage::Dropped), "filtering address-dependent"),
+            (Passage::Dropped, None, "filtering address and port-dependent"),
+            (
+                Passage::Passes,
+                None,
+                "filtering endpoint-independent or address-dependent (no second address to ask from)",
+            ),
+            (
+                Passage::Unproven,
+                None,
+                "filtering unknown (no answer shows that 203.0.113.1:7443 sends from its second port)",
+            ),
+        ] {
+            let test = FilterTest { reflector, other_port, other_address, mapped: Vec::new() };
+            let observed = Observed { filter_test: Some(test), ..observed(true) };
+            let text = text(&judge(&observed, &Observed::default(), None), Palette::PLAIN);
+            let ending = format!("; {words}");
+            assert!(text.lines().any(|line| line.ends_with(&ending)), "{words}\n{text}");
         }
     }
 

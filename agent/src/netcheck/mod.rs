@@ -1,12 +1,10 @@
 //! What the network between this machine and the internet allows: UDP, IPv4, IPv6, the behaviour of the
 //! NAT (RFC 4787, asked for as in RFC 5780), round-trip times and MTU towards the STUN servers.
 //!
-//! `probe.rs` asks the STUN servers, from sockets of its own. [`judge`] is a pure function of their
-//! answers.
-//!
-//! Towline's STUN servers answer from the address and port that was asked alone. So how a NAT filters
-//! cannot be found out: that needs an answer from another address.
+//! `probe.rs` asks the STUN servers, from sockets of its own, and `filtering.rs` one that has a second
+//! port. [`judge`] is a pure function of their answers. What they do not show is `unknown`.
 
+mod filtering;
 pub mod probe;
 #[cfg(test)]
 mod tests;
@@ -29,6 +27,32 @@ pub struct Observed {
     pub asked: Vec<Asked>,
     /// True if a datagram to the socket's mapped address came back to it; `None` if that was not tried.
     pub came_back: Option<bool>,
+    /// Answers of a server with a second port; `None` if no server has one.
+    pub filter_test: Option<FilterTest>,
+}
+
+/// What a STUN server that answers from other ports and addresses has shown.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FilterTest {
+    /// Address and port that was asked.
+    pub reflector: SocketAddr,
+    /// Answers from its other port, at the address that was asked.
+    pub other_port: Passage,
+    /// Answers from its other address; `None` if it has none.
+    pub other_address: Option<Passage>,
+    /// Servers that answered one and the same socket, each with the address that it saw.
+    pub mapped: Vec<(SocketAddr, SocketAddr)>,
+}
+
+/// Fate of answers that come from where nothing was sent to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Passage {
+    /// They arrive.
+    Passes,
+    /// They are sent, and do not arrive.
+    Dropped,
+    /// They do not arrive, and nothing shows that they are sent.
+    Unproven,
 }
 
 /// One STUN server that was asked, and its answer.
@@ -98,8 +122,10 @@ pub struct Nat {
     /// True if the NAT leads a datagram to its own outer address back inside. Null if there is no NAT, or
     /// if it is not known.
     pub hairpins: Option<bool>,
-    /// Filter for datagrams from outside.
+    /// Filter for datagrams from outside, of the NAT or of firewalls, with that of this machine.
     pub filtering: NatFiltering,
+    /// STUN server that was asked about the filter. Null if none has a second port.
+    pub filtering_reflector: Option<SocketAddr>,
 }
 
 /// Mapping of a NAT (RFC 4787 section 4.1).
@@ -117,7 +143,10 @@ pub enum NatMapping {
     /// Another outer address for each remote address. Whether the port counts, too, is not known: no
     /// server answered at two ports.
     Dependent,
-    /// Fewer than two servers with different addresses answered.
+    /// One outer address for all ports of a remote address. Whether the address counts is not known: no
+    /// servers with different addresses answered.
+    EndpointIndependentOrAddressDependent,
+    /// Fewer than two servers answered.
     Unknown,
 }
 
@@ -125,7 +154,16 @@ pub enum NatMapping {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum NatFiltering {
-    /// It cannot be found out with servers that answer from one address.
+    /// Any remote endpoint may send to a mapping, or there is no filter.
+    EndpointIndependent,
+    /// A remote address that was sent to may answer from any port.
+    AddressDependent,
+    /// Only a remote address and port that was sent to may answer.
+    AddressAndPortDependent,
+    /// The port does not count. Whether the address counts is not known: no server answers from a second
+    /// address.
+    EndpointIndependentOrAddressDependent,
+    /// No server has a second port, or nothing shows that it answers from there.
     Unknown,
 }
 
@@ -212,28 +250,46 @@ fn mapped(observed: &Observed) -> impl Iterator<Item = (SocketAddr, SocketAddr)>
 }
 
 fn nat(observed: &Observed) -> Nat {
-    let filtering = NatFiltering::Unknown;
+    let test = observed.filter_test.as_ref();
+    let filtering = test.map_or(NatFiltering::Unknown, filtering_shown_by);
+    let filtering_reflector = test.map(|test| test.reflector);
     if is_without_nat(observed) {
         let mapping = NatMapping::None;
-        return Nat { mapping, preserves_port: None, hairpins: None, filtering };
+        let (preserves_port, hairpins) = (None, None);
+        return Nat { mapping, preserves_port, hairpins, filtering, filtering_reflector };
     }
     let mut answered = mapped(observed).peekable();
     let preserves_port = answered
         .peek()
         .is_some()
         .then(|| answered.all(|(_, mapped)| observed.local_port == Some(mapped.port())));
-    Nat { mapping: mapping(observed), preserves_port, hairpins: observed.came_back, filtering }
+    let (mapping, hairpins) = (mapping(observed), observed.came_back);
+    Nat { mapping, preserves_port, hairpins, filtering, filtering_reflector }
 }
 
-/// Compares each two answers: from two ports of one address, and from two addresses.
+fn filtering_shown_by(test: &FilterTest) -> NatFiltering {
+    use Passage::{Dropped, Passes, Unproven};
+    match (test.other_address, test.other_port) {
+        (Some(Passes), _) => NatFiltering::EndpointIndependent,
+        (Some(Dropped), Passes) => NatFiltering::AddressDependent,
+        (None | Some(Unproven), Passes) => NatFiltering::EndpointIndependentOrAddressDependent,
+        // What the NAT drops from another port of an address that it knows, it drops for the port.
+        (_, Dropped) => NatFiltering::AddressAndPortDependent,
+        (_, Unproven) => NatFiltering::Unknown,
+    }
+}
+
+/// Compares each two answers to one socket: from two ports of one address, and from two addresses.
 fn mapping(observed: &Observed) -> NatMapping {
-    let answers: Vec<(SocketAddr, SocketAddr)> = mapped(observed).collect();
+    let of_test = observed.filter_test.as_ref().map(|test| test.mapped.clone());
     let (mut ports, mut addresses) = (Comparison::default(), Comparison::default());
-    for (place, (reflector, seen)) in answers.iter().enumerate() {
-        for (other, other_seen) in answers.iter().skip(place + 1) {
-            let same_host = reflector.ip() == other.ip();
-            let comparison = if same_host { &mut ports } else { &mut addresses };
-            comparison.add(seen == other_seen);
+    for answers in [mapped(observed).collect::<Vec<_>>(), of_test.unwrap_or_default()] {
+        for (place, (reflector, seen)) in answers.iter().enumerate() {
+            for (other, other_seen) in answers.iter().skip(place + 1) {
+                let same_host = reflector.ip() == other.ip();
+                let comparison = if same_host { &mut ports } else { &mut addresses };
+                comparison.add(seen == other_seen);
+            }
         }
     }
     match (addresses, ports) {
@@ -243,6 +299,7 @@ fn mapping(observed: &Observed) -> NatMapping {
         }
         (Comparison { differs: true, .. }, _) => NatMapping::Dependent,
         (Comparison { was_made: true, .. }, _) => NatMapping::EndpointIndependent,
+        (_, Comparison { was_made: true, .. }) => NatMapping::EndpointIndependentOrAddressDependent,
         _ => NatMapping::Unknown,
     }
 }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use towline_netlink::{Address, Family, NetlinkError, RouteLookup, Rtnetlink};
 use towline_proto::stun::{self, Message, Transaction};
 
-use super::{Asked, Observed, is_without_nat};
+use super::{Asked, Observed, filtering, is_without_nat};
 
 /// Longest time for the plain requests.
 const ANSWERS_LIMIT: Duration = Duration::from_secs(2);
@@ -36,7 +36,7 @@ const LARGE: usize = 2;
 const PACKETS: [u16; 13] =
     [1500, 1492, 1480, 1472, 1460, 1440, 1420, 1400, 1380, 1360, 1340, 1308, 1280];
 /// Largest datagram that is read, in bytes.
-const DATAGRAM_BYTES: usize = 2048;
+pub(super) const DATAGRAM_BYTES: usize = 2048;
 
 /// Observes IPv4 and IPv6 at the same time, in less than 5 s. `link` is the name of Towline's link.
 pub fn observe(reflectors: &[SocketAddr], link: &str) -> (Observed, Observed) {
@@ -54,7 +54,13 @@ fn observe_family(family: Family, reflectors: &[SocketAddr], link: &str) -> Obse
     if let Ok(socket) = open(family) {
         observed.local_port = socket.local_addr().ok().map(|address| address.port());
         ask(&socket, &mut observed);
-        look_closer(family, &socket, &mut observed);
+        let answered: Vec<SocketAddr> =
+            super::mapped(&observed).map(|(reflector, _)| reflector).collect();
+        observed.filter_test = std::thread::scope(|scope| {
+            let asking = scope.spawn(|| filtering::ask(family, &answered, link));
+            look_closer(family, &socket, &mut observed);
+            asking.join().ok().flatten()
+        });
     }
     for asked in &mut observed.asked {
         asked.route_mtu = asked.source.and_then(|_| route_mtu(family, asked.reflector).ok());
@@ -95,6 +101,14 @@ fn plan(
         });
     }
     Ok((own, asked))
+}
+
+/// Returns whether the kernel would reach an address through the tunnel.
+pub(super) fn is_inside(link: &str, to: IpAddr) -> Result<bool, NetlinkError> {
+    let mut rtnetlink = Rtnetlink::open()?;
+    let tunnel = rtnetlink.link(link)?.map(|link| link.index);
+    let route = rtnetlink.look_up_route(&RouteLookup::new(to))?;
+    Ok(tunnel.is_some() && route.is_some_and(|route| route.link == tunnel))
 }
 
 /// Sends the plain requests, and stores the answers.
@@ -252,7 +266,7 @@ fn exchange(
 }
 
 /// Opens a socket with a random port that never fragments.
-fn open(family: Family) -> io::Result<UdpSocket> {
+pub(super) fn open(family: Family) -> io::Result<UdpSocket> {
     let socket = UdpSocket::bind(SocketAddr::new(unspecified(family), 0))?;
     let (level, name, value) = match family {
         Family::V4 => (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DO),

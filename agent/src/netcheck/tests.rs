@@ -28,7 +28,14 @@ fn observed(answers: &[Answer<'_>]) -> Observed {
         local_port: Some(PORT),
         asked: answers.iter().map(|(reflector, mapped)| asked(reflector, *mapped)).collect(),
         came_back: None,
+        filter_test: None,
     }
+}
+
+/// Returns what a server showed whose answers from its other port and address had these fates.
+fn filter_test(other_address: Option<Passage>, other_port: Passage) -> FilterTest {
+    let reflector = address("203.0.113.1:7443");
+    FilterTest { reflector, other_port, other_address, mapped: Vec::new() }
 }
 
 fn mapping_of(answers: &[Answer<'_>]) -> NatMapping {
@@ -48,7 +55,7 @@ fn the_mapping_follows_from_two_addresses_and_two_ports() {
         (&[(a, one), (a2, two), (b, three)], NatMapping::AddressAndPortDependent),
         // The address was not varied.
         (&[(a, one), (a2, two)], NatMapping::AddressAndPortDependent),
-        (&[(a, one), (a2, one)], NatMapping::Unknown),
+        (&[(a, one), (a2, one)], NatMapping::EndpointIndependentOrAddressDependent),
         (&[(a, one), (b, None)], NatMapping::Unknown),
         (&[(a, None), (b, None)], NatMapping::Unknown),
         (&[], NatMapping::Unknown),
@@ -59,12 +66,64 @@ fn the_mapping_follows_from_two_addresses_and_two_ports() {
 }
 
 #[test]
+fn a_second_port_shows_more_of_the_mapping() {
+    let (a, a2, b2) = ("203.0.113.1:7443", "203.0.113.1:7444", "203.0.113.2:7444");
+    let [one, two, three] = ["198.51.100.7:5", "198.51.100.7:6", "198.51.100.7:7"];
+    let cases: [(&[(&str, &str)], NatMapping); 4] = [
+        (&[(a, one), (a2, one)], NatMapping::EndpointIndependentOrAddressDependent),
+        (&[(a, one), (a2, one), (b2, one)], NatMapping::EndpointIndependent),
+        (&[(a, one), (a2, one), (b2, two)], NatMapping::AddressDependent),
+        (&[(a, one), (a2, two), (b2, three)], NatMapping::AddressAndPortDependent),
+    ];
+    for (seen, expected) in cases {
+        let mut test = filter_test(None, Passage::Unproven);
+        test.mapped = seen.iter().map(|(server, seen)| (address(server), address(seen))).collect();
+        // Another socket has another mapping: the two are not compared.
+        let alone = observed(&[(a, Some("198.51.100.7:40000"))]);
+        let observed = Observed { filter_test: Some(test), ..alone };
+        assert_eq!(family(&observed).nat.mapping, expected, "{seen:?}");
+    }
+}
+
+#[test]
+fn a_filter_is_named_only_if_the_answers_show_it() {
+    use Passage::{Dropped, Passes, Unproven};
+    for (other_address, other_port, expected) in [
+        (Some(Passes), Passes, NatFiltering::EndpointIndependent),
+        (Some(Passes), Unproven, NatFiltering::EndpointIndependent),
+        (Some(Dropped), Passes, NatFiltering::AddressDependent),
+        (Some(Dropped), Dropped, NatFiltering::AddressAndPortDependent),
+        (Some(Dropped), Unproven, NatFiltering::Unknown),
+        (Some(Unproven), Passes, NatFiltering::EndpointIndependentOrAddressDependent),
+        (Some(Unproven), Dropped, NatFiltering::AddressAndPortDependent),
+        (Some(Unproven), Unproven, NatFiltering::Unknown),
+        // The server has one address.
+        (None, Passes, NatFiltering::EndpointIndependentOrAddressDependent),
+        (None, Dropped, NatFiltering::AddressAndPortDependent),
+        (None, Unproven, NatFiltering::Unknown),
+    ] {
+        let test = filter_test(other_address, other_port);
+        let reflector = Some(test.reflector);
+        let observed = Observed { filter_test: Some(test), ..observed(&[]) };
+        let nat = family(&observed).nat;
+        assert_eq!(nat.filtering, expected, "{other_address:?} {other_port:?}");
+        assert_eq!(nat.filtering_reflector, reflector);
+    }
+    let nat = family(&observed(&[])).nat;
+    assert_eq!((nat.filtering, nat.filtering_reflector), (NatFiltering::Unknown, None));
+}
+
+#[test]
 fn without_a_nat_the_servers_see_the_own_address() {
     let own = Some("192.168.1.7:40000");
     let seen = observed(&[("203.0.113.1:7443", own)]);
     assert!(is_without_nat(&seen));
     let nat = family(&seen).nat;
     assert_eq!((nat.mapping, nat.preserves_port, nat.hairpins), (NatMapping::None, None, None));
+    // A firewall filters all the same.
+    let test = filter_test(None, Passage::Dropped);
+    let filtered = Observed { filter_test: Some(test), ..seen };
+    assert_eq!(family(&filtered).nat.filtering, NatFiltering::AddressAndPortDependent);
     // The own address with another port is a translation as well.
     let other_port = observed(&[("203.0.113.1:7443", Some("192.168.1.7:40001"))]);
     assert!(!is_without_nat(&other_port));
