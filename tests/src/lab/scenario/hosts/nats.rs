@@ -1,5 +1,6 @@
 //! Hosts behind NAT routers that are set up simply, or that lose an address.
 
+use std::fs;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -9,7 +10,7 @@ use towline_nftables::{Chain, ChainKind, Hook, Rule, Table, TableFamily};
 
 use super::Case;
 use crate::lab::interrupt::sleep;
-use crate::lab::mesh::Controller;
+use crate::lab::mesh::{Controller, Node};
 use crate::lab::nat::{self, Nat};
 use crate::lab::scenario::Setting;
 use crate::lab::scenario::scene::{
@@ -43,6 +44,7 @@ pub(super) fn cases() -> Vec<Case> {
         })
         .long(),
         Case::new("nats/controller-that-is-reached-over-tcp-alone", tcp_alone),
+        Case::new("nats/filter-that-netcheck-names", named_filter),
         Case::new("nats/silent-peer-of-a-public-node", public_node).long(),
     ]
 }
@@ -152,6 +154,48 @@ fn tcp_alone(setting: &Setting) -> anyhow::Result<()> {
     pair.is_connected()?;
     names_problem(&pair.worker, &["STUN server 203.0.113.10:7443", "never answered"])?;
     has_no_problem(&pair.cp)
+}
+
+/// A machine that asks a controller with two STUN ports and two addresses how its router filters: at first
+/// the router lets answers in alone, then everything.
+fn named_filter(setting: &Setting) -> anyhow::Result<()> {
+    let mut lab = Lab::new(setting.rank)?;
+    let host = lab.host("controller").public("203.0.113.10", "2001:db8::10")?.build()?;
+    add_address(&host, "eth0", "203.0.113.50/24")?;
+    let config = lab.directory().join("stun.toml");
+    let addresses = "addresses = [\"203.0.113.10\", \"203.0.113.50\"]";
+    fs::write(&config, format!("[stun]\nother_port = 7444\n{addresses}\n"))?;
+    let _controller = Controller::start_on_all_configured(&lab, &host, &setting.binaries, &config)?;
+    let router = lab
+        .router("router")
+        .public("203.0.113.11", "2001:db8::11")?
+        .lan("192.168.1.0/24", "2001:db8:1::/64")?
+        .nat(Nat::Masquerade)
+        .build()?;
+    let worker = lab.host("worker").behind(&router).only(Family::V4).build()?;
+    let node = Node::new(&lab, &worker, "worker", &setting.binaries, "")?;
+    filters(&node, "address-and-port-dependent")?;
+
+    let inside = worker.addresses().first().context("the worker has no address")?;
+    let leaving = Rule::new().family(Family::V4).output("eth0").masquerade();
+    let entering = Rule::new().family(Family::V4).input("eth0").protocol(libc::IPPROTO_UDP as u8);
+    let leave = Chain::base(ChainKind::Nat, Hook::Postrouting, 100).rule(leaving);
+    let enter =
+        Chain::base(ChainKind::Nat, Hook::Prerouting, -100).rule(entering.dnat(*inside, None));
+    // The table replaces the one of the router's class, with the rules that filter.
+    let open = Table::new(TableFamily::Inet, nat::TABLE).chain("translate", leave);
+    load(router.host(), &open.chain("enter", enter))?;
+    filters(&node, "endpoint-independent")
+}
+
+/// Checks what `towline netcheck` says about the filter, and that the mapping is that of masquerading.
+fn filters(node: &Node, expected: &str) -> anyhow::Result<()> {
+    let netcheck = ["netcheck", "--reflector", "203.0.113.10:7443", "-o", "json"];
+    let report: serde_json::Value = serde_json::from_str(&node.command_ok(&netcheck)?)?;
+    let nat = &report["ipv4"]["nat"];
+    let is_named = nat["filtering"] == expected && nat["mapping"] == "endpoint-independent";
+    ensure!(is_named, "filtering is not {expected}: {nat}");
+    Ok(())
 }
 
 /// A node with a public address whose only peer is off: peers call it at its port, so it keeps that.
