@@ -241,15 +241,10 @@ fn pair_with(offloads: Offloads, outer: [&str; 2], workers: usize) -> [Node; 2] 
             // One node has each engine.
             let choice =
                 if number % 2 == 1 { EngineChoice::Batch } else { EngineChoice::Boringtun };
-            let config = Config {
-                probes: Probes::new(private_key.clone(), 1),
-                private_key,
-                link: None,
-                copy_dscp: false,
-                engine: Engine::select(choice, Aead::Auto),
-                spin: Duration::from_micros(20),
-                seal_helpers: 0,
-            };
+            let probes = Probes::new(private_key.clone(), 1);
+            let engine = Engine::select(choice, Aead::Auto);
+            let spin = Duration::from_micros(20);
+            let config = Config { spin, ..Config::new(private_key, probes, engine) };
             (DataPlane::start(config, queues.zip(sockets), sender).unwrap(), events)
         });
         let inner = inner.map(|text| address(&text).addr());

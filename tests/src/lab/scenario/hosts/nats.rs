@@ -166,12 +166,8 @@ fn named_filter(setting: &Setting) -> anyhow::Result<()> {
     let addresses = "addresses = [\"203.0.113.10\", \"203.0.113.50\"]";
     fs::write(&config, format!("[stun]\nother_port = 7444\n{addresses}\n"))?;
     let _controller = Controller::start_on_all_configured(&lab, &host, &setting.binaries, &config)?;
-    let router = lab
-        .router("router")
-        .public("203.0.113.11", "2001:db8::11")?
-        .lan("192.168.1.0/24", "2001:db8:1::/64")?
-        .nat(Nat::Masquerade)
-        .build()?;
+    let router =
+        lab.router("router").public_number(11)?.lan_number(1)?.nat(Nat::Masquerade).build()?;
     let worker = lab.host("worker").behind(&router).only(Family::V4).build()?;
     let node = Node::new(&lab, &worker, "worker", &setting.binaries, "")?;
     filters(&node, "address-and-port-dependent")?;
