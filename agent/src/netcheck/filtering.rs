@@ -12,14 +12,14 @@
 //! whose second port is blocked, or whose budget is used up, looks the same otherwise. A NAT that maps each
 //! remote port by itself lets the known socket get no answer either: what it filters stays unknown.
 
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
-use towline_netlink::Family;
+use towline_netlink::{Family, NetlinkError, RouteLookup, Rtnetlink};
 use towline_proto::stun::behaviour::{Change, Request, ServerAddresses};
 use towline_proto::stun::{self, Message, Transaction};
 
-use super::probe::{DATAGRAM_BYTES, is_inside, open};
+use super::socket::{DATAGRAM_BYTES, open};
 use super::{FilterTest, Passage};
 
 /// Time between two rounds. In each round every request is sent once.
@@ -131,6 +131,14 @@ fn is_local(address: SocketAddr) -> bool {
         SocketAddr::V6(v6) => v6.ip().is_unicast_link_local(),
     };
     ip.is_loopback() || ip.is_unspecified() || ip.is_multicast() || is_of_link
+}
+
+/// Returns whether the kernel would reach an address through the tunnel.
+fn is_inside(link: &str, to: IpAddr) -> Result<bool, NetlinkError> {
+    let mut rtnetlink = Rtnetlink::open()?;
+    let tunnel = rtnetlink.link(link)?.map(|link| link.index);
+    let route = rtnetlink.look_up_route(&RouteLookup::new(to))?;
+    Ok(tunnel.is_some() && route.is_some_and(|route| route.link == tunnel))
 }
 
 /// Times at which requests are sent, and when to stop.

@@ -1,11 +1,12 @@
 //! What the network between this machine and the internet allows: UDP, IPv4, IPv6, the behaviour of the
 //! NAT (RFC 4787, asked for as in RFC 5780), round-trip times and MTU towards the STUN servers.
 //!
-//! `probe.rs` asks the STUN servers, from sockets of its own, and `filtering.rs` one that has a second
-//! port. [`judge`] is a pure function of their answers. What they do not show is `unknown`.
+//! `probe.rs` asks the STUN servers, from sockets of its own (`socket.rs`), and `filtering.rs` one that has
+//! a second port. [`judge`] is a pure function of their answers. What they do not show is `unknown`.
 
 mod filtering;
 pub mod probe;
+mod socket;
 #[cfg(test)]
 mod tests;
 

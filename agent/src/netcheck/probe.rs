@@ -5,13 +5,14 @@
 //! that the kernel would reach through the tunnel are left out: they would see an address of the mesh.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd as _;
 use std::time::{Duration, Instant};
 
 use towline_netlink::{Address, Family, NetlinkError, RouteLookup, Rtnetlink};
 use towline_proto::stun::{self, Message, Transaction};
 
+use super::socket::{DATAGRAM_BYTES, open, unspecified};
 use super::{Asked, Observed, filtering, is_without_nat};
 
 /// Longest time for the plain requests.
@@ -35,8 +36,6 @@ const LARGE: usize = 2;
 /// Sizes of the large packets, in bytes: of Ethernet, PPPoE, and usual tunnels.
 const PACKETS: [u16; 13] =
     [1500, 1492, 1480, 1472, 1460, 1440, 1420, 1400, 1380, 1360, 1340, 1308, 1280];
-/// Largest datagram that is read, in bytes.
-pub(super) const DATAGRAM_BYTES: usize = 2048;
 
 /// Observes IPv4 and IPv6 at the same time, in less than 5 s. `link` is the name of Towline's link.
 pub fn observe(reflectors: &[SocketAddr], link: &str) -> (Observed, Observed) {
@@ -101,14 +100,6 @@ fn plan(
         });
     }
     Ok((own, asked))
-}
-
-/// Returns whether the kernel would reach an address through the tunnel.
-pub(super) fn is_inside(link: &str, to: IpAddr) -> Result<bool, NetlinkError> {
-    let mut rtnetlink = Rtnetlink::open()?;
-    let tunnel = rtnetlink.link(link)?.map(|link| link.index);
-    let route = rtnetlink.look_up_route(&RouteLookup::new(to))?;
-    Ok(tunnel.is_some() && route.is_some_and(|route| route.link == tunnel))
 }
 
 /// Sends the plain requests, and stores the answers.
@@ -265,21 +256,6 @@ fn exchange(
     }
 }
 
-/// Opens a socket with a random port that never fragments.
-pub(super) fn open(family: Family) -> io::Result<UdpSocket> {
-    let socket = UdpSocket::bind(SocketAddr::new(unspecified(family), 0))?;
-    let (level, name, value) = match family {
-        Family::V4 => (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DO),
-        Family::V6 => (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DO),
-    };
-    let length = size_of::<libc::c_int>() as libc::socklen_t;
-    // SAFETY: the option is an `int`, which `value` is, and `length` is its size.
-    let result = unsafe {
-        libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const value).cast(), length)
-    };
-    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(socket) }
-}
-
 /// Asks the kernel for the MTU of the path to an address: that of the link, or what a router reported.
 fn route_mtu(family: Family, to: SocketAddr) -> io::Result<u32> {
     let socket = UdpSocket::bind(SocketAddr::new(unspecified(family), 0))?;
@@ -301,13 +277,6 @@ fn route_mtu(family: Family, to: SocketAddr) -> io::Result<u32> {
     u32::try_from(value).map_err(io::Error::other)
 }
 
-fn unspecified(family: Family) -> IpAddr {
-    match family {
-        Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
-        Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
-    }
-}
-
 /// Returns the number of bytes of the IP and UDP headers.
 fn header_bytes(family: Family) -> usize {
     match family {
@@ -323,6 +292,8 @@ fn packet_bytes(family: Family, bytes: usize) -> u16 {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use towline_netns::namespace_test;
 
     use super::*;
