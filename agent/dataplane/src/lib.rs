@@ -34,7 +34,7 @@
 //! | `tunnel` | one tunnel: timers, keepalives, waiting packets |
 //! | `inner_traffic` | when it is reported that inner packets travelled |
 //! | `roaming` | when it is reported that a peer sends from elsewhere |
-//! | `live_tunnels` | which tunnels need ticks |
+//! | `live_tunnels`, `newly_live` | which tunnels need ticks |
 //! | `table` | lookup of a peer by address, key or receiver index |
 //! | `arena` | the buffers of a batch |
 //! | `split`, `coalesce`, `vnet`, `checksum`, `headers` | inner packets and super-packets |
@@ -62,6 +62,7 @@ mod inner_traffic;
 pub mod internals;
 mod live_tunnels;
 pub mod memory;
+mod newly_live;
 mod pipeline;
 mod probes;
 mod roaming;

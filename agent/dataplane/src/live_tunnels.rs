@@ -1,20 +1,20 @@
 //! Which tunnels need ticks. Most tunnels of a large mesh have neither a session nor a handshake, and a tick
 //! does not look at them.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 
 use super::Slot;
+use super::newly_live::NewlyLive;
 use super::table::{Peer, Table};
 
 /// Tunnels that need ticks. All workers share them: each may handle what makes a tunnel need ticks, and one of
 /// them runs the tick for all.
 #[derive(Debug, Default)]
 pub(super) struct LiveTunnels {
-    /// True if a tunnel needs ticks that needed none before. The next tick looks at all tunnels.
-    has_new: AtomicBool,
+    /// Whether a tunnel needs ticks that needed none before. The next tick then looks at all tunnels.
+    pub(super) newly_live: NewlyLive,
     last: Mutex<LastTick>,
 }
 
@@ -28,24 +28,13 @@ struct LastTick {
 }
 
 impl LiveTunnels {
-    /// Records that a tunnel needs ticks. Call it while the tunnel is locked.
-    pub(super) fn record_new(&self) {
-        // A tick that sees this also sees the state of the tunnel.
-        self.has_new.store(true, Ordering::Release);
-    }
-
-    /// Returns whether a tunnel was recorded since the last call.
-    pub(super) fn take_new(&self) -> bool {
-        self.has_new.swap(false, Ordering::AcqRel)
-    }
-
     /// Calls `tick` for each peer whose tunnel may need it. `tick` returns whether the tunnel needs further
     /// ticks. Returns whether any does.
     pub(super) fn tick(&self, table: &Arc<Table>, mut tick: impl FnMut(&Peer) -> bool) -> bool {
         // Another worker has not finished the last tick.
         let Some(mut last) = self.last.try_lock() else { return true };
         let is_same_table = Weak::as_ptr(&last.table) == Arc::as_ptr(table);
-        if self.take_new() || !is_same_table {
+        if self.newly_live.take() || !is_same_table {
             last.table = Arc::downgrade(table);
             last.slots.clear();
             last.slots.extend(table.slots());
@@ -85,7 +74,7 @@ mod tests {
         assert_eq!(ticked(&table, &[4]), (2, true));
         assert_eq!(ticked(&table, &[]), (1, false));
         assert_eq!(ticked(&table, &[]), (0, false));
-        live.record_new();
+        live.newly_live.record();
         assert_eq!(ticked(&table, &[7]), (100, true));
         let next = Arc::new(table.next(now, &wanted, &secrets));
         assert_eq!(ticked(&next, &[]), (100, false));

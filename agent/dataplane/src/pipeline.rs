@@ -696,7 +696,7 @@ impl Pipeline {
             started: self.started,
             out,
             events: &mut self.events,
-            live: &self.live,
+            newly_live: &self.live.newly_live,
             drops: &self.drops,
             counters: &peer.counters,
             is_static: peer.entry.is_static,

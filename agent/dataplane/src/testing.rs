@@ -15,7 +15,7 @@ use super::counters::PeerCounters;
 use super::drops::Drops;
 use super::events::{Event, EventSink};
 use super::headers::{PROTOCOL_TCP, PROTOCOL_UDP};
-use super::live_tunnels::LiveTunnels;
+use super::newly_live::NewlyLive;
 use super::runs::Run;
 use super::tunnel::{Tunnel, TunnelContext};
 use towline_wireguard::{Buffers, MessageKind, Scratch, Secrets};
@@ -172,7 +172,7 @@ pub(super) struct Side {
     pub(super) out: SendBatch,
     pub(super) drops: Arc<Drops>,
     pub(super) counters: PeerCounters,
-    pub(super) live: LiveTunnels,
+    pub(super) newly_live: NewlyLive,
     pub(super) started: Instant,
     events: EventSink,
     observed: Receiver<Event>,
@@ -191,7 +191,7 @@ impl Side {
             observed,
             drops,
             counters: PeerCounters::default(),
-            live: LiveTunnels::default(),
+            newly_live: NewlyLive::default(),
             started: Instant::now(),
         }
     }
@@ -202,10 +202,10 @@ impl Side {
         now: Instant,
         call: impl FnOnce(&mut Tunnel, &mut TunnelContext<'_>) -> R,
     ) -> R {
-        let Self { tunnel, out, events, live, drops, counters, started, .. } = self;
+        let Self { tunnel, out, events, newly_live, drops, counters, started, .. } = self;
         let (started, is_static) = (*started, false);
         let mut context =
-            TunnelContext { now, started, out, events, live, drops, counters, is_static };
+            TunnelContext { now, started, out, events, newly_live, drops, counters, is_static };
         call(tunnel, &mut context)
     }
 

@@ -29,7 +29,7 @@ use super::counters::PeerCounters;
 use super::drops::{DropReason, Drops};
 use super::events::EventSink;
 use super::inner_traffic::InnerTraffic;
-use super::live_tunnels::LiveTunnels;
+use super::newly_live::NewlyLive;
 use super::roaming::RoamReports;
 use super::runs::Run;
 use towline_wireguard::{
@@ -60,7 +60,7 @@ pub(super) struct TunnelContext<'a> {
     pub(super) started: Instant,
     pub(super) out: &'a mut SendBatch,
     pub(super) events: &'a mut EventSink,
-    pub(super) live: &'a LiveTunnels,
+    pub(super) newly_live: &'a NewlyLive,
     pub(super) drops: &'a Drops,
     pub(super) counters: &'a PeerCounters,
     /// True for a peer of the configuration, which is followed as WireGuard does: to wherever its last
@@ -560,7 +560,7 @@ impl Tunnel {
     /// Needs ticks for this time from now on.
     fn live_for(&mut self, time: Duration, context: &TunnelContext<'_>) {
         if self.live_until.is_none() {
-            context.live.record_new();
+            context.newly_live.record();
         }
         self.live_until = self.live_until.max(Some(context.now + time));
     }

@@ -395,13 +395,13 @@ fn a_tunnel_is_recorded_when_it_needs_ticks_that_needed_none() {
     let initiate = |side: &mut Side, now: Instant| {
         side.with(now, |tunnel, context| tunnel.initiate(vec![home], context));
     };
-    assert!(!is_live(&mut side, start) && !side.live.take_new());
+    assert!(!is_live(&mut side, start) && !side.newly_live.take());
     side.with(start, |tunnel, context| tunnel.enqueue(&[0x45; 32], context));
-    assert!(side.live.take_new());
+    assert!(side.newly_live.take());
     initiate(&mut side, start);
-    assert!(!side.live.take_new(), "it needs them already");
+    assert!(!side.newly_live.take(), "it needs them already");
     let late = start + Duration::from_secs(600);
     assert!(!is_live(&mut side, late));
     initiate(&mut side, late);
-    assert!(side.live.take_new());
+    assert!(side.newly_live.take());
 }
