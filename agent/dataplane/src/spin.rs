@@ -40,6 +40,11 @@ impl Spin {
         Self { longest, moved: false, close: false, misses: 0, pause: 0 }
     }
 
+    /// Returns whether there are no looks, so that nothing has to be recorded.
+    pub(super) fn is_off(&self) -> bool {
+        self.longest.is_zero()
+    }
+
     /// Returns how long to look for work before the sleep that comes now.
     pub(super) fn due(&mut self) -> Duration {
         if !self.moved || !self.close {
@@ -176,5 +181,6 @@ mod tests {
         spin.record_sleep(GAP);
         spin.record_work(true);
         assert_eq!(spin.due(), Duration::ZERO);
+        assert!(spin.is_off() && !after(GAP).is_off());
     }
 }

@@ -250,15 +250,18 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
         let mut next_tick: Option<Instant> = None;
         let mut ticks = 0u32;
         self.refresh_mtu();
+        let mut now = Instant::now();
         loop {
             let mut ready = [EpollEvent::empty(); READY];
-            let ready = match self.wait(&mut ready, next_tick) {
+            let waited = self.wait(&mut ready, next_tick, now);
+            // An iteration reads the clock here only, unless the worker spins or delays.
+            now = Instant::now();
+            let ready = match waited {
                 Ok(count) => &ready[..count],
                 Err(nix::errno::Errno::EINTR) => continue,
                 Err(error) => return Err(error),
             };
             self.inbox.count_loop();
-            let now = Instant::now();
             self.pipeline.set_mtu(self.shared.mtu.load(Ordering::Relaxed));
             let is_ready = |what: u64| ready.iter().any(|event| event.data() == what);
             if is_ready(WAKE) {
@@ -306,8 +309,14 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
     }
 
     /// Waits for input, but not longer than until the next tick. Returns the number of descriptors that
-    /// are ready.
-    fn wait(&mut self, ready: &mut [EpollEvent], next_tick: Option<Instant>) -> nix::Result<usize> {
+    /// are ready. `last` is the time of the last wake-up. The tick may be late by the time that the work
+    /// since then took.
+    fn wait(
+        &mut self,
+        ready: &mut [EpollEvent],
+        next_tick: Option<Instant>,
+        last: Instant,
+    ) -> nix::Result<usize> {
         if self.udp.is_behind() {
             let count = self.epoll.wait(ready, EpollTimeout::ZERO)?;
             if count > 0 {
@@ -315,6 +324,9 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
                 return Ok(count);
             }
             self.udp.finish(Instant::now(), &self.drops);
+        }
+        if self.spin.is_off() {
+            return self.epoll.wait(ready, timeout(next_tick, last));
         }
         let began = Instant::now();
         let longest = self.spin.due();
