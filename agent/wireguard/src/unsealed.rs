@@ -61,26 +61,33 @@ impl Unsealed {
     /// owner must answer by clearing it: nothing in it may be sent then.
     #[must_use]
     pub fn seal(&mut self, arena: &mut [u8]) -> bool {
+        let sealed = match self.runs.as_slice() {
+            // Usually there is one run, whose packets are all.
+            [(key, _)] => key.seal(arena, &self.packets).is_ok(),
+            _ => self.seal_keys(arena),
+        };
+        self.clear();
+        sealed
+    }
+
+    /// Seals the messages of several keys: those of a key that has several runs together with its first.
+    fn seal_keys(&mut self, arena: &mut [u8]) -> bool {
         let mut sealed = true;
-        // Usually there is one run. The packets of a key that has several are sealed with the first.
-        for index in 0..self.runs.len() {
-            let Some((key, _)) = self.runs.get(index) else { break };
-            let key = key.clone();
-            let is_of_key = |(other, _): &(Arc<Key>, usize)| Arc::ptr_eq(other, &key);
+        for (index, (key, _)) in self.runs.iter().enumerate() {
+            let is_of_key = |(other, _): &(Arc<Key>, usize)| Arc::ptr_eq(other, key);
             if self.runs.iter().take(index).any(is_of_key) {
                 continue;
             }
             self.batch.clear();
             let mut start = 0;
-            for (other, end) in &self.runs {
-                if Arc::ptr_eq(other, &key) {
-                    self.batch.extend(self.packets.get(start..*end).unwrap_or_default());
+            for run in &self.runs {
+                if is_of_key(run) {
+                    self.batch.extend(self.packets.get(start..run.1).unwrap_or_default());
                 }
-                start = *end;
+                start = run.1;
             }
             sealed &= key.seal(arena, &self.batch).is_ok();
         }
-        self.clear();
         sealed
     }
 }
