@@ -66,7 +66,7 @@ impl<'a> Lane<'a> {
     /// Returns whether the tag behind the packet is this one. The comparison takes the same time
     /// wherever they differ.
     #[inline]
-    fn has_tag(&self, tag: u128) -> bool {
+    pub(crate) fn has_tag(&self, tag: u128) -> bool {
         self.tag.as_ref().is_some_and(|place| u128::from_le_bytes(**place) ^ tag == 0)
     }
 }

@@ -23,8 +23,8 @@
 //!
 //! | name | needs | ChaCha20 | Poly1305 |
 //! |---|---|---|---|
-//! | `avx512-ifma` | AVX-512 F, BW, IFMA, VBMI2 | 16 blocks at once | 8 packets at once, radix 2^44 |
-//! | `avx512vl` | AVX-512 F, VL | 8 blocks at once | 4 packets at once, radix 2^26 |
+//! | `avx512-ifma` | AVX2, AVX-512 F, BW, IFMA, VBMI2 | 16 blocks at once | 8 packets at once, radix 2^44 |
+//! | `avx512vl` | AVX2, AVX-512 F, VL | 8 blocks at once | 4 packets at once, radix 2^26 |
 //! | `avx2` | AVX2 | 8 blocks at once | 4 packets at once, radix 2^26 |
 //! | `ring` | any CPU | ring, packet by packet | ring |
 //!
@@ -35,6 +35,9 @@
 //! makes both algorithms free of dependencies between lanes, so nothing has to be combined at the
 //! end of a packet. Where there are fewer packets than lanes, a packet gets 2, 4, 8 or 16 lanes of
 //! ChaCha20 for as many of its blocks.
+//!
+//! One or two packets of at most 192 bytes would leave most lanes empty. All batch backends seal and open
+//! these one by one with AVX2, 4 blocks at once.
 //!
 //! # Files
 //!

@@ -144,6 +144,31 @@ fn a_forgery_is_found_at_every_place_of_every_batch() {
     }
 }
 
+/// One or two packets up to a certain length have a form of their own.
+#[test]
+fn one_or_two_short_packets_of_every_length() {
+    for len in 0..=256 {
+        for lengths in [vec![len], vec![len, len], vec![len, 256 - len], vec![256 - len, 0]] {
+            let first = (len as u64) << 33 | u64::from(u32::MAX);
+            let batch = Batch::new(&lengths, first, len as u8);
+            batch.check(&format!("{lengths:?} bytes"));
+            for place in 0..lengths.len() {
+                batch.check_forged(&[(place, len * 37)]);
+            }
+            batch.check_forged(&(0..lengths.len()).map(|place| (place, len)).collect::<Vec<_>>());
+        }
+    }
+}
+
+#[test]
+fn every_bit_of_a_short_packet_is_authenticated() {
+    let batch = Batch::new(&[75, 75], 3, 0);
+    for bit in 0..8 * (75 + TAG_BYTES) {
+        batch.check_forged(&[(0, bit)]);
+        batch.check_forged(&[(1, bit)]);
+    }
+}
+
 #[test]
 fn every_bit_of_a_packet_is_authenticated() {
     let batch = Batch::new(&[75, 75, 75], 3, 0);

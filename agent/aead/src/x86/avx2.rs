@@ -255,9 +255,10 @@ pub(super) mod plain {
 
     eight_lanes!("avx2");
 
+    /// Rotates the words of a vector to the left.
     #[inline]
     #[target_feature(enable = "avx2")]
-    fn rotate<const LEFT: i32, const RIGHT: i32>(v: V) -> V {
+    pub(in crate::x86) fn rotate<const LEFT: i32, const RIGHT: i32>(v: V) -> V {
         const { assert!(LEFT + RIGHT == 32) }
         /// Bytes of a word, rotated to the left by `bytes`, in each 16 bytes.
         const fn shuffle(bytes: usize) -> [u8; 32] {
@@ -358,7 +359,7 @@ fn xor(block: &mut [u8; BLOCK], stream: [V; 2]) {
 /// Returns the bytes of a block.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn bytes(stream: [V; 2]) -> [u8; BLOCK] {
+pub(super) fn bytes(stream: [V; 2]) -> [u8; BLOCK] {
     let mut block = ZEROS;
     xor(&mut block, stream);
     block

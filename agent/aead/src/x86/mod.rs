@@ -9,11 +9,13 @@ mod avx2;
 mod avx512;
 mod poly1305x4;
 mod poly1305x8;
+mod short;
 #[cfg(test)]
 mod tests;
 
 use crate::lanes::Lane;
 use crate::packets::Context;
+pub(crate) use short::SHORT;
 
 /// First 4 words of ChaCha20's state: "expand 32-byte k".
 const SIGMA: [u32; 4] = [0x6170_7865, 0x3320_646e, 0x7962_2d32, 0x6b20_6574];
@@ -36,13 +38,14 @@ impl Batch {
     /// Returns the backends whose instructions this CPU has and the operating system allows, the
     /// fastest first.
     pub(crate) fn of_this_cpu() -> impl Iterator<Item = Self> {
-        let avx512 = is_x86_feature_detected!("avx512f");
+        // Every backend uses it for short packets.
+        let avx2 = is_x86_feature_detected!("avx2");
+        let avx512 = avx2 && is_x86_feature_detected!("avx512f");
         let ifma = avx512
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512ifma")
             && is_x86_feature_detected!("avx512vbmi2");
-        let avx2 = is_x86_feature_detected!("avx2");
-        let vl = avx2 && avx512 && is_x86_feature_detected!("avx512vl");
+        let vl = avx512 && is_x86_feature_detected!("avx512vl");
         [(ifma, Features::Avx512Ifma), (vl, Features::Avx512Vl), (avx2, Features::Avx2)]
             .into_iter()
             .filter_map(|(has, features)| has.then_some(Self(features)))
@@ -87,5 +90,26 @@ impl Batch {
                 Features::Avx2 => avx2::plain::open(key, context, lanes, authentic),
             }
         }
+    }
+
+    /// Seals a packet of at most [`SHORT`] bytes.
+    #[allow(unsafe_code)]
+    pub(crate) fn seal_short(self, key: &KeyWords, context: &Context<'_>, lane: &mut Lane<'_>) {
+        // SAFETY: the CPU has AVX2, since `of_this_cpu` created this value.
+        unsafe {
+            short::seal(key, context, lane);
+        }
+    }
+
+    /// Opens a packet of at most [`SHORT`] bytes. Returns whether it is authentic.
+    #[allow(unsafe_code)]
+    pub(crate) fn open_short(
+        self,
+        key: &KeyWords,
+        context: &Context<'_>,
+        lane: &mut Lane<'_>,
+    ) -> bool {
+        // SAFETY: the CPU has AVX2, since `of_this_cpu` created this value.
+        unsafe { short::open(key, context, lane) }
     }
 }
