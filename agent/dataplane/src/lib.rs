@@ -28,6 +28,8 @@
 //! |---|---|
 //! | `worker` | a thread: what wakes it, and the order of its work |
 //! | `batch_delay` | the delay after a batch of small packets |
+//! | `spin` | whether a worker looks for more work before it sleeps |
+//! | `lone` | whether a wake-up takes one packet or all |
 //! | `pipeline` | the path of a batch in each direction |
 //! | `seal_ahead` | threads that seal a worker's batches, and the order in which they are sent |
 //! | `runs` | received messages that are opened together |
@@ -61,6 +63,7 @@ mod inner_traffic;
 #[doc(hidden)]
 pub mod internals;
 mod live_tunnels;
+mod lone;
 pub mod memory;
 mod newly_live;
 mod pipeline;

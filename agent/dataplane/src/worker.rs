@@ -26,6 +26,7 @@ use super::arena::{RecvBatch, SendBatch, TunBatch, WriteBatch};
 use super::batch_delay::BatchDelay;
 use super::drops::{DropReason, Drops};
 use super::events::{Fault, FaultState};
+use super::lone::LoneItems;
 use super::pipeline::{Coalesced, Pipeline, RECEIVE_SLOTS};
 use super::seal_ahead::SealAhead;
 use super::spin::Spin;
@@ -178,6 +179,8 @@ pub(super) struct Worker<T, U> {
     writes: WriteBatch,
     read: TunBatch,
     out: SendBatch,
+    /// Whether to take one packet from the TUN, or all.
+    lone_packets: LoneItems,
     batch_delay: BatchDelay,
     spin: Spin,
 }
@@ -228,6 +231,7 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
             writes: WriteBatch::new(RECEIVE_SLOTS),
             read: TunBatch::new(TUN_LARGE, TUN_PACKETS),
             out: send_batch(),
+            lone_packets: LoneItems::default(),
             batch_delay,
             spin: Spin::new(Duration::ZERO),
         })
@@ -284,6 +288,8 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
                     self.udp.finish(now, &self.drops);
                     self.batch_delay.wait(delay);
                 }
+            } else {
+                self.lone_packets.record_empty();
             }
             self.spin.record_work(!sockets.is_empty() || is_ready(TUN));
             if !ready.is_empty() && next_tick.is_none() {
@@ -450,12 +456,14 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
 
     fn outbound(&mut self, now: Instant) -> nix::Result<()> {
         self.read.clear();
+        self.read.limit(self.lone_packets.limit());
         if let Err(error) = self.tun.read(&mut self.read, &self.drops) {
             self.faults.set(Fault::TunGone(error.to_string()));
             // The tunnels stay up, and the core still gets their events. A new link needs a new
             // data plane.
             return self.epoll.delete(self.tun.fd());
         }
+        self.lone_packets.record(self.read.packets().len(), self.read.bytes());
         self.pipeline.outbound(now, &mut self.read, &mut self.out, &mut self.udp);
         Ok(())
     }

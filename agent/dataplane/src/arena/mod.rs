@@ -52,6 +52,8 @@ pub struct TunBatch {
     used: usize,
     packets: Vec<TunPacket>,
     max_packets: usize,
+    /// Largest number of packets until [`TunBatch::limit`] changes it.
+    limit: usize,
 }
 
 impl TunBatch {
@@ -64,13 +66,19 @@ impl TunBatch {
             used: 0,
             packets: Vec::with_capacity(packets),
             max_packets: packets,
+            limit: packets,
         }
+    }
+
+    /// Sets how many packets the batch takes, at most as many as it was created for.
+    pub fn limit(&mut self, packets: usize) {
+        self.limit = packets.min(self.max_packets);
     }
 
     /// Returns space for one more packet of any size: [`HEADROOM`] bytes, then the packet. `None`
     /// if the batch is full.
     pub fn spare(&mut self) -> Option<&mut [u8]> {
-        if self.packets.len() == self.max_packets {
+        if self.packets.len() >= self.limit {
             return None;
         }
         self.bytes.get_mut(self.used..self.used + HEADROOM + SLOT_BYTES)
@@ -105,5 +113,24 @@ impl TunBatch {
     pub fn clear(&mut self) {
         self.used = 0;
         self.packets.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_batch_takes_no_more_packets_than_its_limit() {
+        let mut batch = TunBatch::new(4, 3);
+        let mut taken = |limit: usize| {
+            batch.clear();
+            batch.limit(limit);
+            while batch.spare().is_some() {
+                batch.commit(VnetHeader::default(), 100);
+            }
+            batch.packets().len()
+        };
+        assert_eq!([1, 2, usize::MAX, 1].map(&mut taken), [1, 2, 3, 1]);
     }
 }
