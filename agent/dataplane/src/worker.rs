@@ -181,6 +181,8 @@ pub(super) struct Worker<T, U> {
     out: SendBatch,
     /// Whether to take one packet from the TUN, or all.
     lone_packets: LoneItems,
+    /// Whether to receive one datagram, or all.
+    lone_datagrams: LoneItems,
     batch_delay: BatchDelay,
     spin: Spin,
 }
@@ -232,6 +234,7 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
             read: TunBatch::new(TUN_LARGE, TUN_PACKETS),
             out: send_batch(),
             lone_packets: LoneItems::default(),
+            lone_datagrams: LoneItems::default(),
             batch_delay,
             spin: Spin::new(Duration::ZERO),
         })
@@ -277,7 +280,9 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
             }
             let sockets = ready.iter().filter_map(|event| event.data().checked_sub(FIRST_SOCKET));
             let sockets = sockets.fold(Ready::default(), |all, place| all.with(place as usize));
-            if !sockets.is_empty() {
+            if sockets.is_empty() {
+                self.lone_datagrams.record_empty();
+            } else {
                 self.inbound(now, sockets)?;
             }
             if is_ready(TUN) {
@@ -436,7 +441,10 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
 
     fn inbound(&mut self, now: Instant, sockets: Ready) -> nix::Result<()> {
         self.received.clear();
+        self.received.limit(self.lone_datagrams.limit());
         self.udp.receive(sockets, &mut self.received, &self.drops).map_err(errno)?;
+        let count = self.received.received().len();
+        self.lone_datagrams.record(count, self.received.received_bytes());
         let allowed = self.tun.coalesce();
         self.pipeline.inbound(now, allowed, &mut self.received, &mut self.writes, &mut self.out);
         let Coalesced { datagrams, corrupted } = self.pipeline.coalesced();

@@ -161,6 +161,8 @@ pub struct RecvBatch {
     received: Vec<Received>,
     /// Number of slots up to the last one in use. The slots after it are free.
     used: usize,
+    /// Largest number of receive calls until [`RecvBatch::limit`] changes it.
+    limit: usize,
 }
 
 impl RecvBatch {
@@ -170,12 +172,18 @@ impl RecvBatch {
             bytes: vec![0; slots * SLOT_BYTES].into_boxed_slice(),
             received: Vec::with_capacity(slots),
             used: 0,
+            limit: slots,
         }
+    }
+
+    /// Sets how many receive calls fit, at most as many as the batch was created for.
+    pub fn limit(&mut self, slots: usize) {
+        self.limit = slots.min(self.bytes.len() / SLOT_BYTES);
     }
 
     /// Returns the number of receive calls that fit.
     pub fn slots(&self) -> usize {
-        self.bytes.len() / SLOT_BYTES
+        self.limit
     }
 
     /// Returns the index of the first free slot. Those before it may be in use.
@@ -219,6 +227,11 @@ impl RecvBatch {
     /// Returns the result of each receive call, in order.
     pub fn received(&self) -> &[Received] {
         &self.received
+    }
+
+    /// Returns the number of bytes of all datagrams.
+    pub fn received_bytes(&self) -> usize {
+        self.received.iter().map(|received| received.len).sum()
     }
 
     /// Returns the datagrams of one receive call.
@@ -303,7 +316,14 @@ mod tests {
         batch.push(3, from, 10, 5);
         assert!(batch.is_full());
         assert_eq!(batch.received()[2].places().count(), 2);
+        assert_eq!(batch.received_bytes(), 30);
         batch.clear();
         assert_eq!(batch.next_slot(), 0);
+        batch.limit(1);
+        assert!(!batch.is_full());
+        batch.push(0, from, 10, 0);
+        assert!(batch.is_full());
+        batch.limit(usize::MAX);
+        assert_eq!((batch.slots(), batch.is_full()), (4, false));
     }
 }
