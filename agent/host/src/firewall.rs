@@ -603,11 +603,14 @@ fn guard(plan: &Plan, extent: Extent) -> Chain {
     let guarded = |family| Rule::new().destination_in(family, guarded_set(family)).goto(GUARDED);
     // While an uplink has no address, the kernel would give the agent's own packets an address of
     // the tunnel's link as source.
+    // Every encrypted packet is compared with these rules. The kernel takes a lock to read the owner of
+    // its socket, so that comes last.
     let marks = &plan.rules;
-    let own = || Rule::new().mark(marks.mark, marks.mask).socket_owner(plan.underlay.owner);
     let from_inside = |(family, comment): (Family, &str)| {
         let [addresses, _, _] = own_sets(family);
-        own().source_in(family, addresses).comment(comment).counter().drop()
+        let marked = Rule::new().mark(marks.mark, marks.mask);
+        let own = marked.source_in(family, addresses).socket_owner(plan.underlay.owner);
+        own.comment(comment).counter().drop()
     };
     Chain::base(ChainKind::Filter, Hook::Postrouting, GUARD_PRIORITY)
         .rules([tunnel, Rule::new().output("lo").accept()])
