@@ -12,14 +12,37 @@ use std::time::Instant;
 use towline_aead::internals::backends;
 use towline_aead::{Backend, Key, Packet, TAG_BYTES};
 
-/// Packets of a batch: two groups, the second of them partial.
-const COUNT: usize = 21;
-/// Length of a packet in bytes.
-const LEN: usize = 300;
 /// Measurements of one comparison.
 const ROUNDS: usize = 40_000;
 /// |t| from which a comparison fails.
 const LIMIT: f64 = 10.0;
+
+/// Number and length of the packets of a batch.
+#[derive(Clone, Copy)]
+struct Shape {
+    count: usize,
+    /// Length in bytes.
+    len: usize,
+}
+
+/// Two groups, the second of them partial; and short packets, which have a form of their own.
+const SHAPES: [Shape; 2] = [Shape { count: 21, len: 300 }, Shape { count: 2, len: 160 }];
+
+impl Shape {
+    /// Returns the number of bytes of all packets with their tags.
+    fn bytes(self) -> usize {
+        self.count * (self.len + TAG_BYTES)
+    }
+
+    fn packets(self, counter: u64) -> Vec<Packet> {
+        let packet = |i: usize| Packet {
+            start: i * (self.len + TAG_BYTES),
+            len: self.len,
+            counter: counter + i as u64,
+        };
+        (0..self.count).map(packet).collect()
+    }
+}
 
 /// Generator of random numbers (SplitMix64).
 struct Random(u64);
@@ -41,18 +64,19 @@ impl Random {
 
 /// Input of one call.
 struct Input {
+    shape: Shape,
     key: [u8; 32],
     counter: u64,
     arena: Vec<u8>,
 }
 
 impl Input {
-    fn zeros() -> Self {
-        Self { key: [0; 32], counter: 0, arena: vec![0; COUNT * (LEN + TAG_BYTES)] }
+    fn zeros(shape: Shape) -> Self {
+        Self { shape, key: [0; 32], counter: 0, arena: vec![0; shape.bytes()] }
     }
 
-    fn random(rng: &mut Random) -> Self {
-        let mut input = Self::zeros();
+    fn random(rng: &mut Random, shape: Shape) -> Self {
+        let mut input = Self::zeros(shape);
         rng.fill(&mut input.key);
         rng.fill(&mut input.arena);
         // Far from the end of the counters.
@@ -67,41 +91,37 @@ impl Input {
 
     /// Returns this input with its packets sealed.
     fn sealed(mut self, backend: Backend) -> Self {
-        let packets = packets(self.counter);
+        let packets = self.shape.packets(self.counter);
         Key::new(&self.key, backend).seal(&mut self.arena, &packets).unwrap();
         self
     }
 
     /// Returns this input with one byte of each tag changed.
     fn forged(mut self, byte: usize) -> Self {
-        for packet in self.arena.chunks_mut(LEN + TAG_BYTES) {
-            packet[LEN + byte] ^= 0x55;
+        for packet in self.arena.chunks_mut(self.shape.len + TAG_BYTES) {
+            packet[self.shape.len + byte] ^= 0x55;
         }
         self
     }
 }
 
-fn packets(counter: u64) -> Vec<Packet> {
-    let start = |i: u64| i as usize * (LEN + TAG_BYTES);
-    (0..COUNT as u64).map(|i| Packet { start: start(i), len: LEN, counter: counter + i }).collect()
-}
-
 /// Returns Welch's t of the times of a call with inputs of two classes.
 fn t_value(
     rng: &mut Random,
+    shape: Shape,
     mut make: impl FnMut(&mut Random, bool) -> Input,
     call: impl Fn(&Key, &mut [u8], &[Packet]),
     backend: Backend,
 ) -> f64 {
     let mut times: [Vec<f64>; 2] = [Vec::new(), Vec::new()];
     // One place for the inputs of both classes.
-    let mut arena = vec![0; COUNT * (LEN + TAG_BYTES)];
-    let mut slot = packets(0);
+    let mut arena = vec![0; shape.bytes()];
+    let mut slot = shape.packets(0);
     for _ in 0..ROUNDS {
         let class = rng.number() & 1 == 1;
         let input = make(rng, class);
         arena.copy_from_slice(&input.arena);
-        slot.copy_from_slice(&packets(input.counter));
+        slot.copy_from_slice(&shape.packets(input.counter));
         let key = Key::new(&input.key, backend);
         let start = Instant::now();
         call(black_box(&key), black_box(&mut arena), black_box(&slot));
@@ -129,40 +149,30 @@ fn the_time_of_a_call_does_not_depend_on_secrets() {
         key.seal(arena, packets).unwrap();
     };
     let open = |key: &Key, arena: &mut [u8], packets: &[Packet]| {
-        key.open(arena, packets, &mut Vec::with_capacity(COUNT)).unwrap();
+        key.open(arena, packets, &mut Vec::with_capacity(packets.len())).unwrap();
     };
     let mut worst: f64 = 0.0;
-    for backend in backends() {
+    let cases = backends().into_iter().flat_map(|backend| SHAPES.map(|shape| (backend, shape)));
+    for (backend, shape) in cases {
         // Both are made, so that the caches hold the same before each call, and no branch depends on
         // the class, so that the branch predictor does, too.
         let input = |rng: &mut Random, class: bool| {
-            let [mut zeros, mut random] = [Input::zeros(), Input::random(rng)];
+            let [mut zeros, mut random] = [Input::zeros(shape), Input::random(rng, shape)];
             [&mut zeros, &mut random][usize::from(class)].take()
         };
+        let sealed = |rng: &mut Random, class: bool| input(rng, class).sealed(backend);
+        let forged = |rng: &mut Random, class: bool| {
+            let byte = if class { 0 } else { TAG_BYTES - 1 };
+            Input::random(rng, shape).sealed(backend).forged(byte)
+        };
         let values = [
-            ("seal", t_value(&mut rng, input, seal, backend)),
-            (
-                "open",
-                t_value(&mut rng, |rng, class| input(rng, class).sealed(backend), open, backend),
-            ),
-            (
-                "open forged",
-                t_value(
-                    &mut rng,
-                    |rng, class| {
-                        Input::random(rng).sealed(backend).forged(if class {
-                            0
-                        } else {
-                            TAG_BYTES - 1
-                        })
-                    },
-                    open,
-                    backend,
-                ),
-            ),
+            ("seal", t_value(&mut rng, shape, input, seal, backend)),
+            ("open", t_value(&mut rng, shape, sealed, open, backend)),
+            ("open forged", t_value(&mut rng, shape, forged, open, backend)),
         ];
+        let Shape { count, len } = shape;
         for (what, t) in values {
-            println!("{:12} {what:12} t = {t:6.2}", backend.name());
+            println!("{:12} {count:2} x {len} {what:12} t = {t:6.2}", backend.name());
             if backend.is_batched() {
                 worst = worst.max(t.abs());
             }
