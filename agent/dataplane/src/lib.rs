@@ -29,6 +29,7 @@
 //! | `worker` | a thread: what wakes it, and the order of its work |
 //! | `batch_delay` | the delay after a batch of small packets |
 //! | `spin` | whether a worker looks for more work before it sleeps |
+//! | `tick_timer` | the timer that wakes a worker for its next tick |
 //! | `lone` | whether a wake-up takes one packet or all |
 //! | `pipeline` | the path of a batch in each direction |
 //! | `seal_ahead` | threads that seal a worker's batches, and the order in which they are sent |
@@ -78,6 +79,7 @@ pub mod switch;
 pub mod table;
 #[cfg(test)]
 mod testing;
+mod tick_timer;
 pub mod tun;
 mod tunnel;
 pub mod udp;

@@ -30,6 +30,7 @@ use super::lone::LoneItems;
 use super::pipeline::{Coalesced, Pipeline, RECEIVE_SLOTS};
 use super::seal_ahead::SealAhead;
 use super::spin::Spin;
+use super::tick_timer::TickTimer;
 use super::tun::TunIo;
 use super::udp::{Ready, TooBig, Udp, UdpIo};
 
@@ -175,6 +176,8 @@ pub(super) struct Worker<T, U> {
     drops: Arc<Drops>,
     faults: FaultState,
     epoll: Epoll,
+    /// Timer of the next tick. Not set while no tunnel is live and no events wait.
+    tick: TickTimer,
     received: RecvBatch,
     writes: WriteBatch,
     read: TunBatch,
@@ -196,11 +199,13 @@ pub(super) fn send_batch() -> SendBatch {
 const WAKE: u64 = 0;
 /// Epoll token of the TUN.
 const TUN: u64 = 1;
+/// Epoll token of the timer.
+const TIMER: u64 = 2;
 /// Epoll token of the first socket. The tokens after it belong to the further sockets.
-const FIRST_SOCKET: u64 = 2;
-/// Largest number of descriptors that are ready at once: the inbox, the TUN, and a socket of each
-/// family for each of two ports.
-const READY: usize = 6;
+const FIRST_SOCKET: u64 = 3;
+/// Largest number of descriptors that are ready at once: the inbox, the TUN, the timer, and a socket of
+/// each family for each of two ports.
+const READY: usize = 7;
 
 impl<T: TunIo, U: UdpIo> Worker<T, U> {
     pub(super) fn new(
@@ -215,6 +220,8 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(&inbox.wake, EpollEvent::new(EpollFlags::EPOLLIN, WAKE))?;
         epoll.add(tun.fd(), EpollEvent::new(EpollFlags::EPOLLIN, TUN))?;
+        let tick = TickTimer::new()?;
+        epoll.add(&tick, EpollEvent::new(EpollFlags::EPOLLIN, TIMER))?;
         for (place, fd) in (FIRST_SOCKET..).zip(udp.fds()) {
             epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, place))?;
         }
@@ -229,6 +236,7 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
             drops,
             faults,
             epoll,
+            tick,
             received: RecvBatch::new(RECEIVE_SLOTS),
             writes: WriteBatch::new(RECEIVE_SLOTS),
             read: TunBatch::new(TUN_LARGE, TUN_PACKETS),
@@ -254,20 +262,17 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
     }
 
     fn serve(&mut self) -> nix::Result<()> {
-        let mut next_tick: Option<Instant> = None;
         let mut ticks = 0u32;
         self.refresh_mtu();
-        let mut now = Instant::now();
         loop {
             let mut ready = [EpollEvent::empty(); READY];
-            let waited = self.wait(&mut ready, next_tick, now);
-            // An iteration reads the clock here only, unless the worker spins or delays.
-            now = Instant::now();
-            let ready = match waited {
+            let ready = match self.wait(&mut ready) {
                 Ok(count) => &ready[..count],
                 Err(nix::errno::Errno::EINTR) => continue,
                 Err(error) => return Err(error),
             };
+            // An iteration reads the clock here only, unless the worker spins or delays.
+            let now = Instant::now();
             self.inbox.count_loop();
             self.pipeline.set_mtu(self.shared.mtu.load(Ordering::Relaxed));
             let is_ready = |what: u64| ready.iter().any(|event| event.data() == what);
@@ -297,10 +302,10 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
                 self.lone_packets.record_empty();
             }
             self.spin.record_work(!sockets.is_empty() || is_ready(TUN));
-            if !ready.is_empty() && next_tick.is_none() {
-                next_tick = Some(now + TICK);
+            if !self.tick.is_set() {
+                self.tick.set(now, TICK)?;
             }
-            if next_tick.is_some_and(|tick| now >= tick) {
+            if self.tick.is_due(now) {
                 if self.shared.claim(now) {
                     let live = self.pipeline.tick(now, &mut self.out, &mut self.udp);
                     self.shared.live.store(live, Ordering::Relaxed);
@@ -309,8 +314,11 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
                 // worker retries here.
                 self.pipeline.events().retry();
                 let live = self.shared.live.load(Ordering::Relaxed);
-                let live = live || self.pipeline.events().is_waiting();
-                next_tick = live.then(|| now + TICK);
+                if live || self.pipeline.events().is_waiting() {
+                    self.tick.set(now, TICK)?;
+                } else {
+                    self.tick.clear()?;
+                }
                 ticks = ticks.wrapping_add(1);
                 if ticks.is_multiple_of(MTU_TICKS) {
                     self.refresh_mtu();
@@ -319,15 +327,8 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
         }
     }
 
-    /// Waits for input, but not longer than until the next tick. Returns the number of descriptors that
-    /// are ready. `last` is the time of the last wake-up. The tick may be late by the time that the work
-    /// since then took.
-    fn wait(
-        &mut self,
-        ready: &mut [EpollEvent],
-        next_tick: Option<Instant>,
-        last: Instant,
-    ) -> nix::Result<usize> {
+    /// Waits for input or the timer. Returns the number of descriptors that are ready.
+    fn wait(&mut self, ready: &mut [EpollEvent]) -> nix::Result<usize> {
         if self.udp.is_behind() {
             let count = self.epoll.wait(ready, EpollTimeout::ZERO)?;
             if count > 0 {
@@ -337,7 +338,7 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
             self.udp.finish(Instant::now(), &self.drops);
         }
         if self.spin.is_off() {
-            return self.epoll.wait(ready, timeout(next_tick, last));
+            return self.epoll.wait(ready, EpollTimeout::NONE);
         }
         let began = Instant::now();
         let longest = self.spin.due();
@@ -356,7 +357,7 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
             }
             self.spin.record_nothing_found();
         }
-        let count = self.epoll.wait(ready, timeout(next_tick, began))?;
+        let count = self.epoll.wait(ready, EpollTimeout::NONE)?;
         self.spin.record_sleep(began.elapsed());
         Ok(count)
     }
@@ -483,11 +484,4 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
 
 fn errno(error: std::io::Error) -> nix::errno::Errno {
     nix::errno::Errno::from_raw(error.raw_os_error().unwrap_or(0))
-}
-
-fn timeout(next_tick: Option<Instant>, now: Instant) -> EpollTimeout {
-    let Some(tick) = next_tick else { return EpollTimeout::NONE };
-    // The time is rounded up, because a wake-up that is too early causes a second one.
-    let left = tick.saturating_duration_since(now) + Duration::from_micros(999);
-    EpollTimeout::try_from(left).unwrap_or(EpollTimeout::ZERO)
 }
