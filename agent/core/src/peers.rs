@@ -9,7 +9,6 @@ use towline_types::id::NodeId;
 use towline_types::node::Node;
 
 use crate::changes::{Change, PeerId};
-use crate::effects::Effects;
 use crate::peer::{Peer, PeerContext};
 use crate::status::PeerState;
 
@@ -35,9 +34,7 @@ impl Peers {
             self.with(cx, id, |peer, cx| peer.set_node(cx, node));
             return;
         }
-        let peers = u32::try_from(self.by_id.len()).unwrap_or(u32::MAX);
-        let spread = SPREAD_PER_PEER.saturating_mul(peers).min(SPREAD_MAX);
-        let delay = spread.mul_f64(cx.fx.rng.random());
+        let delay = self.spread().mul_f64(cx.fx.rng.random());
         let delay = (self.by_id.len() < EAGER_PEERS).then_some(delay);
         self.by_id.insert(id, Peer::new(cx.fx, node, delay));
         if self.by_id.len() == EAGER_PEERS + 1 {
@@ -47,10 +44,23 @@ impl Peers {
     }
 
     /// Forgets a node that was removed.
-    pub(crate) fn handle_removal(&mut self, fx: &mut Effects, id: NodeId) {
-        if let Some(peer) = self.by_id.remove(&id) {
-            peer.forget(&mut fx.timers);
+    pub(crate) fn handle_removal(&mut self, cx: &mut PeerContext<'_>, id: NodeId) {
+        let Some(peer) = self.by_id.remove(&id) else { return };
+        peer.forget(&mut cx.fx.timers);
+        if self.by_id.len() == EAGER_PEERS {
+            // From now on all of it is kept connected.
+            let spread = self.spread();
+            self.each(cx, |peer, cx| {
+                let delay = spread.mul_f64(cx.fx.rng.random());
+                peer.become_eager(cx, delay);
+            });
         }
+    }
+
+    /// Returns the time over which the first attempts of so many peers are spread.
+    fn spread(&self) -> Duration {
+        let peers = u32::try_from(self.by_id.len()).unwrap_or(u32::MAX);
+        SPREAD_PER_PEER.saturating_mul(peers).min(SPREAD_MAX)
     }
 
     /// Lets one peer handle something. One that is unknown was removed: nothing happens.

@@ -118,7 +118,8 @@ impl Mesh {
                 }
             }
             Some(RosterEvent::Removed(id)) => {
-                self.peers.handle_removal(&mut self.fx, id);
+                let (peers, mut cx) = self.peer_context();
+                peers.handle_removal(&mut cx, id);
                 self.probing.unanswered.forget(id);
                 let changed = self.relays.handle_node(&mut self.fx, id, None);
                 let relays = changed.then_some(&self.relays);

@@ -302,6 +302,21 @@ impl Peer {
         }
     }
 
+    /// Connects an idle peer after `delay`, or checks the path of one that is up: the mesh has become so small
+    /// that all of it is kept connected.
+    pub(crate) fn become_eager(&mut self, cx: &mut PeerContext<'_>, delay: Duration) {
+        let timer = match self.state {
+            PeerState::Idle => {
+                self.schedule.restart(cx.fx.now);
+                self.set_state(cx, PeerState::Connecting);
+                Timer::Attempt(self.id())
+            }
+            PeerState::Up => Timer::Probe(self.id()),
+            PeerState::Connecting | PeerState::Down => return,
+        };
+        cx.fx.timers.set_no_later(timer, cx.fx.now + delay);
+    }
+
     /// Takes a newer record, or another grant.
     pub(crate) fn set_node(&mut self, cx: &mut PeerContext<'_>, node: Arc<Node>) {
         let (old, new) = (self.node.record(), node.record());

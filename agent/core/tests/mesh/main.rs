@@ -30,7 +30,7 @@ use towline_core::stun_client::Mapping;
 use towline_fixtures::agent;
 use towline_fixtures::node::{
     NodeBuilder, candidate, grant, mesh_config, net, node as peer, node_id as id, numbered_node,
-    tombstone, wireguard_key as key,
+    tombstone, tombstone_of, wireguard_key as key,
 };
 use towline_types::code::Coded as _;
 use towline_types::frame::Probe;

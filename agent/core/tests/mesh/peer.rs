@@ -456,6 +456,22 @@ fn the_end_of_a_handshake_begins_no_other_one_with_an_idle_peer() {
     assert!(!handshakes(&us.run(Duration::from_secs(1))).is_empty());
 }
 
+#[test]
+fn a_mesh_that_becomes_small_is_connected_throughout() {
+    let mut us = Us::new(1);
+    us.upsert(peer(2).candidates(&[PUBLIC]));
+    for number in 0..64 {
+        us.upsert(numbered_node(number).candidates(&[PUBLIC]));
+    }
+    assert!(handshakes(&us.run(Duration::from_secs(60))).is_empty());
+    us.mesh.handle_map_change(us.now, MapChange::Remove(tombstone(2)));
+    us.run(Duration::from_secs(1));
+    for number in 0..64 {
+        let state = us.mesh.peer(numbered_node(number).build().id()).unwrap().state;
+        assert_eq!(state, PeerState::Connecting, "{number}");
+    }
+}
+
 /// Returns us with peer 2 up and unused, in a mesh in which unused peers are not checked.
 fn one_of_many() -> Us {
     let mut us = Us::up(PUBLIC);
@@ -481,6 +497,19 @@ fn a_peer_that_nothing_checks_is_not_shown_as_up_after_half_a_minute() {
     let mut us = Us::up(PUBLIC);
     us.echo(Duration::from_millis(10), Duration::from_secs(60));
     assert_eq!(us.peer(2).state, PeerState::Up);
+}
+
+#[test]
+fn a_peer_that_nothing_checked_is_checked_once_the_mesh_is_small() {
+    let mut us = one_of_many();
+    us.wait(Duration::from_secs(60));
+    assert_eq!(us.peer(2).state, PeerState::Idle);
+    for number in 0..7 {
+        let removed = tombstone_of(numbered_node(number).build().grant());
+        us.mesh.handle_map_change(us.now, MapChange::Remove(removed));
+    }
+    us.wait(Duration::from_secs(60));
+    assert_eq!(us.peer(2).state, PeerState::Down, "nobody answered");
 }
 
 #[test]
