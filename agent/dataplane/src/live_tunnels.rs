@@ -74,8 +74,11 @@ mod tests {
         assert_eq!(ticked(&table, &[4]), (2, true));
         assert_eq!(ticked(&table, &[]), (1, false));
         assert_eq!(ticked(&table, &[]), (0, false));
+        assert!(!live.newly_live.is_recorded());
         live.newly_live.record();
+        assert!(live.newly_live.is_recorded());
         assert_eq!(ticked(&table, &[7]), (100, true));
+        assert!(!live.newly_live.is_recorded());
         let next = Arc::new(table.next(now, &wanted, &secrets));
         assert_eq!(ticked(&next, &[]), (100, false));
     }

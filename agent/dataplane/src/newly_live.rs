@@ -14,6 +14,11 @@ impl NewlyLive {
         self.0.store(true, Ordering::Release);
     }
 
+    /// Returns whether a tunnel was recorded that no tick has looked at.
+    pub(super) fn is_recorded(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+
     /// Returns whether a tunnel was recorded since the last call.
     pub(super) fn take(&self) -> bool {
         self.0.swap(false, Ordering::AcqRel)

@@ -685,6 +685,12 @@ impl Pipeline {
         is_live || is_waiting
     }
 
+    /// Returns whether a further tick is needed although another worker, which ran the last one, may need
+    /// none: a tunnel has become live since, or events of this worker wait for room.
+    pub(super) fn needs_tick(&self) -> bool {
+        self.live.newly_live.is_recorded() || self.events.is_waiting()
+    }
+
     fn context<'a>(
         &'a mut self,
         now: Instant,

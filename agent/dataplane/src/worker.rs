@@ -314,7 +314,7 @@ impl<T: TunIo, U: UdpIo> Worker<T, U> {
                 // worker retries here.
                 self.pipeline.events().retry();
                 let live = self.shared.live.load(Ordering::Relaxed);
-                if live || self.pipeline.events().is_waiting() {
+                if live || self.pipeline.needs_tick() {
                     self.tick.set(now, TICK)?;
                 } else {
                     self.tick.clear()?;
