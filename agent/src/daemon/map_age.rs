@@ -111,8 +111,11 @@ impl MapAge {
     }
 
     /// Returns the time to store instead of the one that this run stored, if the clock was set since. After a restart
-    /// the map would be decades old if the clock was at 1970 then, and new without end if it was ahead.
-    fn corrected_confirmation(&self, now: Instant, clock: u64) -> Option<u64> {
+    /// the map would be decades old if the clock was at 1970 then, and new without end if it was ahead. A sleep of
+    /// the machine has to be added before.
+    fn corrected_confirmation(&mut self, now: Instant, clock: u64) -> Option<u64> {
+        // No confirmation may come that would take the result.
+        self.finish_write();
         let is_set = self.stored.is_some_and(|stored| stored.is_set_since(now, clock));
         let is_due = is_set && self.limit.is_some() && self.write.is_none();
         is_due.then(|| self.confirmation(now, clock))
@@ -178,8 +181,8 @@ impl Daemon {
         self.check_map_age();
     }
 
-    /// Checks the age of the map now and then, because the clock may have been set.
-    pub(super) fn check_map_age_by_clock(&mut self) {
+    /// Corrects the time that is stored if the clock was set since.
+    pub(super) fn correct_map_age(&mut self) {
         let (now, clock) = (Instant::now(), unix_seconds());
         if let Some(time) = self.map_age.corrected_confirmation(now, clock) {
             match self.state.store_confirmation(time) {
@@ -188,7 +191,6 @@ impl Daemon {
                 Err(error) => tracing::debug!(%error, "age of the map not stored"),
             }
         }
-        self.check_map_age();
     }
 
     /// Returns when to check the age of the map. `None` without a bound, and while the map is too old.
@@ -287,7 +289,7 @@ mod tests {
         let start = Instant::now();
         let year_2026 = 1_780_000_000;
         for clock in [0, 30, year_2026 - 86_400] {
-            let age = MapAge::new(start, Some(HOUR * 72), Some(year_2026));
+            let mut age = MapAge::new(start, Some(HOUR * 72), Some(year_2026));
             assert!(!age.is_expired(start, clock), "{clock}");
             assert_eq!(age.expires_at(start, clock), Some(start + HOUR * 72), "{clock}");
             assert_eq!(age.first_confirmation(start, clock), None);
@@ -312,15 +314,30 @@ mod tests {
             assert_eq!(first.corrected_confirmation(minute, CLOCK + 60), Some(CLOCK));
             first.stored_by(minute, CLOCK + 60);
             assert_eq!(first.corrected_confirmation(minute + HOUR, CLOCK + 3_660), None);
+            let mut alone = MapAge::new(start, limit, None);
+            alone.confirmed(start, wrong).unwrap().send(()).unwrap();
+            let corrected = alone.corrected_confirmation(minute, CLOCK + 60);
+            assert_eq!(corrected, Some(CLOCK), "no other confirmation came");
             let mut confirmed = MapAge::new(start, limit, Some(CLOCK));
             confirmed.confirmed(start, wrong).unwrap().send(()).unwrap();
             assert!(confirmed.confirmed(minute, wrong + 60).is_none(), "not due yet");
             let corrected = confirmed.corrected_confirmation(minute, CLOCK + 60);
             assert_eq!(corrected, Some(CLOCK + 60));
-            assert!(confirmed.confirmed(minute, CLOCK + 60).is_some(), "the clock was set");
+            let storing = confirmed.confirmed(minute, CLOCK + 60);
+            assert!(storing.is_some(), "the clock was set");
             let corrected = confirmed.corrected_confirmation(minute, CLOCK + 60);
             assert_eq!(corrected, None, "it is being stored");
         }
+    }
+
+    #[test]
+    fn a_sleep_makes_the_stored_map_no_younger() {
+        let start = Instant::now();
+        let mut age = MapAge::new(start, Some(HOUR * 72), None);
+        age.stored_by(start, CLOCK);
+        age.slept(HOUR * 48);
+        let minute = start + HOUR / 60;
+        assert_eq!(age.corrected_confirmation(minute, CLOCK + 48 * 3_600 + 60), Some(CLOCK));
     }
 
     #[test]

@@ -307,7 +307,7 @@ impl Daemon {
                 () = at(deadline) => self.mesh.handle_timeout(Instant::now()),
                 () = at(Some(watchdog.due())) => {}
                 () = at(search_at) => self.search_firewalls(),
-                () = at(Some(look_at)) => self.observe(),
+                () = at(Some(look_at)) => self.observe(&sleep),
                 () = at(report_at) => self.report_tunnels(),
                 () = at(expires_at) => self.check_map_age(),
                 found = self.firewalls.finished() => self.firewalls_searched(found),
@@ -626,11 +626,15 @@ impl Daemon {
     }
 
     /// Compares problems and traffic with those of a moment ago.
-    fn observe(&mut self) {
+    fn observe(&mut self, sleep: &SleepClock) {
         let problems = Reporter(self).problems();
         let traffic = self.tunnels.data_plane().traffic();
         self.observer.look(Instant::now(), &problems, traffic);
-        self.check_map_age_by_clock();
+        // After a sleep that the map's age does not contain yet, the clock only seems to have been set.
+        if !sleep.has_slept(sleep::asleep()) {
+            self.correct_map_age();
+        }
+        self.check_map_age();
         // Round-trip times change without an event.
         self.api_servers_changed();
     }

@@ -27,6 +27,12 @@ impl SleepClock {
         self.asleep = Some(before);
         None
     }
+
+    /// Returns whether the machine slept since the last look of [`Self::woke`], so that it has yet to say so.
+    pub(super) fn has_slept(&self, asleep: Option<Duration>) -> bool {
+        let slept = asleep.zip(self.asleep).map(|(asleep, before)| asleep.saturating_sub(before));
+        slept.is_some_and(|slept| slept >= LEAST)
+    }
 }
 
 /// Returns the time that the machine slept since its boot. `None` if the kernel does not say.
@@ -47,7 +53,9 @@ mod tests {
         let mut clock = SleepClock::default();
         assert_eq!(clock.woke(seconds(3_600)), None, "it slept before the agent started");
         assert_eq!(clock.woke(seconds(3_605)), None);
+        assert!(!clock.has_slept(seconds(3_605)) && clock.has_slept(seconds(3_610)));
         assert_eq!(clock.woke(seconds(3_610)), seconds(10), "short sleeps add up");
+        assert!(!clock.has_slept(seconds(3_610)), "it was told");
         assert_eq!(clock.woke(seconds(3_610)), None);
         assert_eq!(clock.woke(None), None);
         assert_eq!(clock.woke(seconds(9_000)), None);
