@@ -17,7 +17,6 @@ use super::stage::{ARRIVAL, DETOUR, SILENCE, Stage, WIREGUARD};
 use super::{Attacker, Case, Outcome};
 use crate::lab::capture::{Tap, udp_payload};
 use crate::lab::interrupt;
-use crate::lab::mesh::Node;
 use crate::lab::output::line;
 use crate::lab::spoof::{self, Spoofer};
 
@@ -139,12 +138,12 @@ fn flood(stage: &mut Stage<'_>, datagrams: &[Vec<u8>]) -> anyhow::Result<Outcome
     let (here, there) = (stage.hosts.cp.addresses().to_vec(), stage.hosts.a.addresses().to_vec());
     let mesh = stage.mesh()?;
     let (cp, a) = (&mesh.cp, &mesh.a);
-    let from = settled_path(cp)?;
+    let ends = [End { node: cp, peer: "a" }, End { node: a, peer: "cp" }];
+    let from = settled_path(ends)?;
     let to = here.iter().find(|address| address.is_ipv4() == from.is_ipv4());
     let to = SocketAddr::new(*to.context("cp has no address of that family")?, WIREGUARD);
     let packets = datagrams.iter().map(|datagram| spoof::udp(from, to, datagram));
     let packets = packets.collect::<anyhow::Result<Vec<_>>>()?;
-    let ends = [End { node: cp, peer: "a" }, End { node: a, peer: "cp" }];
     let fault = flooded_path::judge(ends, || {
         let (end, mut look) = (Instant::now() + FLOOD, Instant::now() + LOOK);
         let mut packets = packets.iter().cycle();
@@ -156,7 +155,7 @@ fn flood(stage: &mut Stage<'_>, datagrams: &[Vec<u8>]) -> anyhow::Result<Outcome
             interrupt::sleep(BURST_PAUSE)?;
             if Instant::now() >= look {
                 look = Instant::now() + LOOK;
-                let now = path(cp)?;
+                let now = path(ends[0])?;
                 let is_to_a = now.is_some_and(|to| there.contains(&to.ip()));
                 if !is_to_a {
                     return Ok(Some(format!("the path of cp to a was {from} and is {now:?}")));
@@ -172,15 +171,19 @@ fn flood(stage: &mut Stage<'_>, datagrams: &[Vec<u8>]) -> anyhow::Result<Outcome
     Ok(if stage.relay_works()? { Outcome::Works } else { Outcome::Hangs })
 }
 
-/// Waits until the path of `cp` to `a` has been the same for a while, and returns its remote end. An agent that just
-/// started takes the first path that works, and a better one as soon as it knows one.
-fn settled_path(cp: &Node) -> anyhow::Result<SocketAddr> {
-    interrupt::wait_until_steady("settled path of cp to a", SETTLE_LIMIT, SETTLED, || path(cp))
+/// Waits until the path of each end has been the same for a while, and returns the remote end of that of `cp`. An agent
+/// that just started takes the first path that works, and a better one as soon as it knows one.
+fn settled_path(ends: [End<'_>; 2]) -> anyhow::Result<SocketAddr> {
+    let what = "settled paths of cp and a";
+    let (settled, _) = interrupt::wait_until_steady(what, SETTLE_LIMIT, SETTLED, || {
+        Ok(path(ends[0])?.zip(path(ends[1])?))
+    })?;
+    Ok(settled)
 }
 
-/// Returns the remote end of the direct path of `cp` to `a`, if `a` is up.
-fn path(cp: &Node) -> anyhow::Result<Option<SocketAddr>> {
-    let peer = cp.peer("a")?;
+/// Returns the remote end of the direct path of a node to its peer, if that is up.
+fn path(End { node, peer }: End<'_>) -> anyhow::Result<Option<SocketAddr>> {
+    let peer = node.peer(peer)?;
     let path = peer.filter(|peer| peer.is_up()).and_then(|peer| peer.path);
     Ok(path.and_then(|path| path.parse().ok()))
 }
