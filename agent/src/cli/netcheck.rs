@@ -141,9 +141,8 @@ fn family_words(family: &FamilyFindings) -> String {
     }
 }
 
-/// Words for a mapping or filter that was tried with one remote address alone.
-const ONE_ADDRESS: &str =
-    "endpoint-independent or address-dependent (no second address to ask from)";
+/// Words for a mapping or filter of which only one remote address has shown something.
+const ONE_ADDRESS: &str = "endpoint-independent or address-dependent (no second address answered)";
 
 fn nat_words(nat: Nat) -> String {
     let mapping = match nat.mapping {
@@ -179,7 +178,7 @@ fn filtering_words(nat: Nat) -> String {
         (NatFiltering::AddressDependent, _) => "address-dependent",
         (NatFiltering::AddressAndPortDependent, _) => "address and port-dependent",
         (NatFiltering::EndpointIndependentOrAddressDependent, _) => ONE_ADDRESS,
-        (NatFiltering::Unknown, None) => "unknown (no STUN server has a second port)",
+        (NatFiltering::Unknown, None) => "unknown (no STUN server named a second port)",
         (NatFiltering::Unknown, Some(reflector)) => {
             return format!(
                 "unknown (no answer shows that {reflector} sends from its second port)"
@@ -253,7 +252,7 @@ mod tests {
         for line in [
             "udp         works",
             "ipv4        192.168.1.7 is seen as 198.51.100.7:40000",
-            "nat ipv4    mapping endpoint-independent; source port kept; hairpinning no; filtering unknown (no STUN server has a second port)",
+            "nat ipv4    mapping endpoint-independent; source port kept; hairpinning no; filtering unknown (no STUN server named a second port)",
             "            direct paths can be opened to nodes behind most NATs",
             "ipv6        no address, or no route",
             "agent       udp port 51830, mapping endpoint-independent",
@@ -274,7 +273,12 @@ mod tests {
             (
                 Passage::Passes,
                 None,
-                "filtering endpoint-independent or address-dependent (no second address to ask from)",
+                "filtering endpoint-independent or address-dependent (no second address answered)",
+            ),
+            (
+                Passage::Passes,
+                Some(Passage::Unproven),
+                "filtering endpoint-independent or address-dependent (no second address answered)",
             ),
             (
                 Passage::Unproven,

@@ -161,10 +161,10 @@ pub enum NatFiltering {
     AddressDependent,
     /// Only a remote address and port that was sent to may answer.
     AddressAndPortDependent,
-    /// The port does not count. Whether the address counts is not known: no server answers from a second
-    /// address.
+    /// The port does not count. Whether the address counts is not known: nothing shows that a server answers
+    /// from a second address.
     EndpointIndependentOrAddressDependent,
-    /// No server has a second port, or nothing shows that it answers from there.
+    /// No server named a second port, or nothing shows that it answers from there.
     Unknown,
 }
 
