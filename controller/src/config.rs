@@ -508,6 +508,11 @@ impl StunSettings {
         if addresses.len() > STUN_ADDRESSES {
             return Err(format!("too many addresses: use at most {STUN_ADDRESSES}"));
         }
+        // The kernel lets a socket be bound to these, too.
+        let is_of_no_host = |ip: &&IpAddr| ip.is_unspecified() || ip.is_multicast();
+        if let Some(ip) = addresses.iter().find(is_of_no_host) {
+            return Err(format!("{ip} in `addresses` is not the address of a machine"));
+        }
         Ok(Some(StunConfig { other_port, addresses }))
     }
 }
@@ -674,6 +679,8 @@ mod tests {
         let one =
             "listen = \"192.0.2.1:7443\"\n[stun]\nother_port = 7444\naddresses = [\"192.0.2.2\"]";
         assert!(of(one).contains("every address"));
+        let all = "[stun]\nother_port = 7444\naddresses = [\"0.0.0.0\"]";
+        assert!(of(all).contains("of a machine"));
         let missing = Settings::read(Some(Path::new("/nonexistent/x.toml"))).unwrap_err();
         assert!(missing.to_string().contains("/nonexistent/x.toml"));
     }
