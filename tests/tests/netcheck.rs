@@ -3,10 +3,8 @@
 #![allow(clippy::unwrap_used)] // helpers of tests may panic too: the panic is the report
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
-use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
 use towline_agent::netcheck::{self, NatFiltering, NatMapping, judge, probe};
@@ -33,7 +31,8 @@ struct World {
     server: Server,
     /// Sockets of each address, by port.
     sockets: [[UdpSocket; 2]; 2],
-    nat: Mutex<(Nat, StdRng)>,
+    nat: Nat,
+    rng: StdRng,
 }
 
 impl World {
@@ -43,36 +42,48 @@ impl World {
         let first = [0, 0].map(|port| UdpSocket::bind((one, port)).unwrap());
         let ports = first.each_ref().map(|socket| socket.local_addr().unwrap().port());
         let second = ports.map(|port| UdpSocket::bind((other, port)).unwrap());
-        let nat = Nat::new(behaviour, IpAddr::from([127, 0, number, 9]));
-        let nat = Mutex::new((nat, StdRng::from_seed([number; 32])));
-        let world = Arc::new(Self { server, sockets: [first, second], nat });
-        for place in [(0, 0), (0, 1), (1, 0), (1, 1)] {
-            let world = Arc::clone(&world);
-            std::thread::spawn(move || world.serve(place));
+        first[0].set_read_timeout(Some(Duration::from_millis(5))).unwrap();
+        for socket in [&first[1], &second[0], &second[1]] {
+            socket.set_nonblocking(true).unwrap();
         }
-        world.at((0, 0))
+        let nat = Nat::new(behaviour, IpAddr::from([127, 0, number, 9]));
+        let rng = StdRng::from_seed([number; 32]);
+        let world = Self { server, sockets: [first, second], nat, rng };
+        let asked = world.at((0, 0));
+        std::thread::spawn(move || world.serve());
+        asked
     }
 
     fn at(&self, (address, port): Place) -> SocketAddr {
         self.sockets[address][port].local_addr().unwrap()
     }
 
-    /// Answers what one socket receives. Everything passes the NAT in both directions.
-    fn serve(&self, place: Place) {
-        let mut buffer = [0; 2048];
-        while let Ok((len, inside)) = self.sockets[place.0][place.1].recv_from(&mut buffer) {
-            let outside = {
-                let (nat, rng) = &mut *self.nat.lock();
-                nat.outbound(Instant::now(), rng, inside, self.at(place))
-            };
-            let Some(outside) = outside else { continue };
-            let Some((answer, origin)) = self.answer(&buffer[..len], outside, place) else {
-                continue;
-            };
-            let inside = self.nat.lock().0.inbound(Instant::now(), self.at(origin), outside);
-            if let Some(inside) = inside {
-                self.sockets[origin.0][origin.1].send_to(&answer, inside).unwrap();
+    /// Answers what the sockets receive. What a client sent to the others before it asked the first one passes the
+    /// NAT before that, too, as on a real way.
+    fn serve(mut self) {
+        let (mut asked, mut buffer) = ([0; 2048], [0; 2048]);
+        loop {
+            let received = self.sockets[0][0].recv_from(&mut asked);
+            for place in [(0, 1), (1, 0), (1, 1)] {
+                while let Ok((len, inside)) = self.sockets[place.0][place.1].recv_from(&mut buffer)
+                {
+                    self.pass(place, &buffer[..len], inside);
+                }
             }
+            if let Ok((len, inside)) = received {
+                self.pass((0, 0), &asked[..len], inside);
+            }
+        }
+    }
+
+    /// Answers a datagram to one socket. Everything passes the NAT in both directions.
+    fn pass(&mut self, place: Place, datagram: &[u8], inside: SocketAddr) {
+        let (now, at) = (Instant::now(), self.at(place));
+        let Some(outside) = self.nat.outbound(now, &mut self.rng, inside, at) else { return };
+        let Some((answer, origin)) = self.answer(datagram, outside, place) else { return };
+        let from = self.at(origin);
+        if let Some(inside) = self.nat.inbound(now, from, outside) {
+            self.sockets[origin.0][origin.1].send_to(&answer, inside).unwrap();
         }
     }
 
