@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use proptest::prelude::*;
-use towline_aead::internals::backends;
+use towline_aead::internals::{backends, open, seal};
 use towline_aead::{Aead, Backend, Key, MAX_PACKET_BYTES, Misplaced, Packet, TAG_BYTES};
 
 /// Longest length that is tested with every batch: a jumbo frame.
@@ -156,6 +156,35 @@ fn one_or_two_short_packets_of_every_length() {
                 batch.check_forged(&[(place, len * 37)]);
             }
             batch.check_forged(&(0..lengths.len()).map(|place| (place, len)).collect::<Vec<_>>());
+        }
+    }
+}
+
+/// Short packets of different lengths with a whole nonce and associated data up to a few blocks.
+#[test]
+fn two_short_packets_with_associated_data() {
+    let prefix = [1, 2, 3, 4];
+    let data: Vec<u8> = (0..40).collect();
+    for len in [0, 1, 63, 64, 130, 192] {
+        let batch = Batch::new(&[len, 192 - len], u64::MAX - 1, 9);
+        for aad in (0..=data.len()).map(|end| &data[..end]) {
+            let sealed = |backend| {
+                let (key, mut arena) = (Key::new(&KEY, backend), batch.plain.clone());
+                seal(&key, prefix, aad, &mut arena, &batch.packets).unwrap();
+                arena
+            };
+            let expected = sealed(Backend::select(Aead::Ring));
+            for backend in backends() {
+                let what = format!("{}: {len} bytes with {}", backend.name(), aad.len());
+                assert!(sealed(backend) == expected, "{what} are sealed differently");
+                let (mut arena, mut authentic) = (expected.clone(), Vec::new());
+                let key = Key::new(&KEY, backend);
+                open(&key, prefix, aad, &mut arena, &batch.packets, &mut authentic).unwrap();
+                assert_eq!(authentic, [true; 2], "{what}");
+                for range in batch.packets.iter().map(Batch::payload) {
+                    assert_eq!(arena[range.clone()], batch.plain[range], "{what}");
+                }
+            }
         }
     }
 }
