@@ -40,6 +40,10 @@ pub enum OffReason {
     /// The kernel refused it at run time. It is tried again.
     #[error("the kernel refused it at run time: {0}")]
     Refused(String),
+    /// The kernel refused it for a network card that computes no checksums, as Linux before 6.11
+    /// does. It is tried again, since the path may then leave by another card.
+    #[error("the network card computes no checksums, which Linux before 6.11 needs for it")]
+    NeedsChecksums,
     /// It damaged packets. It is tried again.
     #[error("coalesced datagrams arrived damaged")]
     Damaged,
@@ -52,6 +56,7 @@ codes! {
         Defective => "offload-defective",
         SelfTest => "offload-self-test-failed",
         Refused => "offload-refused",
+        NeedsChecksums => "offload-needs-checksums",
         Damaged => "offload-damages-packets",
     }
 }

@@ -12,7 +12,7 @@ use towline_core::path::{LocalPort, Path};
 
 use crate::arena::{GsoBatch, RecvBatch, SLOT_BYTES};
 use crate::drops::{DropReason, Drops};
-use crate::switch::Switch;
+use crate::switch::{OffReason, Switch};
 
 use super::messages::{Headers, MESSAGES, ReceivedMessage};
 use super::{OpenUdpError, UDP_GRO};
@@ -222,8 +222,12 @@ impl Endpoint {
                         // If sending one by one fails too, segmentation is not at fault: the local
                         // end of the path is gone.
                         let sent = self.send_singly(bytes, first, deadlines, drops);
-                        if sent > 0 && code != libc::EMSGSIZE {
-                            segment.disable_after_error(&error, now);
+                        if sent > 0 {
+                            match code {
+                                libc::EMSGSIZE => {}
+                                libc::EIO => segment.disable(OffReason::NeedsChecksums, now),
+                                _ => segment.disable_after_error(&error, now),
+                            }
                         }
                         gso_batches = &gso_batches[1..];
                     }
