@@ -295,6 +295,7 @@ struct Running {
     seal_helpers: usize,
     /// Number of batches that these threads sealed.
     sealed_ahead: Arc<AtomicU64>,
+    live: Arc<LiveTunnels>,
     /// Offloads in use. The workers share them.
     features: Vec<Switch>,
     /// First fault of any worker.
@@ -367,13 +368,13 @@ impl DataPlane {
             started,
             seal_helpers,
             sealed_ahead: Arc::default(),
+            live: Arc::default(),
             features: Vec::new(),
             faults,
             loops_seen: Mutex::default(),
             threads: Mutex::new(Threads { handles: Vec::new(), ended }),
         };
         let shared = Arc::new(WorkerShared::new(started));
-        let live = Arc::new(LiveTunnels::default());
         let mut workers = Vec::new();
         for (tun, udp) in shards {
             let (inbox, drops) = (Arc::new(Inbox::new()?), Arc::new(Drops::default()));
@@ -388,7 +389,7 @@ impl DataPlane {
                 running.table.clone(),
                 drops.clone(),
                 EventSink::new(events.clone(), drops.clone()),
-                live.clone(),
+                running.live.clone(),
                 running.forwarding.clone(),
                 config.link,
                 started,
@@ -449,6 +450,7 @@ impl DataPlane {
         let _building = self.0.building.lock();
         self.0.probes.apply(table);
         let before = self.0.table.load_full();
+        self.0.live.make_room(table.peers.len());
         self.0.table.store(Arc::new(before.next(Instant::now(), table, &self.0.secrets)));
         for peer in before.peers().filter(|peer| !table.peers.contains_key(&peer.key)) {
             let lost = peer.tunnel.lock().close();

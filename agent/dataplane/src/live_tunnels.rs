@@ -28,6 +28,12 @@ struct LastTick {
 }
 
 impl LiveTunnels {
+    /// Makes room for the tunnels of a table with `count` peers, so that no tick allocates.
+    pub(super) fn make_room(&self, count: usize) {
+        let slots = &mut self.last.lock().slots;
+        slots.reserve(count.saturating_sub(slots.len()));
+    }
+
     /// Calls `tick` for each peer whose tunnel may need it. `tick` returns whether the tunnel needs further
     /// ticks. Returns whether any does.
     pub(super) fn tick(&self, table: &Arc<Table>, mut tick: impl FnMut(&Peer) -> bool) -> bool {
