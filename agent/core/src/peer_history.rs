@@ -46,7 +46,7 @@ pub enum Changed {
 pub enum PathChange {
     /// A handshake completed on the path: while there was none, or since the peer chose it.
     Handshake,
-    /// A handshake completed on a path that is of a better kind, or clearly faster.
+    /// A handshake completed on a path that is of a better kind, or clearly faster, or was when it began.
     Better,
     /// Datagrams of the peer arrive from there.
     Roamed,

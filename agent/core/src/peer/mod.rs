@@ -139,8 +139,8 @@ pub(crate) struct Peer {
     has_session: bool,
     /// Time at which the last handshake completed.
     last_handshake: Option<Instant>,
-    /// Time of our last handshake on a better path.
-    moved: Option<Instant>,
+    /// Better path on which we began a handshake last, and when.
+    moved: Option<(Path, Instant)>,
     /// Time at which the other good paths were pinged last.
     compared: Option<Instant>,
     paths: Paths,
@@ -539,8 +539,14 @@ impl Peer {
             tracing::debug!(%from, path = ?was, "handshake on a worse path ignored");
             return;
         }
+        // Round-trip times may have changed since we chose it.
+        let is_chosen = self
+            .moved
+            .is_some_and(|(to, at)| cx.local.canonical(to) == from && cx.fx.now < at + MOVE_MIN);
         let is_better = was.is_some_and(|was| {
-            Tier::of(&from) < Tier::of(&was) || self.paths.better(cx.fx.now, was) == Some(from)
+            is_chosen
+                || Tier::of(&from) < Tier::of(&was)
+                || self.paths.better(cx.fx.now, was) == Some(from)
         });
         let reason = if is_better { PathChange::Better } else { PathChange::Handshake };
         self.set_endpoint(cx, Some(from), reason);
@@ -646,7 +652,7 @@ impl Peer {
     /// Moves traffic to a better path by a handshake there, if it is we who decide, or if the one who
     /// does has left us behind on a relay: it may be on a better path already, and think that we are.
     fn move_to_better(&mut self, cx: &mut PeerContext<'_>, current: Path) {
-        if self.moved.is_some_and(|at| cx.fx.now < at + MOVE_MIN) {
+        if self.moved.is_some_and(|(_, at)| cx.fx.now < at + MOVE_MIN) {
             return;
         }
         let since_left = |path: &Path| {
@@ -659,7 +665,7 @@ impl Peer {
             && self.endpoint_since.is_some_and(|at| cx.fx.now >= at + LEFT_BEHIND);
         if left_behind || self.is_leader(cx.local) {
             tracing::debug!(from = %current, to = %better, left_behind, "handshake on a better path");
-            self.moved = Some(cx.fx.now);
+            self.moved = Some((better, cx.fx.now));
             self.initiate(cx, vec![better]);
         }
     }

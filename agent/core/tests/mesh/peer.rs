@@ -212,6 +212,41 @@ fn the_history_has_every_change_of_state_and_path_with_its_reason() {
     assert!(paths.iter().any(|status| status.path == path(PUBLIC) && status.rtt.is_some()));
 }
 
+/// Lets peer 2 answer an operator's ping on the path in use after `rtt`.
+fn answer_after(us: &mut Us, number: u64, rtt: Duration) -> Vec<Output> {
+    us.mesh.ping(us.now, id(2), number, Duration::from_secs(1));
+    let (to, transaction) = pings(&us.drain())[0];
+    us.now += rtt;
+    us.message(2, to, pong(transaction));
+    us.drain()
+}
+
+#[test]
+fn a_path_that_was_chosen_as_better_is_named_so_though_the_times_changed_since() {
+    // A handshake that takes longer may be one of the peer.
+    for (pause, reason) in [(20, PathChange::Better), (1_000, PathChange::Handshake)] {
+        let mut us = Us::new(1);
+        us.upsert(peer(2).candidates(&[PUBLIC, OTHER]));
+        us.drain();
+        us.mesh.handle_observation(us.now, key(2), Observation::Handshake { from: path(PUBLIC) });
+        us.active();
+        us.echo(Duration::from_millis(10), Duration::from_millis(3_500));
+        let outputs = answer_after(&mut us, 0, Duration::from_millis(100));
+        assert_eq!(handshakes(&outputs), [vec![path(OTHER)]], "it is clearly faster");
+        for number in 1..10 {
+            answer_after(&mut us, number, Duration::ZERO);
+        }
+        let paths = us.mesh.paths(id(2));
+        let rtt = |to| paths.iter().find(|status| status.path == path(to)).unwrap().rtt.unwrap();
+        assert!(rtt(PUBLIC) < rtt(OTHER), "{paths:?}");
+        us.now += Duration::from_millis(pause);
+        us.mesh.handle_observation(us.now, key(2), Observation::Handshake { from: path(OTHER) });
+        let (from, to) = (Some(path(PUBLIC)), Some(path(OTHER)));
+        let last = us.mesh.history(id(2)).pop().unwrap().what;
+        assert_eq!(last, Changed::Path { from, to, reason }, "after {pause} ms");
+    }
+}
+
 #[test]
 fn pings_that_are_lost_show_in_the_loss_of_the_path() {
     let mut us = Us::up(PUBLIC);
