@@ -112,13 +112,15 @@ pub(super) fn judge(
 /// Returns what must not happen to the path in a flood.
 fn faults(seen: &[Seen]) -> Vec<String> {
     let mut faults = Vec::new();
-    let is_chosen = seen.iter().flat_map(|seen| &seen.changes).any(|change| change.is(BETTER));
-    for Seen { name, pings, changes, .. } in seen {
+    for (place, Seen { name, pings, changes, .. }) in seen.iter().enumerate() {
         let lost = pings.sent - pings.received.min(pings.sent);
         if lost > LOST_AT_MOST {
             faults.push(format!("{lost} of {} pings of {name} were lost", pings.sent));
         }
-        // One end chooses the better path, and the other one follows.
+        // One end chooses the better path, and the other one follows. The times that this one measured may differ.
+        let others = seen.iter().enumerate().filter(|(other, _)| *other != place);
+        let is_chosen =
+            others.flat_map(|(_, other)| &other.changes).any(|change| change.is(BETTER));
         let is_allowed = |change: &&Change| {
             change.is(BETTER) || is_chosen && FOLLOWING.iter().any(|code| change.is(code))
         };
@@ -227,7 +229,15 @@ mod tests {
         assert!(faults(&[seen(28, &[]), seen(26, &[])]).is_empty());
         assert!(faults(&[seen(28, &[BETTER]), seen(28, &["path-by-handshake"])]).is_empty());
         let back = seen(28, &[BETTER, "path-by-roaming", BETTER]);
-        assert!(faults(&[seen(28, &["path-by-handshake"]), back]).is_empty());
+        assert!(faults(&[seen(28, &[BETTER, BETTER]), back]).is_empty());
+    }
+
+    #[test]
+    fn an_end_that_follows_what_the_other_one_did_not_choose_is_a_fault() {
+        let followed = faults(&[seen(28, &[BETTER, "path-by-handshake"]), seen(28, &[])]);
+        assert_eq!(followed.len(), 1, "{followed:?}");
+        assert!(followed[0].contains("path-by-handshake"), "{followed:?}");
+        assert_eq!(faults(&[seen(28, &["path-by-handshake"]), seen(28, &[])]).len(), 1);
     }
 
     #[test]
