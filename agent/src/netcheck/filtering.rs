@@ -15,6 +15,8 @@
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
+use towline_core::prefixes::is_private;
 use towline_netlink::{Family, NetlinkError, RouteLookup, Rtnetlink};
 use towline_proto::stun::behaviour::{Change, Request, ServerAddresses};
 use towline_proto::stun::{self, Message, Transaction};
@@ -98,16 +100,12 @@ impl Server {
         if other.port() == asked.port() || other.port() == 0 {
             return None;
         }
-        // The server chooses where requests go, so these are few, and go to no place of this machine,
-        // its links or the mesh.
         let has_other = other.ip() != origin.ip() && other.ip() != asked.ip();
-        let may_ask = other.is_ipv4() == asked.is_ipv4()
-            && (!is_local(other) || is_local(asked))
-            && is_inside(link, other.ip()).is_ok_and(|is_inside| !is_inside);
+        let may_ask = has_other && may_ask(link, asked.ip(), other.ip()).unwrap_or_default();
         Some(Self {
             asked,
             other_port: SocketAddr::new(asked.ip(), other.port()),
-            elsewhere: Some(other).filter(|_| has_other && may_ask),
+            elsewhere: Some(other).filter(|_| may_ask),
         })
     }
 
@@ -125,22 +123,61 @@ impl Server {
     }
 }
 
-/// Returns whether an address belongs to this machine, to one of its links or to no host.
-fn is_local(address: SocketAddr) -> bool {
-    let ip = address.ip();
-    let is_of_link = match address {
-        SocketAddr::V4(v4) => v4.ip().is_link_local(),
-        SocketAddr::V6(v6) => v6.ip().is_unicast_link_local(),
-    };
-    ip.is_loopback() || ip.is_unspecified() || ip.is_multicast() || is_of_link
+/// Returns whether requests may go to another address that the server at `asked` names. The server chooses
+/// it, so these are few, and go to no place of this machine, its networks or the mesh.
+fn may_ask(link: &str, asked: IpAddr, other: IpAddr) -> Result<bool, NetlinkError> {
+    let mut rtnetlink = Rtnetlink::open()?;
+    let own: Vec<IpNet> = rtnetlink.addresses(None)?.iter().map(|address| address.prefix).collect();
+    if !has_scope_of(asked, other, &own) {
+        return Ok(false);
+    }
+    let tunnel = rtnetlink.link(link)?.map(|link| link.index);
+    let route = rtnetlink.look_up_route(&RouteLookup::new(other))?;
+    let is_inside = tunnel.is_some() && route.is_some_and(|route| route.link == tunnel);
+    Ok(!is_inside)
 }
 
-/// Returns whether the kernel would reach an address through the tunnel.
-fn is_inside(link: &str, to: IpAddr) -> Result<bool, NetlinkError> {
-    let mut rtnetlink = Rtnetlink::open()?;
-    let tunnel = rtnetlink.link(link)?.map(|link| link.index);
-    let route = rtnetlink.look_up_route(&RouteLookup::new(to))?;
-    Ok(tunnel.is_some() && route.is_some_and(|route| route.link == tunnel))
+/// Returns whether an address is of the same family as the one that was asked, and of the same scope or a
+/// wider one. `own` are the addresses of this machine, with their networks.
+fn has_scope_of(asked: IpAddr, other: IpAddr, own: &[IpNet]) -> bool {
+    // A socket of IPv6 sends to an IPv4 address in IPv6 form, too.
+    let [asked, other] = [asked, other].map(|ip| ip.to_canonical());
+    let scopes = Scope::of(asked, own).zip(Scope::of(other, own));
+    asked.is_ipv4() == other.is_ipv4() && scopes.is_some_and(|(asked, other)| asked <= other)
+}
+
+/// Where an address means one and the same host, the narrowest scope first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Scope {
+    /// This machine.
+    Machine,
+    /// Networks of its links.
+    Link,
+    /// Some private network.
+    Site,
+    /// The whole internet.
+    Internet,
+}
+
+impl Scope {
+    /// Returns the scope of an address; `None` if it belongs to no host.
+    fn of(ip: IpAddr, own: &[IpNet]) -> Option<Self> {
+        let is_link_local = match ip {
+            IpAddr::V4(v4) => v4.is_link_local(),
+            IpAddr::V6(v6) => v6.is_unicast_link_local(),
+        };
+        if ip.is_unspecified() || ip.is_multicast() {
+            None
+        } else if ip.is_loopback() || own.iter().any(|own| own.addr() == ip) {
+            Some(Self::Machine)
+        } else if is_link_local || own.iter().any(|own| own.contains(&ip)) {
+            Some(Self::Link)
+        } else if is_private(ip) {
+            Some(Self::Site)
+        } else {
+            Some(Self::Internet)
+        }
+    }
 }
 
 /// Times at which requests are sent, and when to stop.
@@ -235,6 +272,39 @@ fn exchange(socket: &UdpSocket, asks: &mut [Ask], schedule: Schedule) {
         let Ok((len, source)) = socket.recv_from(&mut datagram) else { continue };
         if let Some(datagram) = datagram.get(..len) {
             asks.iter_mut().for_each(|ask| ask.receive(datagram, source));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_request_goes_to_a_narrower_scope_than_that_of_the_server_that_names_the_address() {
+        let own = ["192.168.1.7/24", "203.0.113.7/28", "2001:db8:1::7/64", "fe80::7/64"];
+        let own = own.map(|own| own.parse::<IpNet>().unwrap());
+        let (public, v6) = ("198.51.100.1", "2001:db8:2::1");
+        let cases: [(&str, &[&str], bool); 12] = [
+            (public, &["198.51.100.2", "203.0.113.77"], true),
+            (public, &["127.0.0.1", "169.254.169.254", "224.0.0.1", "0.0.0.0"], false),
+            (public, &["192.168.1.7", "203.0.113.7", "192.168.1.1", "203.0.113.1"], false),
+            (public, &["10.0.0.1", "172.16.0.1", "192.168.2.1", "100.64.0.1"], false),
+            (v6, &["2001:db8:2::2"], true),
+            (v6, &["::1", "fe80::1", "ff02::1", "::", "fd00::1"], false),
+            (v6, &["2001:db8:1::7", "2001:db8:1::1", "::ffff:127.0.0.1", public], false),
+            // It is in a private network itself, and may have another address there.
+            ("10.0.0.1", &["10.0.0.2", "172.16.0.1", public], true),
+            ("10.0.0.1", &["127.0.0.1", "192.168.1.7", "192.168.1.1", "169.254.0.1"], false),
+            ("203.0.113.1", &["203.0.113.2", "192.168.1.1", "10.0.0.1", public], true),
+            ("203.0.113.1", &["127.0.0.1", "203.0.113.7"], false),
+            ("127.0.0.2", &["127.0.0.3", public], true),
+        ];
+        for (asked, others, expected) in cases {
+            for other in others {
+                let [asked, other] = [asked, *other].map(|ip| ip.parse::<IpAddr>().unwrap());
+                assert_eq!(has_scope_of(asked, other, &own), expected, "{other} of {asked}");
+            }
         }
     }
 }
