@@ -75,14 +75,16 @@ impl Reflector {
     /// Answers requests until the task is aborted. Must be called within a tokio runtime.
     pub(crate) async fn run(self) {
         let Self { socket, second, addresses } = self;
-        let socket = UdpSocket::from_std(socket);
-        let second = second.map(UdpSocket::from_std).transpose();
-        let (socket, second) = match (socket, second) {
-            (Ok(socket), Ok(second)) => (socket, second),
-            (Err(error), _) | (_, Err(error)) => {
-                return tracing::error!(%error, "cannot start the STUN server");
-            }
+        let socket = match UdpSocket::from_std(socket) {
+            Ok(socket) => socket,
+            Err(error) => return tracing::error!(%error, "cannot start the STUN server"),
         };
+        let second = second.and_then(|second| {
+            let started = UdpSocket::from_std(second).inspect_err(|error| {
+                tracing::warn!(%error, "no second port of the STUN server: cannot start it");
+            });
+            started.ok()
+        });
         let server = Server { addresses, state: Mutex::new(State::new()) };
         match &second {
             Some(second) => {
@@ -306,6 +308,8 @@ fn sender(address: &SockaddrStorage) -> Option<SocketAddr> {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
+    use std::os::fd::OwnedFd;
+    use std::os::unix::fs::OpenOptionsExt as _;
     use std::time::Duration;
 
     use towline_proto::stun::behaviour::{Change, Request, ServerAddresses};
@@ -429,6 +433,21 @@ mod tests {
         let request = Request { transaction: [1; 12], change: Change::PORT };
         asker.send_to(&request.encode(), address).await.unwrap();
         assert_eq!(answer(&asker).await, (address, 1, None));
+        running.abort();
+    }
+
+    #[tokio::test]
+    async fn without_a_socket_of_the_second_port_it_answers_at_the_first_one() {
+        let (mut reflector, first, _) = with_two_ports((Ipv4Addr::UNSPECIFIED, 0).into(), &[]);
+        // The kernel does not tell when this can be read, so the runtime refuses it.
+        let mut options = std::fs::OpenOptions::new();
+        let no_socket = options.read(true).custom_flags(libc::O_NONBLOCK).open("/dev/null");
+        reflector.second = Some(OwnedFd::from(no_socket.unwrap()).into());
+        let running = tokio::spawn(reflector.run());
+        let asker = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let request = Request { transaction: [1; 12], change: Change::NONE };
+        asker.send_to(&request.encode(), (FIRST, first)).await.unwrap();
+        assert_eq!(answer(&asker).await, ((FIRST, first).into(), 1, None));
         running.abort();
     }
 
