@@ -19,6 +19,8 @@
 //!
 //! Tokens are stateless: a keyed hash of peer, path, time and number of proofs. Replays from any
 //! number of addresses make no challenge invalid. Each accepted proof ends the tokens before it.
+//! A proof takes the window of its epoch back only if its token has the highest counter that was
+//! accepted, too: one that was held back on the way does not open what was accepted meanwhile.
 //!
 //! Replays can have the address of the peer itself. They and what they elicit have limits of their own, so
 //! that they use up nothing that the peer needs:
@@ -130,17 +132,27 @@ impl<S: BuildHasher> TokenSecret<S> {
         now.saturating_duration_since(self.started).as_secs() / PERIOD
     }
 
-    fn token(&self, period: u64, session: &ProbeSession, from: &Path) -> u64 {
+    /// Returns a token. `newest` is the highest counter that was accepted, for a challenge after which
+    /// the window may be taken back.
+    fn token(&self, period: u64, session: &ProbeSession, from: &Path, newest: Option<u64>) -> u64 {
         let channel = from.channel.map(|ChannelId(channel)| channel);
-        self.hasher.hash_one((session.peer.0, session.proofs, period, from.remote, channel))
+        let ProbeSession { peer, proofs, .. } = session;
+        self.hasher.hash_one((peer.0, *proofs, period, from.remote, channel, newest))
     }
 
     /// Returns whether a token is one of this period or the last one.
-    fn is_valid(&self, now: Instant, session: &ProbeSession, from: &Path, token: u64) -> bool {
+    fn is_valid(
+        &self,
+        now: Instant,
+        session: &ProbeSession,
+        from: &Path,
+        newest: Option<u64>,
+        token: u64,
+    ) -> bool {
         let period = self.period(now);
         [period, period.saturating_sub(1)]
             .iter()
-            .any(|period| self.token(*period, session, from) == token)
+            .any(|period| self.token(*period, session, from, newest) == token)
     }
 }
 
@@ -330,8 +342,13 @@ impl ProbeSession {
         reason: ProbeRefusal,
     ) -> Decision {
         let is_admitted = self.limits(arrival).challenges.take(&ANSWERS, arrival.now, 1);
+        // Only a peer whose message of the known epoch is stale may have gone back within it.
+        let stamp = arrival.stamp.filter(|_| reason == ProbeRefusal::Stale);
+        let known =
+            self.known.as_ref().zip(stamp).filter(|(known, stamp)| known.epoch == stamp.epoch);
+        let newest = known.map(|(known, _)| known.window.top);
         let answer = is_admitted.then(|| {
-            let token = secret.token(secret.period(arrival.now), self, &arrival.from);
+            let token = secret.token(secret.period(arrival.now), self, &arrival.from, newest);
             Probe::Challenge { token }
         });
         Decision::Drop { answer, reason }
@@ -361,9 +378,15 @@ impl ProbeSession {
         stamp: Stamp,
         token: u64,
     ) -> Decision {
-        let is_valid = secret.is_valid(arrival.now, self, &arrival.from, token);
+        let (session, known) = (&*self, self.known.as_ref());
+        let has_token =
+            |newest| secret.is_valid(arrival.now, session, &arrival.from, newest, token);
+        let is_other_epoch = known.is_none_or(|known| known.epoch != stamp.epoch);
+        let is_valid = has_token(None);
+        // Nothing newer was accepted since the challenge, so the window may go back.
+        let may_go_back = known.is_some_and(|known| has_token(Some(known.window.top)));
         let is_fresh = self.is_fresh(stamp);
-        if is_valid {
+        if may_go_back || is_valid && (is_fresh || is_other_epoch) {
             self.proofs = self.proofs.wrapping_add(1);
             if !is_fresh {
                 let window = ReplayWindow::above(stamp.counter);
@@ -498,6 +521,70 @@ mod tests {
             assert!(is_delivered(&b.receive(now, at(1), stamp, &PING)), "{epoch} {counter}");
         }
         assert!(!is_delivered(&b.receive(now, at(1), recorded, &PING)));
+    }
+
+    #[test]
+    fn a_proof_that_was_held_back_does_not_open_what_was_accepted_since() {
+        let now = start();
+        let (mut a, mut b) = (End::new(2, 5, now), End::new(1, 9, now));
+        introduce(&mut b, &mut a, now, at(1));
+        let (replayed, former) = (a.stamp(), Stamp { epoch: 4, counter: 7 });
+        assert!(is_delivered(&b.receive(now, at(1), replayed, &PING)));
+        // Somebody on the way elicits proofs of each kind, and keeps them.
+        let request = Probe::Register { transaction: 3 };
+        let tokens = [
+            challenge(b.receive(now, at(1), replayed, &PING)),
+            challenge(b.receive(now, at(1), former, &PING)),
+            challenge(b.receive(now, at(3), a.stamp(), &request)),
+        ];
+        let held = tokens.map(|token| (a.stamp(), Probe::Proof { token }));
+        let later = a.stamp();
+        assert!(is_delivered(&b.receive(now, at(1), later, &PING)));
+        a.counter += WINDOW;
+        let last = a.stamp();
+        assert!(is_delivered(&b.receive(now, at(1), last, &PING)));
+        for (stamp, proof) in held {
+            for from in [at(1), at(3)] {
+                assert!(!is_delivered(&b.receive(now, from, stamp, &proof)), "{stamp:?}");
+            }
+            for recorded in [later, last] {
+                assert!(!is_delivered(&b.receive(now, at(1), recorded, &PING)), "{stamp:?}");
+            }
+        }
+        let next = a.stamp();
+        assert!(is_delivered(&b.receive(now, at(1), next, &PING)), "and the peer goes on");
+    }
+
+    #[test]
+    fn messages_that_overtake_a_proof_do_not_keep_it_from_validating_its_path() {
+        let now = start();
+        let (mut a, mut b) = (End::new(2, 5, now), End::new(1, 9, now));
+        introduce(&mut b, &mut a, now, at(1));
+        let request = Probe::Register { transaction: 3 };
+        let token = challenge(b.receive(now, at(3), a.stamp(), &request));
+        let (proof, next) = (a.stamp(), a.stamp());
+        assert!(is_delivered(&b.receive(now, at(1), next, &PING)));
+        assert!(is_delivered(&b.receive(now, at(3), proof, &Probe::Proof { token })));
+        assert!(b.session.is_validated(now, &at(3)));
+    }
+
+    #[test]
+    fn a_restarted_peer_proves_its_epoch_though_its_former_messages_arrive_late() {
+        let now = start();
+        let (mut a, mut b) = (End::new(2, 5, now), End::new(1, 9, now));
+        introduce(&mut b, &mut a, now, at(1));
+        let late = a.stamp();
+        (a.epoch, a.counter) = (6, 0);
+        let token = challenge(b.receive(now, at(1), a.stamp(), &PING));
+        assert!(is_delivered(&b.receive(now, at(1), late, &PING)));
+        let proof = a.stamp();
+        assert!(is_delivered(&b.receive(now, at(1), proof, &Probe::Proof { token })));
+        // A challenge of a replay serves as well: replays may use up the limit.
+        (a.epoch, a.counter) = (7, 0);
+        let token = challenge(b.receive(now, at(1), proof, &PING));
+        let proof = a.stamp();
+        assert!(is_delivered(&b.receive(now, at(1), proof, &Probe::Proof { token })));
+        assert!(is_delivered(&b.receive(now, at(1), a.stamp(), &PING)));
     }
 
     #[test]
