@@ -57,7 +57,7 @@ impl Peers {
         }
     }
 
-    /// Returns the time over which the first attempts of so many peers are spread.
+    /// Returns the time over which the first attempts are spread, which grows with the number of peers.
     fn spread(&self) -> Duration {
         let peers = u32::try_from(self.by_id.len()).unwrap_or(u32::MAX);
         SPREAD_PER_PEER.saturating_mul(peers).min(SPREAD_MAX)
