@@ -121,7 +121,8 @@ pub struct Settings {
     pub state_dir: Option<PathBuf>,
     /// Store of the mesh: `file` is one file in the state directory. `etcd://HOST:PORT,HOST:PORT` is an etcd
     /// cluster (3.4 or later), whose keys begin with `/towline/`; `etcd://HOST:PORT/PREFIX` names another
-    /// prefix. Several controllers with the same CA may name one cluster: one of them serves, the others wait.
+    /// prefix. Several controllers with the same CA may name one cluster: one of them serves, and the others wait,
+    /// or with `shared` in `[etcd]` all of them serve.
     pub store: Option<String>,
     /// Address on which the controller listens. The default is every address of both families, or of
     /// IPv4 alone where the machine has no IPv6.
@@ -173,8 +174,8 @@ pub struct Settings {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct EtcdTable {
-    /// PEM file with the CA certificates that sign the certificates of the members. Without it, only members on
-    /// this machine are connected to.
+    /// PEM file with the CA certificates that sign the certificates of the members. Without it, the members must
+    /// be on this machine, unless `plaintext` is set.
     pub ca: Option<PathBuf>,
     /// PEM file with the client certificate, where etcd asks for one. `key` is needed too.
     pub certificate: Option<PathBuf>,
@@ -198,7 +199,7 @@ pub struct EtcdTable {
 #[serde(deny_unknown_fields, default)]
 pub struct MetricsSettings {
     /// Address at which Prometheus reads `GET /metrics`, and probes ask `GET /healthz` and `GET /readyz`, without
-    /// TLS and login. Absent or empty: there are neither.
+    /// TLS and login. Absent or empty: nothing is served.
     #[serde(deserialize_with = "address")]
     pub listen: Option<SocketAddr>,
 }
@@ -237,13 +238,13 @@ pub struct UiSettings {
 #[serde(deny_unknown_fields, default)]
 pub struct StunSettings {
     /// Second UDP port, for example 7444, which machines on the internet must reach like the first one. The
-    /// server answers from there if it is asked to. Without it, it answers from the address and port that was
-    /// asked alone.
+    /// server answers from there if it is asked to. Without it, the server answers only from the address and
+    /// port that was asked.
     pub other_port: Option<NonZeroU16>,
     /// Public addresses of this machine, two of a family, for example `["203.0.113.10", "203.0.113.11"]`. The
     /// server answers from the other one if it is asked to, so that a NAT that filters by address is told from
-    /// one that does not filter. An address must belong to a link of this machine. They need `other_port`, and
-    /// that `listen` is every address.
+    /// one that does not filter. Each must belong to a link of this machine. They need `other_port`, and
+    /// `listen` must be every address.
     pub addresses: Option<Vec<IpAddr>>,
 }
 

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct MetricsConfig {
-    /// Address at which `GET /metrics` is answered, without TLS and login. Absent or empty: nowhere.
+    /// Address at which `GET /metrics` is answered, without TLS and login. Absent or empty: it is not served.
     #[serde(deserialize_with = "metrics_address", skip_serializing_if = "Option::is_none")]
     pub listen: Option<MetricsAddress>,
 }

@@ -102,7 +102,7 @@ pub struct NodeConfig {
     /// announced.
     pub forward_to: Vec<IpNet>,
     /// Networks of this machine, such as its LAN, that stay as they are, even if other nodes
-    /// announce them. In addition to those to which it was connected when it joined.
+    /// announce them. Those to which it was connected when it joined need not be listed.
     pub local_networks: Vec<IpNet>,
     /// True if packets of this machine that enter the tunnel with a source that is not this node's
     /// are translated to its address in the mesh. Needs conntrack.
@@ -155,7 +155,7 @@ pub enum LinkQueueing {
 pub struct RoutingConfig {
     /// Routing table for Towline's routes. The next two tables are used too.
     pub table: u32,
-    /// First of the five priorities of Towline's policy rules, 1 to 32,759.
+    /// First of the nine consecutive priorities of Towline's policy rules, 1 to 32,757.
     pub priority: u32,
     /// Mark of the agent's own sockets, inside `mask`.
     pub mark: u32,

@@ -32,7 +32,7 @@ pub const IS_BUILT: bool = cfg!(feature = "otel");
 #[serde(default, deny_unknown_fields)]
 pub struct TelemetryConfig {
     /// Address of an OpenTelemetry collector on this machine (OTLP over gRPC, without TLS), which receives the
-    /// spans of a join and of each start. Absent: nobody. Needs an agent that is built with the feature `otel`.
+    /// spans of a join and of each start. Absent: none are sent. Needs an agent that is built with the feature `otel`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub otlp_endpoint: Option<OtlpEndpoint>,
 }

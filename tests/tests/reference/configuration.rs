@@ -82,6 +82,7 @@ fn controller() -> File {
             "overlay_v4": controller_config::OVERLAY_V4,
             "lease": towline_service::output::span(controller_config::LEASE),
             "log": towline_service::log::LogConfig::default(),
+            "etcd": { "plaintext": false, "shared": false },
         }),
         error: |text| {
             let file = tempfile::NamedTempFile::new().expect("a file");
