@@ -56,7 +56,7 @@ pub enum StateError {
         source: io::Error,
     },
     /// Another controller holds the lock.
-    #[error("another controller runs on {0}: stop it, or give this one its own --state-dir")]
+    #[error("another controller uses {0}: stop it, or give this one its own --state-dir")]
     Locked(PathBuf),
     /// A file has invalid content.
     #[error("{path} is damaged: {why}: restore the state directory from a backup")]

@@ -237,7 +237,7 @@ pub(super) fn name(given: Option<String>) -> anyhow::Result<NodeName> {
 pub(super) enum NameError {
     /// The machine has not got its own name yet.
     #[error(
-        "`{0}` is no name for a node: every machine has it before it gets its own: set the host \
+        "`{0}` is not a valid node name: every machine has it until it gets its own: set the host \
          name, or use --name"
     )]
     Localhost(String),

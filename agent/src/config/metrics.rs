@@ -37,7 +37,7 @@ where
 
 /// Error of parsing the address of the metrics.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{text}` is no address: use `127.0.0.1:9586`, `[::1]:9586` or `overlay:9586`")]
+#[error("`{text}` is not a valid address: use `127.0.0.1:9586`, `[::1]:9586` or `overlay:9586`")]
 pub struct InvalidMetricsAddress {
     text: String,
 }

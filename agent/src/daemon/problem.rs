@@ -114,7 +114,9 @@ pub(super) enum Problem {
     #[error("{0}")]
     NetworkCovered(Overlap),
     /// A gateway of this machine is cut off.
-    #[error("{whose} network {network} covers this machine's gateway {gateway}")]
+    #[error(
+        "{whose} network {network} covers this machine's gateway {gateway}: change one of the two networks"
+    )]
     GatewayCovered {
         /// Whose network it is, such as `peer worker-b's`.
         whose: String,
@@ -375,10 +377,10 @@ codes! {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Blocked {
     /// The core has made no plan.
-    #[error("there is no plan yet")]
+    #[error("the agent has not computed routes and guards yet: wait a few seconds")]
     NoPlan,
     /// Link, routes and guards were removed.
-    #[error("the host is open")]
+    #[error("link, routes and guards are removed: run `towline up`")]
     Open,
     /// The plan was not applied.
     #[error(transparent)]

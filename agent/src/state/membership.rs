@@ -37,7 +37,7 @@ pub enum InvalidMembership {
     #[error("the CA certificate contains no Ed25519 key")]
     Ca,
     /// The grant or the configuration is not what this machine asked for.
-    #[error("the {0} is another one than this machine asked for")]
+    #[error("the {0} is not the one that this machine asked for")]
     Other(&'static str),
     /// A statement is not signed by the CA, or is malformed.
     #[error(transparent)]

@@ -45,7 +45,7 @@ pub struct OtlpEndpoint(SocketAddr);
 
 /// Error of parsing the address of a collector.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{text}` is no collector on this machine: use an address such as `http://127.0.0.1:4317`")]
+#[error("`{text}` is not an address on this machine: use one such as `http://127.0.0.1:4317`")]
 pub struct InvalidEndpoint {
     text: String,
 }

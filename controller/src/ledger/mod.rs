@@ -78,7 +78,7 @@ pub enum ReadError {
         why: String,
     },
     /// A record was replaced by an earlier one of the same key, or records are missing.
-    #[error("its records are not of one moment: some were removed or replaced by earlier ones")]
+    #[error("its records are of different times: some were removed or replaced by earlier ones")]
     Mixed,
     /// The records contradict each other.
     #[error("its records contradict each other: {0}")]

@@ -72,7 +72,7 @@ pub enum UrlError {
     #[error("not a store: use \"file\", or \"etcd://HOST:PORT,HOST:PORT\"")]
     Scheme,
     /// The URL has a user or a password.
-    #[error("a user does not belong into the URL: use `user` and `password_file` in [etcd]")]
+    #[error("a user does not belong in the URL: use `user` and `password_file` in [etcd]")]
     User,
     /// An address is malformed.
     #[error("address {0} of etcd is not HOST:PORT")]
