@@ -69,7 +69,7 @@ pub struct Config {
     pub ui: Option<UiConfig>,
     /// Second port of the STUN server. `None`: it has none, and does not tell how a NAT filters.
     pub stun: Option<StunConfig>,
-    /// True if administrators may also come over the network, with a certificate.
+    /// True if administrators may also connect over the network, with a certificate.
     pub remote_admin: bool,
     /// True if records of the store that are not authenticated are taken at this start, and authenticated.
     pub migrate_store: bool,
@@ -132,7 +132,7 @@ pub struct Settings {
     /// address, if that is a single one.
     #[serde(deserialize_with = "from_texts")]
     pub advertise: Option<Vec<ControllerAddress>>,
-    /// True if administrators may also come over the network, with the certificate `admin.crt` and its key. By
+    /// True if administrators may also connect over the network, with the certificate `admin.crt` and its key. By
     /// default they use the controller's local socket.
     pub remote_admin: Option<bool>,
     /// IPv6 range of the overlay. It can change only while the mesh has no node. A new mesh gets a

@@ -67,7 +67,7 @@ Examples:
 const DOCTOR: &str = "\
 Examples:
   kubectl towline doctor gpu-1
-  # what was looked at, too
+  # the checks that do not apply, too
   kubectl towline doctor gpu-1 -o wide";
 
 #[derive(Debug, Args)]

@@ -33,7 +33,7 @@ Examples:
 pub(super) const WAIT: &str = "\
 Examples:
   # what the drop-in for the kubelet runs before it
-  towline wait --timeout 80
+  towline wait --timeout 75
   # until one node in particular is up
   towline wait --peer cp";
 
@@ -76,7 +76,7 @@ Examples:
 pub(super) const DOCTOR: &str = "\
 Examples:
   towline doctor
-  # what was looked at, too
+  # the checks that do not apply, too
   towline doctor -o wide
   towline doctor -o json";
 
@@ -125,7 +125,7 @@ Examples:
 pub(super) const LEAVE: &str = "\
 Examples:
   towline leave
-  # no controller can be reached any more
+  # no controller can be reached
   towline leave --force";
 
 pub(super) const DOWN: &str = "\
@@ -142,7 +142,7 @@ Examples:
 pub(super) const CONFIRM: &str = "\
 Examples:
   towline join --install --token-file gpu-1.token --confirm 300
-  # from a new SSH session, which shows that one can still log in
+  # from a new SSH session, which shows that you can still log in
   towline confirm";
 
 pub(super) const GUARD: &str = "\
@@ -158,7 +158,7 @@ Examples:
 
 pub(super) const GUARD_RELEASE: &str = "\
 Examples:
-  # a node announced a network by mistake, and does no more
+  # a node announced a network by mistake, and no longer does
   towline guard release 172.20.0.0/16";
 
 pub(super) const NODE_IP: &str = "\

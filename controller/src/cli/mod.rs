@@ -155,7 +155,7 @@ struct Serve {
         value_delimiter = ','
     )]
     advertise: Vec<ControllerAddress>,
-    /// Let administrators also come over the network, with the certificate in the state directory [default:
+    /// Let administrators also connect over the network, with the certificate in the state directory [default:
     /// by the local socket only]
     #[arg(
         long,

@@ -11,7 +11,7 @@ use crate::output::{self, Format, OutputError};
 /// Arguments of the commands `events`.
 #[derive(Debug, Args)]
 pub struct EventsArgs {
-    /// Only events of this last time, such as 10m or 2h
+    /// Only events that are not older than this, such as 10m or 2h
     #[arg(long, value_name = "TIME", value_parser = since)]
     pub since: Option<Duration>,
     /// Only events after the one with this id
