@@ -181,7 +181,7 @@ impl fmt::Display for MeshEvent {
             Self::NodeReadmitted { node } => {
                 write!(f, "{node} returned: the store did not have it")
             }
-            Self::NodeRemoved { node, why } => write!(f, "{node} is no member any more: {why}"),
+            Self::NodeRemoved { node, why } => write!(f, "{node} is no longer a member: {why}"),
             Self::NodeConnected { node, address } => write!(f, "{node} connected from {address}"),
             Self::NodeDisconnected { node, reason } => write!(f, "{node} disconnected: {reason}"),
             Self::PrefixMoved { prefix, from, to } => {

@@ -76,10 +76,10 @@ impl std::fmt::Display for PathChange {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Handshake => "a handshake completed there",
-            Self::Better => "it is better than the path before",
+            Self::Better => "it is better than the previous path",
             Self::Roamed => "datagrams of the peer arrive from there",
-            Self::Silent => "the path before did not answer",
-            Self::AddressGone => "the path before left from an address that is gone",
+            Self::Silent => "the previous path did not answer",
+            Self::AddressGone => "the previous path left from an address that is gone",
             Self::PortChanged => "datagrams leave from another UDP port",
             Self::KeyChanged => "the peer has another WireGuard key",
         })

@@ -349,7 +349,7 @@ fn configuration(how: &InstallArgs, has_kubelet: bool) -> anyhow::Result<String>
 fn api_port(how: &InstallArgs) -> anyhow::Result<Option<NonZeroU16>> {
     let port = how.control_plane.as_ref().map(|text| text.parse::<NonZeroU16>());
     port.transpose().ok().context(
-        "the value of --control-plane is no port: use 1 to 65535, and give a token with --token-file",
+        "the value of --control-plane is not a port: use 1 to 65535, and give a token with --token-file",
     )
 }
 

@@ -45,7 +45,7 @@ struct Size {
 /// Shows the screen until a key or a signal ends it.
 pub(super) fn run(config: &Config) -> anyhow::Result<()> {
     if !io::stdout().is_terminal() {
-        bail!("standard output is no terminal: run `towline peers --watch` instead");
+        bail!("standard output is not a terminal: run `towline peers --watch` instead");
     }
     // An agent that is not there is an error of the command line, not of the screen.
     let mut answers: Result<Answers, String> = Ok(local::ask(&config.socket)?);

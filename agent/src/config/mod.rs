@@ -538,7 +538,7 @@ impl Config {
         {
             return Err((
                 "node.local_networks",
-                format!("{bad} is no network of a link: use the network of the link"),
+                format!("{bad} is not the network of a link: use the network of the link"),
             ));
         }
         if let Some(bad) = self.node.forward_to.iter().find(|net| is_special(net)) {

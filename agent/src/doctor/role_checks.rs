@@ -31,7 +31,7 @@ pub(super) fn examine(status: &pb::StatusResponse, findings: &mut Findings) {
 
 fn relay(status: &pb::StatusResponse, findings: &mut Findings) {
     let Some(relay) = &status.relay else {
-        return findings.skip(Subject::Relay, "this node is no relay");
+        return findings.skip(Subject::Relay, "this node is not a relay");
     };
     let refused = counted(status, &RELAYED);
     let text = format!(

@@ -347,7 +347,7 @@ impl Tracer<'_> {
             let text = format!("{source}: the agent knows whether it is a node IP of this node");
             return step("source", Fate::Unknown, text);
         }
-        let text = format!("{source} is no address of this node in the mesh");
+        let text = format!("{source} is not an address of this node in the mesh");
         dropped("source", "own-source-foreign", text)
     }
 
