@@ -48,7 +48,7 @@ pub(super) enum Problem {
     #[error("the join was not confirmed in time: it is being undone")]
     Undoing,
     /// A join that was not confirmed could not be undone yet.
-    #[error("cannot undo the join: {reason}")]
+    #[error("cannot undo the join: {reason}: it is tried again, or run `towline leave`")]
     NotUndone {
         /// Error of the attempt.
         reason: String,

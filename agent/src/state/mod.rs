@@ -75,7 +75,7 @@ const CONFIRMED: &str = "confirmed";
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     /// The operating system refused an operation.
-    #[error("{path}: {source}")]
+    #[error("cannot access {path}: {source}")]
     Io {
         /// Path of the file.
         path: PathBuf,
@@ -106,7 +106,7 @@ pub enum StateError {
     Unconfirmed,
     /// A key file contains no valid key.
     #[error(
-        "{path}: {source}; restore it from a backup, or remove {dir} and join again with a new token"
+        "cannot use the key {path}: {source}: restore it from a backup, or remove {dir} and join again with a new token"
     )]
     Key {
         /// Path of the file.
