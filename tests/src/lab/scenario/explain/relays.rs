@@ -32,7 +32,7 @@ pub(super) fn cases() -> Vec<Case> {
         ),
         Case::new(
             "relays/none",
-            "Both nodes are behind NATs that cannot be passed, and there is no relay",
+            "Both nodes are behind NATs that allow no direct path, and there is no relay",
             "no-relay",
             |setting, case| {
                 let sites = Sites::build(setting, Nat::SymmetricRandom, "")?;
