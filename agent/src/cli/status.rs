@@ -27,9 +27,9 @@ pub(super) fn text_of(config: &Config, format: Format) -> anyhow::Result<String>
         return Ok(output::text(format, &status, |_| String::new())?);
     }
     let answers = local::ask(&config.socket)?;
-    let checks = examine(&doctor::facts(config, Agent::Answered(Box::new(answers.clone()))));
-    let health = health(&checks, Palette::of_stdout());
-    Ok(text(&answers.status, health, format == Format::Wide))
+    let facts = doctor::facts(config, Agent::Answered(Box::new(answers.clone())));
+    let health = health(&examine(&facts), Palette::of_stdout());
+    Ok(text(&answers.status, health, facts.host.now, format == Format::Wide))
 }
 
 /// Returns `healthy`, or the first of the worst checks, and how many others need a look.
@@ -47,7 +47,8 @@ fn health(checks: &[Check], palette: Palette) -> String {
     format!("{state}: {}: {}{remedy}{others}", worst.name, worst.finding)
 }
 
-fn text(status: &pb::StatusResponse, health: String, wide: bool) -> String {
+/// `now` is the time of the clock, in seconds since 1970.
+fn text(status: &pb::StatusResponse, health: String, now: i64, wide: bool) -> String {
     let mut lines = Vec::new();
     let mut line = |name, value| lines.push((name, value));
     line("health", health);
@@ -119,13 +120,7 @@ fn text(status: &pb::StatusResponse, health: String, wide: bool) -> String {
     };
     line("peers", format!("{} up of {}{relayed}", status.peers_up, status.peers_total));
     if status.controller.is_some() {
-        line(
-            "certificate",
-            match output::time(status.certificate_expires_at) {
-                Some(at) => format!("renewed before {at}"),
-                None => "none yet".into(),
-            },
-        );
+        line("certificate", certificate(status.certificate_expires_at, now));
     }
     line(
         "agent",
@@ -157,6 +152,16 @@ fn text(status: &pb::StatusResponse, health: String, wide: bool) -> String {
         line("problem", problem.clone());
     }
     output::sheet(14, &lines)
+}
+
+/// Returns until when the certificate is renewed, or since when it is too late. Both times are in seconds since
+/// 1970.
+fn certificate(expires_at: i64, now: i64) -> String {
+    match output::time(expires_at) {
+        Some(at) if now >= expires_at => format!("expired at {at}"),
+        Some(at) => format!("renewed before {at}"),
+        None => "none yet".into(),
+    }
 }
 
 /// Returns where the endpoint of the Kubernetes API leads.
@@ -212,8 +217,22 @@ mod tests {
         let ok = check(Subject::Clock, CheckState::Ok);
         let health_of = |checks: &[Check]| health(checks, Palette::PLAIN);
         assert_eq!(health_of(&[ok.clone(), check(Subject::Cni, CheckState::Skipped)]), "healthy");
-        let text = text(&pb::StatusResponse::default(), health_of(&[ok]), false);
+        let text = text(&pb::StatusResponse::default(), health_of(&[ok]), 0, false);
         assert!(text.starts_with("health        healthy\n"), "{text}");
+    }
+
+    #[test]
+    fn a_certificate_that_expired_is_not_said_to_be_renewed() {
+        let status = pb::StatusResponse {
+            controller: Some(pb::ControllerStatus::default()),
+            certificate_expires_at: 1_800_000_000,
+            ..pb::StatusResponse::default()
+        };
+        let text = |now| text(&status, String::new(), now, false);
+        let before = text(1_799_999_999);
+        assert!(before.contains("certificate   renewed before 2027-01-15T08:00:00Z\n"), "{before}");
+        let after = text(1_800_000_000);
+        assert!(after.contains("certificate   expired at 2027-01-15T08:00:00Z\n"), "{after}");
     }
 
     #[test]
@@ -257,16 +276,18 @@ mod tests {
             api_endpoint: Some(endpoint),
             ..pb::StatusResponse::default()
         };
-        let short = text(&status(endpoint.clone()), String::new(), false);
+        let short = text(&status(endpoint.clone()), String::new(), 0, false);
         assert!(
             short.contains("127.0.0.1:7445 leads to cp-1 (1 of 2 API servers), 2 clients"),
             "{short}"
         );
         assert!(short.contains("cp-2 (198.19.0.1:6443) failing: it does not answer"), "{short}");
         assert!(!short.contains("cp-1 (198.19.0.1:6443)"), "{short}");
-        let wide = text(&status(endpoint.clone()), String::new(), true);
+        let wide = text(&status(endpoint.clone()), String::new(), 0, true);
         assert!(wide.contains("cp-1 (198.19.0.1:6443) healthy, rtt 1.50 ms"), "{wide}");
         let closed = pb::ApiEndpointStatus { listening: false, ..endpoint };
-        assert!(text(&status(closed), String::new(), false).contains("127.0.0.1:7445, not served"));
+        assert!(
+            text(&status(closed), String::new(), 0, false).contains("127.0.0.1:7445, not served")
+        );
     }
 }
