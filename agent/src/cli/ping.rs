@@ -94,13 +94,21 @@ pub(super) fn run(config: &Config, args: PingArgs) -> anyhow::Result<()> {
     })?;
     let report = Report::new(node, probes);
     output::write(args.output, &report, |_| summary(&report))?;
-    if report.received == 0 {
-        bail!("no answer from {}: run `towline peers` to see why", report.node);
+    match failure(&report, until_direct) {
+        Some(failure) => bail!(failure),
+        None => Ok(()),
     }
-    if until_direct && report.probes.iter().all(|probe| probe.path_kind != direct) {
-        bail!("no direct path to {0}: run `towline peer {0}` to see why", report.node);
+}
+
+/// Returns what failed, and which command explains it.
+fn failure(report: &Report, until_direct: bool) -> Option<String> {
+    let Report { node, received, probes, .. } = report;
+    if *received == 0 {
+        return Some(format!("no answer from {node}: run `towline explain {node}` to see why"));
     }
-    Ok(())
+    let is_direct = |probe: &pb::PingResponse| probe.path_kind == PathKind::Direct.code();
+    let is_missed = until_direct && !probes.iter().any(is_direct);
+    is_missed.then(|| format!("no direct path to {node}: run `towline peer {node}` to see why"))
 }
 
 fn summary(report: &Report) -> String {
@@ -128,6 +136,23 @@ fn line(node: &str, answer: &pb::PingResponse) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_peer_that_does_not_answer_is_explained_by_the_command_that_is_named() {
+        let silent = Report::new("w1".into(), vec![pb::PingResponse::default()]);
+        let wanted = "no answer from w1: run `towline explain w1` to see why";
+        assert_eq!(failure(&silent, false).as_deref(), Some(wanted));
+        let answer = |path_kind: &str| pb::PingResponse {
+            path_kind: path_kind.into(),
+            rtt_us: Some(400),
+            ..Default::default()
+        };
+        let relayed = Report::new("w1".into(), vec![answer("relay")]);
+        assert_eq!(failure(&relayed, false), None);
+        assert!(failure(&relayed, true).is_some_and(|text| text.contains("`towline peer w1`")));
+        let direct = Report::new("w1".into(), vec![answer("relay"), answer("direct")]);
+        assert_eq!(failure(&direct, true), None);
+    }
 
     #[test]
     fn a_summary_counts_what_was_lost() {
