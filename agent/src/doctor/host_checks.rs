@@ -146,6 +146,10 @@ fn mtu(facts: &Facts, findings: &mut Findings) {
     let Some(link) = own_link(facts) else {
         return findings.skip(Subject::Mtu, format!("the link {} does not exist", facts.link));
     };
+    // The agent sets the MTU before it sets the link up: until then it is the kernel's default.
+    if !link.is_up {
+        return findings.skip(Subject::Mtu, format!("the link {} is not up", link.name));
+    }
     for uplink in facts.host.links.iter().filter(|uplink| uplink.is_uplink) {
         let needed = link.mtu.saturating_add(TUNNEL_BYTES);
         if uplink.name == link.name || uplink.mtu >= needed {

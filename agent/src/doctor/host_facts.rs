@@ -47,6 +47,8 @@ pub struct LinkFacts {
     pub name: String,
     /// MTU of the link, in bytes.
     pub mtu: u32,
+    /// True if the link is administratively up (`IFF_UP`).
+    pub is_up: bool,
     /// True if a default route leads to the link.
     pub is_uplink: bool,
     /// `rp_filter` of the link: 0 off, 1 strict, 2 loose; `None` if it is not known.
@@ -150,6 +152,7 @@ fn links() -> Result<Vec<LinkFacts>, NetlinkError> {
         is_uplink: uplinks.contains(&link.index),
         name: link.name,
         mtu: link.mtu,
+        is_up: link.up,
         reverse_path_filter: link.reverse_path_filter,
         is_ipv6_disabled: link.ipv6_disabled,
     });

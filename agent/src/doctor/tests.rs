@@ -15,6 +15,7 @@ fn link(name: &str, mtu: u32, is_uplink: bool) -> LinkFacts {
     LinkFacts {
         name: name.into(),
         mtu,
+        is_up: true,
         is_uplink,
         reverse_path_filter: Some(if is_uplink { 1 } else { 2 }),
         is_ipv6_disabled: Some(false),
@@ -352,6 +353,17 @@ fn without_an_agent_the_host_is_still_checked() {
     assert_eq!(check(&checks, Subject::Peers).state, CheckState::Skipped);
     assert_eq!(check(&checks, Subject::Disk).state, CheckState::Warning);
     assert_eq!(check(&checks, Subject::Clock).state, CheckState::Ok);
+}
+
+#[test]
+fn the_mtu_of_a_link_that_is_not_up_is_not_judged() {
+    let mut facts = facts();
+    facts.host.links[1].mtu = 1_500;
+    let state = |facts: &Facts| check(&examine(facts), Subject::Mtu).state;
+    let causes = |facts: &Facts| check(&examine(facts), Subject::Mtu).causes.clone();
+    assert_eq!(causes(&facts), ["uplink-mtu-small"]);
+    facts.host.links[1].is_up = false;
+    assert_eq!((state(&facts), causes(&facts)), (CheckState::Skipped, Vec::new()));
 }
 
 #[test]
