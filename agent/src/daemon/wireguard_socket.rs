@@ -43,8 +43,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub(super) enum NotServed {
     /// Another program serves the socket of this name.
     #[error(
-        "cannot answer `wg show {link}`: another program serves /run/wireguard/{link}.sock: stop that \
-         program, or set [wireguard] uapi = false"
+        "`wg show {link}` does not show this agent, and the mesh works without it: another program serves \
+         /run/wireguard/{link}.sock: to use `wg`, stop that program, or else set [wireguard] uapi = false"
     )]
     Taken {
         /// Name of the link.
