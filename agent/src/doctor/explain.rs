@@ -68,6 +68,9 @@ const OF_UNDERLAY: [&str; 4] =
     ["firewall-drops-tunnels", "conntrack-full", "netlink-failed", "membership-unusable"];
 /// Causes that make a direct path unlikely, while a peer that is contacted first may still connect.
 const OF_DIRECT_PATH: [&str; 3] = ["firewall-closes-port", "reflector-silent", "second-port-used"];
+/// Reasons of a peer whose paths are tried for less than 10 s. Their entries in the document name no cause.
+const OF_BEGINNING: [&str; 3] =
+    ["trying-candidates", "relayed-trying-direct", "static-peer-trying"];
 /// Causes on this node that stop all of the mesh.
 const OF_NODE: [&str; 13] = [
     "machine-down",
@@ -247,6 +250,9 @@ impl Draft<'_> {
     /// Returns the sentence about the cause that belongs to the peer's own reason, from the document. It is said
     /// only where this node knows no other cause: an operator should read of one cause alone.
     fn cause_of_reason(&self) -> Option<String> {
+        if OF_BEGINNING.contains(&self.peer.reason_code.as_str()) {
+            return Some("it is too early to name a cause: ask again in some seconds".to_owned());
+        }
         reference::entry(&self.peer.reason_code).map(|entry| the_cause(entry.cause))
     }
 
@@ -435,7 +441,8 @@ mod tests {
     #[test]
     fn every_cause_that_is_looked_for_is_a_code() {
         let codes = crate::codes();
-        let lists: [&[&str]; 4] = [&OF_UNDERLAY, &OF_DIRECT_PATH, &OF_NODE, &OF_TRAFFIC];
+        let lists: [&[&str]; 5] =
+            [&OF_UNDERLAY, &OF_DIRECT_PATH, &OF_BEGINNING, &OF_NODE, &OF_TRAFFIC];
         for code in lists.concat() {
             assert!(codes.contains(&code), "{code}");
         }

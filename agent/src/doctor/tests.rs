@@ -469,6 +469,23 @@ fn the_true_cause_of_a_peers_state_is_named() {
 }
 
 #[test]
+fn the_cause_is_not_named_while_paths_are_tried() {
+    for (state, path_kind, code) in [
+        ("connecting", "", "trying-candidates"),
+        ("connecting", "", "static-peer-trying"),
+        ("up", "relay", "relayed-trying-direct"),
+    ] {
+        let mut facts = facts();
+        answers(&mut facts).peers[0] = peer("node-b", state, path_kind, code);
+        let checks = examine(&facts);
+        let explanation = explain("node-b", answers(&mut facts), &[], &checks);
+        let last = explanation.sentences.last().unwrap();
+        assert_eq!(last, "it is too early to name a cause: ask again in some seconds", "{code}");
+        assert_eq!(explanation.cause.as_deref(), Some(code));
+    }
+}
+
+#[test]
 fn a_peer_that_is_heard_but_does_not_answer_is_blocked_one_way() {
     let mut facts = facts();
     answers(&mut facts).peers[0] = peer("node-b", "down", "", "no-answer");
