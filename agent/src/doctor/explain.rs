@@ -14,7 +14,7 @@ use towline_service::output;
 
 use super::mesh_checks::lossy;
 use super::reference::{self, Message};
-use super::{Answers, Cause, Check, CheckState};
+use super::{Answers, Cause, Check, CheckState, Subject};
 
 /// Round-trip time in microseconds from which a path counts as slow. Between continents it is less.
 const SLOW_RTT_US: u64 = 350_000;
@@ -149,6 +149,16 @@ impl Local<'_> {
         let is_found =
             |code: &str| self.checks.iter().filter(bad).any(|check| is_named(check, code));
         codes.iter().copied().find(|code| is_found(code))
+    }
+
+    /// Returns the findings of the failed checks of this node. Those of other peers and of the session with a
+    /// controller are left out: a path does not need them, and the latter is told apart.
+    fn faults(&self) -> Vec<&str> {
+        let is_fault = |check: &&Check| {
+            check.state == CheckState::Failed
+                && !matches!(check.subject, Subject::Peers | Subject::Controller)
+        };
+        self.checks.iter().filter(is_fault).map(|check| check.finding.as_str()).collect()
     }
 
     /// Returns what the agent or the check says about a code, without what to do.
@@ -429,7 +439,12 @@ impl Draft<'_> {
                 controller.reason
             ));
         }
-        sentences.push("no fault of its path or of this node is known".to_owned());
+        let faults = local.faults();
+        sentences.push(if faults.is_empty() {
+            "no fault of its path or of this node is known".to_owned()
+        } else {
+            format!("no fault of its path is known, but: {}", faults.join("; "))
+        });
         self.finish(Verdict::Healthy, None, sentences)
     }
 }

@@ -469,6 +469,24 @@ fn the_true_cause_of_a_peers_state_is_named() {
 }
 
 #[test]
+fn a_fault_of_this_node_is_named_beside_a_healthy_path() {
+    let last = |facts: &mut Facts| {
+        let checks = examine(facts);
+        let explanation = explain("node-b", answers(facts), &[], &checks);
+        assert_eq!((explanation.state, explanation.cause), (Verdict::Healthy, None));
+        explanation.sentences.last().unwrap().clone()
+    };
+    let mut facts = facts();
+    // The state of another peer is no fault of this node.
+    answers(&mut facts).peers[1] = peer("node-c", "down", "", "key-conflict");
+    assert_eq!(last(&mut facts), "no fault of its path or of this node is known");
+    facts.host.now = NOW + 3 * DAY;
+    let last = last(&mut facts);
+    let wanted = "no fault of its path is known, but: the node's certificate expired at ";
+    assert!(last.starts_with(wanted), "{last}");
+}
+
+#[test]
 fn the_cause_is_not_named_while_paths_are_tried() {
     for (state, path_kind, code) in [
         ("connecting", "", "trying-candidates"),
