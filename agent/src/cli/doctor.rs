@@ -13,6 +13,8 @@ use super::local;
 use crate::config::Config;
 use crate::doctor::{self, Agent, Cause, Check, CheckState, Facts, host_facts};
 use crate::down::DownMarker;
+use crate::join;
+use crate::state::StateDir;
 
 /// Result of the checks, as `towline doctor -o json` prints it.
 #[derive(Serialize)]
@@ -51,9 +53,25 @@ pub(super) fn facts(config: &Config, agent: Agent) -> Facts {
     Facts {
         link: config.link.name.clone(),
         networks_behind: node.prefixes.iter().chain(&node.forward_to).copied().collect(),
+        controller: controller(config, &agent),
         host: host_facts::read(&config.link.name, &config.state_dir),
         agent,
     }
+}
+
+/// Returns the address of a controller: the one of the agent's last session, or else the first one that is
+/// configured or stored.
+fn controller(config: &Config, agent: &Agent) -> Option<String> {
+    let of_session = match agent {
+        Agent::Answered(answers) => answers.status.controller.as_ref(),
+        Agent::Silent { .. } => None,
+    };
+    let of_session = of_session.map(|controller| controller.address.clone());
+    of_session.filter(|address| !address.is_empty()).or_else(|| {
+        let membership = StateDir::peek(&config.state_dir).membership().ok()??;
+        let known = join::controllers(&config.controller.addresses, &membership);
+        known.first().map(ToString::to_string)
+    })
 }
 
 /// Asks the agent, or tells why it does not answer.

@@ -179,7 +179,12 @@ impl Local<'_> {
         // A check with several causes may say what to do about another one.
         let is_alone = |check: &&Check| check.causes == [code];
         let checked = self.checks.iter().find(is_alone).and_then(|check| check.remedy.clone());
-        checked.or_else(|| reference::remedy(code))
+        checked.or_else(|| {
+            let remedy = reference::remedy(code)?;
+            let controller = self.status.controller.as_ref();
+            let address = controller.map_or("", |controller| controller.address.as_str());
+            Some(reference::with_controller(&remedy, address))
+        })
     }
 
     /// Returns the message of the agent about a code.

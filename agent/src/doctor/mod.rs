@@ -42,6 +42,8 @@ pub struct Facts {
     pub link: String,
     /// Networks behind this node that the configuration announces or forwards to.
     pub networks_behind: Vec<IpNet>,
+    /// Address of a controller, as `host:port`, for remedies; `None` if this command does not know one.
+    pub controller: Option<String>,
     /// Facts about the host.
     pub host: HostFacts,
     /// Answers of the agent.
@@ -306,7 +308,13 @@ pub fn examine(facts: &Facts) -> Vec<Check> {
     let mut findings = Findings::default();
     mesh_checks::examine(facts, &mut findings);
     host_checks::examine(facts, &mut findings);
-    findings.finish()
+    let mut checks = findings.finish();
+    if let Some(controller) = &facts.controller {
+        for remedy in checks.iter_mut().filter_map(|check| check.remedy.as_mut()) {
+            *remedy = reference::with_controller(remedy, controller);
+        }
+    }
+    checks
 }
 
 impl Facts {

@@ -64,6 +64,17 @@ pub fn remedy(code: &str) -> Option<String> {
     Some(if command.starts_with('`') { format!("run {command}") } else { command.to_owned() })
 }
 
+/// Replaces the placeholder `CONTROLLER` of a remedy by the address of a controller, which is `host:port`.
+pub(crate) fn with_controller(remedy: &str, address: &str) -> String {
+    let Some((host, port)) = address.rsplit_once(':') else { return remedy.to_owned() };
+    // Only together with a port is an IPv6 address in brackets.
+    let bare = host.trim_start_matches('[').trim_end_matches(']');
+    remedy
+        .replace("CONTROLLER:7443", address)
+        .replace("CONTROLLER 7443", &format!("{bare} {port}"))
+        .replace("CONTROLLER", bare)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -97,5 +108,20 @@ mod tests {
         assert_eq!(parts("nftables-guard-missing", text), separated);
         assert_eq!(parts("link-missing", text), (text, None));
         assert_eq!(parts("link-missing", "the link is missing"), ("the link is missing", None));
+    }
+
+    #[test]
+    fn the_controller_of_a_remedy_gets_its_address() {
+        let remedy =
+            "`nc -vz CONTROLLER 7443`, `s_client -connect CONTROLLER:7443`, `ping CONTROLLER`";
+        assert_eq!(
+            with_controller(remedy, "203.0.113.10:8443"),
+            "`nc -vz 203.0.113.10 8443`, `s_client -connect 203.0.113.10:8443`, `ping 203.0.113.10`"
+        );
+        assert_eq!(
+            with_controller(remedy, "[2001:db8::1]:7443"),
+            "`nc -vz 2001:db8::1 7443`, `s_client -connect [2001:db8::1]:7443`, `ping 2001:db8::1`"
+        );
+        assert_eq!(with_controller(remedy, ""), remedy);
     }
 }

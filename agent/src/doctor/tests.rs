@@ -80,6 +80,7 @@ fn facts() -> Facts {
     Facts {
         link: "towline0".into(),
         networks_behind: Vec::new(),
+        controller: None,
         host: host(),
         agent: Agent::Answered(Box::new(Answers { status: status(), peers })),
     }
@@ -353,6 +354,20 @@ fn without_an_agent_the_host_is_still_checked() {
     assert_eq!(check(&checks, Subject::Peers).state, CheckState::Skipped);
     assert_eq!(check(&checks, Subject::Disk).state, CheckState::Warning);
     assert_eq!(check(&checks, Subject::Clock).state, CheckState::Ok);
+}
+
+#[test]
+fn remedies_name_the_controller_where_its_address_is_known() {
+    let mut facts = facts();
+    away(&mut facts, "controller-unreachable");
+    facts.host.now = NOW + 3 * DAY;
+    let remedy = |facts: &Facts, subject| check(&examine(facts), subject).remedy.clone().unwrap();
+    assert!(remedy(&facts, Subject::Certificates).contains("`nc -vz CONTROLLER 7443`"));
+    facts.controller = Some("203.0.113.10:8443".into());
+    for subject in [Subject::Certificates, Subject::Controller] {
+        let remedy = remedy(&facts, subject);
+        assert!(remedy.contains("`nc -vz 203.0.113.10 8443`"), "{remedy}");
+    }
 }
 
 #[test]
