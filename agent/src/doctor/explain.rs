@@ -71,6 +71,8 @@ const OF_DIRECT_PATH: [&str; 3] = ["firewall-closes-port", "reflector-silent", "
 /// Reasons of a peer whose paths are tried for less than 10 s. Their entries in the document name no cause.
 const OF_BEGINNING: [&str; 3] =
     ["trying-candidates", "relayed-trying-direct", "static-peer-trying"];
+/// Causes whose remedy in the document has the placeholder `NAME` for the peer.
+const OF_PEER_NAME: [&str; 3] = ["no-answer", "path-rtt-high", "path-loss-high"];
 /// Causes on this node that stop all of the mesh.
 const OF_NODE: [&str; 13] = [
     "machine-down",
@@ -249,9 +251,16 @@ struct Draft<'a> {
 
 impl Draft<'_> {
     fn finish(&self, state: Verdict, cause: Option<&str>, sentences: Vec<String>) -> Explanation {
-        let remedy = cause.filter(|_| state.is_bad()).and_then(|code| self.local.remedy(code));
+        let remedy = cause.filter(|_| state.is_bad()).and_then(|code| self.remedy(code));
         let cause = cause.map(ToOwned::to_owned);
         Explanation { peer: self.peer.name.clone(), state, cause, sentences, remedy }
+    }
+
+    /// Returns what to do about a code, with the name of the peer where that is what is asked for.
+    fn remedy(&self, code: &str) -> Option<String> {
+        let remedy = self.local.remedy(code)?;
+        let is_named = OF_PEER_NAME.contains(&code);
+        Some(if is_named { remedy.replace("NAME", &self.peer.name) } else { remedy })
     }
 
     /// Returns the sentence about the peer's state and its own reason.
@@ -461,8 +470,8 @@ mod tests {
     #[test]
     fn every_cause_that_is_looked_for_is_a_code() {
         let codes = crate::codes();
-        let lists: [&[&str]; 5] =
-            [&OF_UNDERLAY, &OF_DIRECT_PATH, &OF_BEGINNING, &OF_NODE, &OF_TRAFFIC];
+        let lists: [&[&str]; 6] =
+            [&OF_UNDERLAY, &OF_DIRECT_PATH, &OF_BEGINNING, &OF_PEER_NAME, &OF_NODE, &OF_TRAFFIC];
         for code in lists.concat() {
             assert!(codes.contains(&code), "{code}");
         }

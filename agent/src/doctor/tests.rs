@@ -502,6 +502,22 @@ fn a_fault_of_this_node_is_named_beside_a_healthy_path() {
 }
 
 #[test]
+fn what_to_do_about_a_peer_names_it() {
+    let changes: [fn(&mut pb::PeerStatus); 3] = [
+        |found| *found = peer("node-b", "down", "", "no-answer"),
+        |found| found.rtt_us = Some(800_000),
+        |found| found.loss_percent = Some(18.0),
+    ];
+    for change in changes {
+        let mut facts = facts();
+        change(&mut answers(&mut facts).peers[0]);
+        let checks = examine(&facts);
+        let remedy = explain("node-b", answers(&mut facts), &[], &checks).remedy.unwrap();
+        assert!(remedy.contains(" node-b`"), "{remedy}");
+    }
+}
+
+#[test]
 fn the_cause_is_not_named_while_paths_are_tried() {
     for (state, path_kind, code) in [
         ("connecting", "", "trying-candidates"),
