@@ -15,7 +15,8 @@
 //! - Fail closed: the nftables table is changed first and removed last, and wanted rules are added
 //!   before old ones are deleted. They hold without the link, and the
 //!   unreachable routes hold without nftables. What could not be applied is reported in
-//!   [`Changes::problems`], and the rest is applied.
+//!   [`Changes::problems`], and the rest is applied. If another program uses one of Towline's names or
+//!   numbers from the start on, only the guard that does not need it is installed.
 //! - All state belongs to the network namespace of the thread that called [`HostNetwork::open`].
 
 mod address;
@@ -154,8 +155,9 @@ impl HostNetwork {
     ///
     /// # Errors
     ///
-    /// If another program uses one of Towline's names or numbers (nothing was changed then), or if
-    /// a netlink socket fails. A refusal of a single request is a [`Problem`].
+    /// If another program used one of Towline's names or numbers before the first apply (only a guard that
+    /// does not need it is installed then), or if a netlink socket fails. A refusal of a single request is
+    /// a [`Problem`].
     pub fn apply(&mut self, plan: &Plan) -> Result<Changes, ApplyError> {
         if self.known.is_some() && self.applied.as_ref() == Some(plan) {
             return Ok(Changes { messages: 0, problems: self.problems.clone() });
@@ -344,21 +346,35 @@ impl HostNetwork {
         let mut changes = Changes::default();
         let known = self.known.take();
         let fresh = known.is_none();
+        let mut is_table_free = true;
         let mut have = match known {
             Some(known) => known,
             None => {
                 let families = Families::probe(&mut self.rtnetlink)?;
-                let (have, foreign) =
+                let (mut have, foreign) =
                     State::read(&mut self.rtnetlink, self.nft.as_mut(), &names, families)?;
                 self.marks = marks_of_others(plan, &foreign);
-                self.check_foreign(foreign, &mut changes)?;
+                if let Some(intruder) = foreign.first() {
+                    if self.applied.is_none() {
+                        self.guard_beside(plan, &mut have, &foreign)?;
+                        return Err(intruder.clone().into());
+                    }
+                    // After the first apply it is only a problem, so that the guards stay.
+                    changes.problems.push(Problem::Intruder(intruder.clone()));
+                }
+                is_table_free = !foreign.has_firewall_table();
                 have
             }
         };
         changes.problems.extend(self.marks.iter().cloned());
-        let (table, nft) = (have.firewall.take(), self.nft.as_mut());
-        let target = firewall::Target { nft, ownable: &mut self.ownable, families: have.families };
-        let firewall = firewall::change(plan, table, fresh, target, &mut changes)?;
+        let table = have.firewall.take();
+        let firewall = if is_table_free {
+            let (nft, families) = (self.nft.as_mut(), have.families);
+            let target = firewall::Target { nft, ownable: &mut self.ownable, families };
+            firewall::change(plan, table, fresh, target, &mut changes)?
+        } else {
+            table
+        };
         let addresses = address::read(&mut self.rtnetlink)?;
         uplinks::mark(&mut self.rtnetlink, &addresses, &plan.link.name, &mut changes)?;
         let mut want = State::wanted(plan, have.link.as_ref(), have.families);
@@ -418,17 +434,25 @@ impl HostNetwork {
         Ok(Some(changes))
     }
 
-    /// Handles objects of other programs under Towline's names and numbers. At the first apply they are
-    /// an error. Later they are only a problem, so that the guards stay.
-    fn check_foreign(&self, foreign: Foreign, changes: &mut Changes) -> Result<(), ApplyError> {
-        match foreign.first() {
-            Some(intruder) if self.applied.is_none() => Err(intruder.into()),
-            Some(intruder) => {
-                changes.problems.push(Problem::Intruder(intruder));
-                Ok(())
-            }
-            None => Ok(()),
+    /// Installs the guards that need nothing of what other programs use. The link gets no routes.
+    fn guard_beside(
+        &mut self,
+        plan: &Plan,
+        have: &mut State,
+        foreign: &Foreign,
+    ) -> Result<(), ApplyError> {
+        // The error says what is missing.
+        let mut unsaid = Changes::default();
+        if foreign.leaves_firewall() {
+            let (table, nft) = (have.firewall.take(), self.nft.as_mut());
+            let families = have.families;
+            let target = firewall::Target { nft, ownable: &mut self.ownable, families };
+            firewall::change(plan, table, true, target, &mut unsaid)?;
         }
+        if foreign.leaves_routing() {
+            have.guard(plan, &mut self.rtnetlink, &mut unsaid)?;
+        }
+        Ok(())
     }
 }
 

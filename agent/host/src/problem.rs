@@ -6,8 +6,8 @@ use towline_netlink::{NetlinkError, Refusal};
 use towline_nftables::{NftError, TableFamily};
 use towline_types::codes;
 
-/// Error that ended an apply. After an error about a name or number in use nothing was changed; after
-/// others, a part may be.
+/// Error that ended an apply. After an error about a name or number in use only guards were installed;
+/// after others, any part may be.
 #[derive(Debug, thiserror::Error)]
 pub enum ApplyError {
     /// Another program uses one of Towline's names or numbers.
@@ -254,6 +254,9 @@ impl Problem {
             }
             Self::Hook(_) => Consequences { is_of_hooks: true, is_passing: true, ..fault },
             Self::NoZone(_) => Consequences { is_of_hooks: true, ..fault },
+            Self::Intruder(InUse::FirewallTable { .. }) => {
+                Consequences { is_passing: true, has_open_inverse_guard: true, ..fault }
+            }
             Self::Intruder(_) => Consequences { is_passing: true, ..fault },
             Self::Setting { .. } => fault,
             Self::Refused { piece, .. } => {

@@ -115,8 +115,26 @@ pub(super) struct ForeignMark {
 
 impl Foreign {
     /// Returns the first object that uses one of Towline's names or numbers.
-    pub(super) fn first(self) -> Option<InUse> {
-        self.found.into_iter().next()
+    pub(super) fn first(&self) -> Option<&InUse> {
+        self.found.first()
+    }
+
+    /// Returns true if another program has an nftables table of Towline's name.
+    pub(super) fn has_firewall_table(&self) -> bool {
+        self.found.iter().any(|found| matches!(found, InUse::FirewallTable { .. }))
+    }
+
+    /// Returns true if nothing that the nftables guard needs is in use. It treats the link that has Towline's
+    /// name as the tunnel.
+    pub(super) fn leaves_firewall(&self) -> bool {
+        self.found.iter().all(|found| matches!(found, InUse::Table { .. } | InUse::Priority { .. }))
+    }
+
+    /// Returns true if nothing that the policy rules and unreachable routes need is in use.
+    pub(super) fn leaves_routing(&self) -> bool {
+        self.found
+            .iter()
+            .all(|found| matches!(found, InUse::FirewallTable { .. } | InUse::Link { .. }))
     }
 }
 
@@ -284,16 +302,44 @@ impl State {
             note(rtnetlink.delete_rule(rule), Piece::Route, changes)?;
         }
         change_routes(&self, &want, rtnetlink, changes)?;
-        let old = |route: &&Route| self.routes.get(&name(route)) == Some(route);
-        let mut guards = want.routes.values().filter(|route| !old(route));
-        let rules = want.rules.iter().filter(|rule| !self.rules.contains(rule));
-        if guards.any(is_guard_of_ipv6) || rules.into_iter().any(|rule| rule.family == Family::V6) {
+        if want.has_new_guard_of_ipv6(&self) {
             forget_cached_routes(names.priority, rtnetlink)?;
         }
         for address in self.addresses.difference(&want.addresses) {
             note(rtnetlink.delete_address(index, *address), Piece::Route, changes)?;
         }
         Ok(want)
+    }
+
+    /// Adds the policy rules and the routes of a plan that need no link. Nothing is deleted, and the link is
+    /// left as it is.
+    pub(super) fn guard(
+        &self,
+        plan: &Plan,
+        rtnetlink: &mut Rtnetlink,
+        changes: &mut Changes,
+    ) -> Result<(), ApplyError> {
+        let want = Self::wanted(plan, None, self.families);
+        for rule in want.rules.iter().filter(|rule| !self.rules.contains(rule)) {
+            note(rtnetlink.add_rule(rule), Piece::Guard, changes)?;
+        }
+        let mut list = Vec::new();
+        for (name, route) in &want.routes {
+            set_route(self.routes.get(name), route, &mut list);
+        }
+        send_routes(&list, rtnetlink, changes)?;
+        if want.has_new_guard_of_ipv6(self) {
+            forget_cached_routes(plan.rules.priority, rtnetlink)?;
+        }
+        Ok(())
+    }
+
+    /// Returns true if this state has a policy rule or an unreachable route of IPv6 that `have` lacks.
+    fn has_new_guard_of_ipv6(&self, have: &Self) -> bool {
+        let old = |route: &&Route| have.routes.get(&name(route)) == Some(*route);
+        let mut guards = self.routes.values().filter(|route| !old(route));
+        let mut rules = self.rules.iter().filter(|rule| !have.rules.contains(rule));
+        guards.any(is_guard_of_ipv6) || rules.any(|rule| rule.family == Family::V6)
     }
 
     /// Applies the routes of a plan that differs from `before` only in routes and networks. It

@@ -416,15 +416,27 @@ namespace_test! {
 }
 
 namespace_test! {
-    fn what_is_somebody_elses_is_refused_by_name_and_untouched() {
+    fn what_is_somebody_elses_is_refused_by_name_and_untouched_while_the_other_guard_holds() {
         host_with_foreign_state();
         let mut rtnetlink = Rtnetlink::open().unwrap();
         let mut nft = Nft::open().unwrap();
         let uplink = rtnetlink.link_index("eth0").unwrap();
+        let inside = ["198.19.0.2", "10.9.2.1", "10.9.77.1", "fd00:9::2"];
         let refused = |says: &str| {
             let before = snapshot();
-            let error = HostNetwork::open().unwrap().apply(&plan()).unwrap_err().to_string();
-            assert!(error.contains(says) && error.contains("routing.") , "{error}");
+            assert!(inside.iter().all(|to| connect_error(to).is_none()), "{says}: open before");
+            let mut host = HostNetwork::open().unwrap();
+            for _ in 0..2 {
+                let error = host.apply(&plan()).unwrap_err().to_string();
+                assert!(error.contains(says) && error.contains("routing.") , "{error}");
+                for to in inside {
+                    assert!(connect_error(to).is_some(), "{says}: {to} is guarded");
+                }
+                assert_eq!(connect_error("203.0.113.1"), None, "{says}");
+                assert_eq!(connect_error("2001:db8:1::1"), None, "{says}");
+                assert_eq!(snapshot().links, before.links, "{says}");
+            }
+            host.remove(&Names::of(&plan())).unwrap();
             assert_eq!(snapshot(), before);
         };
 
@@ -438,7 +450,8 @@ namespace_test! {
         refused("routing table 21580: it holds a route to 10.55.0.0/16");
         rtnetlink.delete_route(&route).unwrap();
 
-        nft.load(&Table::new(TableFamily::Inet, "towline")).unwrap();
+        let theirs = Table::new(TableFamily::Inet, "towline");
+        nft.load(&theirs).unwrap();
         refused("nftables table inet towline");
         nft.delete(TableFamily::Inet, "towline").unwrap();
 
@@ -453,9 +466,31 @@ namespace_test! {
         assert!(snapshot().firewall.is_some());
         rtnetlink.delete_route(&route).unwrap();
 
+        // A table that another program creates later stays as it is, too.
+        nft.delete(TableFamily::Inet, "towline").unwrap();
+        nft.load(&theirs).unwrap();
+        for _ in 0..2 {
+            host.invalidate();
+            let problems = host.apply(&plan()).unwrap().problems;
+            let is_taken = |problem: &Problem| {
+                matches!(problem, Problem::Intruder(InUse::FirewallTable { .. }))
+                    && problem.has_open_inverse_guard()
+            };
+            assert!(problems.iter().any(is_taken), "{problems:?}");
+            assert_eq!(snapshot().firewall.as_ref(), Some(&theirs));
+            assert!(inside.iter().all(|to| connect_error(to).is_some()), "the routes alone");
+        }
+        nft.delete(TableFamily::Inet, "towline").unwrap();
+        host.invalidate();
+        host.apply(&plan()).unwrap();
+        assert!(snapshot().firewall.is_some_and(|table| firewall::is_ours(&table)));
+
+        // A link that another program has is no reason to lack the routes.
+        host.remove(&Names::of(&plan())).unwrap();
         rtnetlink.add_veth("towline0", VethPeer { name: "x", namespace: None }).unwrap();
         let error = HostNetwork::open().unwrap().apply(&plan()).unwrap_err();
         assert!(error.to_string().contains("the link towline0: it is a veth"), "{error}");
+        assert!(inside.iter().all(|to| connect_error(to).is_some()), "the routes alone");
     }
 }
 
