@@ -29,6 +29,7 @@
 //! and it carries no payload.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -37,8 +38,8 @@ use towline_core::plan::{FirewallPlan, Plan, TransitPlan};
 
 use towline_netlink::Family;
 use towline_nftables::{
-    Chain, ChainKind, CtState, Expression, Hook, KeyType, Loaded, Nft, NftError, Rule, Set, Table,
-    TableFamily,
+    Chain, ChainKind, CtState, Expression, Hook, Interval, KeyType, Loaded, Nft, NftError, Rule,
+    Set, Table, TableFamily,
 };
 
 use super::Changes;
@@ -361,6 +362,15 @@ pub(super) fn is_ours(table: &Table) -> bool {
             table.sets.contains_key(guarded_set(Family::V4)) && table.chains.contains_key(GUARD)
         }
     }
+}
+
+/// Returns true if a table of Towline drops packets to an address that leave outside the tunnel.
+pub(super) fn guards(table: &Table, address: IpAddr) -> bool {
+    let wanted = Interval::from(address);
+    let covers = |net: &Interval| net.first() <= wanted.first() && wanted.last() <= net.last();
+    let has = |name: &str| table.sets.get(name).is_some_and(|set| set.elements.iter().any(covers));
+    let family = Family::of(address);
+    has(guarded_set(family)) && !has(native_set(family))
 }
 
 fn guarded_set(family: Family) -> &'static str {

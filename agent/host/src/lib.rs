@@ -50,7 +50,7 @@ use towline_nftables::{Nft, NftError};
 pub use address::LocalAddress;
 pub use candidates::{CandidatePolicy, candidates};
 use families::Families;
-pub use listing::list_table;
+pub use listing::{has_firewall_guard, list_table};
 pub use obstacles::{Obstacle, ObstacleSearch, TrialConnection};
 use outward::WaysOut;
 pub use outward::{Connectivity, OutwardAddresses};

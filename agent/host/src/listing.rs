@@ -1,9 +1,11 @@
-//! Lists Towline's nftables table as text, for people who look into a problem.
+//! Lists Towline's nftables table as text, and looks up addresses in it, for people who look into a problem.
 
 use std::fmt::Write as _;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use towline_nftables::{Chain, Interval, KeyType, Loaded, Nft, NftError, Rule, Set, TableFamily};
+
+use super::firewall;
 
 /// Returns the table of family inet with this name as text: sets with their elements, chains with their
 /// rules and counters. `None` if there is no such table.
@@ -14,6 +16,29 @@ use towline_nftables::{Chain, Interval, KeyType, Loaded, Nft, NftError, Rule, Se
 pub fn list_table(name: &str) -> Result<Option<String>, NftError> {
     let loaded = Nft::open()?.read(TableFamily::Inet, name)?;
     Ok(loaded.map(|loaded| text(&loaded)))
+}
+
+/// Returns true if Towline's nftables table with this name drops packets to an address that leave outside the
+/// tunnel. A table of another program drops none.
+///
+/// # Errors
+///
+/// If the table cannot be read: this needs root.
+pub fn has_firewall_guard(name: &str, address: IpAddr) -> Result<bool, NftError> {
+    let mut nft = match Nft::open() {
+        Err(NftError::Unsupported) => return Ok(false),
+        opened => opened?,
+    };
+    for family in [TableFamily::Inet, TableFamily::Ip] {
+        match nft.read(family, name) {
+            Ok(Some(loaded)) if firewall::is_ours(&loaded.table) => {
+                return Ok(firewall::guards(&loaded.table, address));
+            }
+            Ok(_) | Err(NftError::Unsupported) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(false)
 }
 
 fn text(loaded: &Loaded) -> String {

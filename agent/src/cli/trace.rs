@@ -24,7 +24,7 @@ pub(super) struct TraceArgs {
     output: Format,
 }
 
-/// Prints the steps. Succeeds unless the packet or its answer is dropped.
+/// Prints the steps. Succeeds unless the packet or its answer is dropped, or leaves in clear.
 pub(super) fn run(config: &Config, args: &TraceArgs) -> anyhow::Result<()> {
     let answers = local::ask(&config.socket)?;
     let target = args.destination.resolve(&answers)?;
@@ -37,10 +37,18 @@ pub(super) fn run(config: &Config, args: &TraceArgs) -> anyhow::Result<()> {
     let traced = trace(input);
     let report = Versioned::new(&traced);
     output::write(args.output, &report, |wide| text(&traced, wide, Palette::of_stdout()))?;
-    if traced.outcome == Outcome::Dropped {
-        bail!("a packet to {} is dropped, or its answer is: see the steps above", traced.address);
+    match traced.outcome {
+        Outcome::Dropped => {
+            bail!(
+                "a packet to {} is dropped, or its answer is: see the steps above",
+                traced.address
+            )
+        }
+        Outcome::InClear => {
+            bail!("a packet to {} leaves in clear: see the steps above", traced.address)
+        }
+        Outcome::Tunnel | Outcome::Outside | Outcome::Local => Ok(()),
     }
-    Ok(())
 }
 
 /// Returns the networks of this node in the mesh that are known without the agent's help.
@@ -68,6 +76,9 @@ fn text(trace: &Trace, wide: bool, palette: Palette) -> String {
     let outcome = match trace.outcome {
         Outcome::Tunnel => "it travels through the tunnel",
         Outcome::Outside => "it leaves outside the tunnel: it does not belong to the mesh",
+        Outcome::InClear => {
+            "it leaves in clear, outside the tunnel, although it belongs to the mesh"
+        }
         Outcome::Local => "it stays on this host",
         Outcome::Dropped => "it is dropped",
     };

@@ -4,7 +4,7 @@
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use towline_host::{OURS, TrialConnection};
+use towline_host::{OURS, TrialConnection, has_firewall_guard};
 use towline_netlink::{
     Family, NetlinkError, Route, RouteKind, RouteLookup, Rtnetlink, Rule, RuleAction,
 };
@@ -27,6 +27,9 @@ pub struct KernelView {
     pub route: Option<RouteSeen>,
     /// Longest route of Towline's own table that covers the destination, whether it is used or not.
     pub own_route: Option<(IpNet, OwnRoute)>,
+    /// Whether Towline's nftables table drops packets to the destination outside the tunnel; `None` if the table
+    /// cannot be read.
+    pub firewall_guard: Option<bool>,
     /// TCP port that was tried in the chains.
     pub tried_port: u16,
     /// Chains of other programs that drop a connection, or why they were not read.
@@ -117,6 +120,7 @@ pub fn read(config: &Config, target: &Target) -> Result<KernelView, NetlinkError
         link: config.link.name.clone(),
         route,
         own_route: own_route(&own_routes, address),
+        firewall_guard: has_firewall_guard(&config.routing.nftables_table, address).ok(),
         tried_port,
         chains,
     })

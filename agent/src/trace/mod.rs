@@ -44,9 +44,9 @@ pub struct Trace {
     pub peer: Option<String>,
     /// Result for both directions.
     pub outcome: Outcome,
-    /// Code of the first step that drops the packet; `None` if none does.
+    /// Code of the first step that drops the packet or lets it leave in clear; `None` if none does.
     pub cause: Option<String>,
-    /// What to do, for people; `None` if no step drops the packet.
+    /// What to do, for people; `None` if there is no cause.
     pub remedy: Option<String>,
     /// Steps from this node to the destination.
     pub outgoing: Vec<Step>,
@@ -62,6 +62,8 @@ pub enum Outcome {
     Tunnel,
     /// The packet leaves by another link, since its destination does not belong to the mesh.
     Outside,
+    /// The packet leaves by another link although its destination belongs to the mesh, since a guard is missing.
+    InClear,
     /// The destination is this host.
     Local,
     /// The packet or its answer is dropped.
@@ -78,7 +80,7 @@ pub struct Step {
     pub fate: Fate,
     /// Description of the step, for people.
     pub finding: String,
-    /// Code of the cause, if the packet is dropped there.
+    /// Code of the cause, if the packet is dropped there or leaves in clear.
     pub cause: Option<String>,
 }
 
@@ -92,6 +94,15 @@ impl Step {
         remedy
     }
 }
+
+/// Codes of problems with which the nftables guard is missing.
+const WITHOUT_FIREWALL: [&str; 5] = [
+    "nftables-table-in-use",
+    "nftables-guard-missing",
+    "nftables-failed",
+    "link-name-in-use",
+    "host-open",
+];
 
 /// What happens to a packet at a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -159,7 +170,11 @@ pub fn trace(input: Input<'_>) -> Trace {
         address: target.address,
         port: target.port,
         peer: tracer.holder.map(|peer| peer.name.clone()),
-        outcome: if cause.is_some() { Outcome::Dropped } else { outcome },
+        outcome: match outcome {
+            Outcome::InClear => Outcome::InClear,
+            _ if cause.is_some() => Outcome::Dropped,
+            other => other,
+        },
         remedy,
         cause,
         outgoing,
@@ -288,26 +303,46 @@ impl Tracer<'_> {
             return (step("guard", Fate::Pass, text), Outcome::Tunnel);
         }
         match own {
-            Some((net, OwnRoute::Guard | OwnRoute::Tunnel)) => {
-                let text = format!(
-                    "{net} is guarded, but a route of the host leads past the tunnel: the nftables \
-                     guard drops the packet"
-                );
-                (dropped("guard", Cause::RoutePastTunnel.code(), text), Outcome::Dropped)
-            }
+            Some((net, OwnRoute::Guard | OwnRoute::Tunnel)) => self.past_tunnel(&format!(
+                "{net} belongs to the mesh, but a route of the host leads past the tunnel"
+            )),
             Some((net, OwnRoute::Host)) => {
                 let text = format!("{net} is a network of this host that stays as it is");
                 (step("guard", Fate::Pass, text), Outcome::Outside)
             }
             None if self.holder.is_some() => {
-                let text = "a peer holds it, but Towline has no route to it";
-                (dropped("guard", Cause::RoutePastTunnel.code(), text), Outcome::Dropped)
+                self.past_tunnel("a peer holds it, but Towline has no route to it")
+            }
+            None if kernel.firewall_guard == Some(true) => {
+                self.past_tunnel("it belongs to the mesh, but Towline has no route to it")
             }
             None => {
                 let text = "not guarded: it does not belong to the mesh";
                 (step("guard", Fate::Pass, text), Outcome::Outside)
             }
         }
+    }
+
+    /// Returns what happens to a packet for the mesh that leaves by another link than the tunnel. `found` says
+    /// why it does.
+    fn past_tunnel(&self, found: &str) -> (Step, Outcome) {
+        let status = &self.input.answers.status;
+        let reason = (status.applied_reason_code.as_str(), status.applied_reason.as_str());
+        let problems = status.problem_details.iter();
+        let problems = problems.map(|problem| (problem.code.as_str(), problem.message.as_str()));
+        let missing = problems.chain([reason]).find(|(code, _)| WITHOUT_FIREWALL.contains(code));
+        // A user who may not read the table is told what the agent's report implies.
+        if self.input.kernel.firewall_guard.unwrap_or(missing.is_none()) {
+            let text = format!("{found}: the nftables guard drops the packet");
+            return (dropped("guard", Cause::RoutePastTunnel.code(), text), Outcome::Dropped);
+        }
+        let text = format!("{found}, and the nftables guard is missing: it leaves in clear");
+        let (code, text) = match missing {
+            Some((code, why)) => (code, format!("{text}: {why}")),
+            None => (Cause::RoutePastTunnel.code(), text),
+        };
+        let step = Step { cause: Some(code.to_owned()), ..step("guard", Fate::Pass, text) };
+        (step, Outcome::InClear)
     }
 
     /// Returns where the endpoint of the Kubernetes API leads, if it is the destination.

@@ -52,6 +52,7 @@ fn world() -> World {
                 ..Default::default()
             }),
             own_route: Some(("198.19.0.2/32".parse().unwrap(), OwnRoute::Tunnel)),
+            firewall_guard: None,
             tried_port: 443,
             chains: Ok(Vec::new()),
         },
@@ -195,6 +196,36 @@ fn the_step_that_drops_a_packet_is_named() {
         assert_eq!(traced.outcome, Outcome::Dropped, "{traced:?}");
         assert!(traced.remedy.is_some(), "{code}");
     }
+}
+
+#[test]
+fn a_packet_that_no_guard_drops_leaves_in_clear() {
+    let mut world = world();
+    world.kernel.route.as_mut().unwrap().link = Some("eth0".into());
+    world.answers.status.applied = Some(false);
+    world.answers.status.applied_reason = "cannot use the nftables table inet towline".into();
+    world.answers.status.applied_reason_code = "nftables-table-in-use".into();
+    for own_route in [None, world.kernel.own_route] {
+        world.kernel.own_route = own_route;
+        for firewall_guard in [None, Some(false)] {
+            world.kernel.firewall_guard = firewall_guard;
+            let traced = run(&world);
+            assert_eq!(traced.outcome, Outcome::InClear, "{traced:?}");
+            assert_eq!(traced.cause.as_deref(), Some("nftables-table-in-use"));
+            assert!(traced.remedy.is_some());
+            let guard = traced.outgoing.last().unwrap();
+            assert_eq!((guard.name, guard.fate.word()), ("guard", "pass"));
+            assert!(guard.finding.contains("leaves in clear"), "{}", guard.finding);
+        }
+        world.kernel.firewall_guard = Some(true);
+        let traced = run(&world);
+        assert_eq!(traced.outcome, Outcome::Dropped, "{traced:?}");
+        assert_eq!(traced.cause.as_deref(), Some("route-past-tunnel"));
+    }
+    // No peer holds the address.
+    world.destination = "198.19.7.7";
+    world.kernel.own_route = None;
+    assert_eq!(run(&world).outcome, Outcome::Dropped);
 }
 
 #[test]

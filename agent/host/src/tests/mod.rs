@@ -477,13 +477,16 @@ namespace_test! {
                     && problem.has_open_inverse_guard()
             };
             assert!(problems.iter().any(is_taken), "{problems:?}");
+            assert!(!has_firewall_guard("towline", address("10.9.2.1")).unwrap());
             assert_eq!(snapshot().firewall.as_ref(), Some(&theirs));
             assert!(inside.iter().all(|to| connect_error(to).is_some()), "the routes alone");
         }
         nft.delete(TableFamily::Inet, "towline").unwrap();
         host.invalidate();
         host.apply(&plan()).unwrap();
-        assert!(snapshot().firewall.is_some_and(|table| firewall::is_ours(&table)));
+        for (to, is_guarded) in [("10.9.2.1", true), ("fd00:9::2", true), ("10.8.0.1", false)] {
+            assert_eq!(has_firewall_guard("towline", address(to)).unwrap(), is_guarded, "{to}");
+        }
 
         // A link that another program has is no reason to lack the routes.
         host.remove(&Names::of(&plan())).unwrap();
