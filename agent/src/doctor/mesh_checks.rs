@@ -77,6 +77,11 @@ fn problems(answers: &Answers, findings: &mut Findings) {
         if !findings.has(subject, code) {
             findings.add(subject, CheckState::Failed, code, text);
         }
+        // Where another program is the reason, something of Towline's is missing all the same.
+        if findings.worst(Subject::Guards) != Some(CheckState::Failed) {
+            let text = format!("not all of it is installed: {}", status.applied_reason);
+            findings.add(Subject::Guards, CheckState::Failed, code, text);
+        }
     }
 }
 

@@ -186,7 +186,7 @@ fn healthy_hosts_of_many_shapes_have_no_warning() {
 #[test]
 fn each_broken_host_gets_the_code_of_its_fault() {
     use CheckState::{Failed, Warning};
-    let broken: [(&str, Subject, CheckState, Change); 27] = [
+    let broken: [(&str, Subject, CheckState, Change); 28] = [
         ("clock-wrong", Subject::Clock, Failed, |facts| facts.host.now = NOW - 2 * DAY),
         ("clock-set-back", Subject::Clock, Warning, |facts| {
             facts.host.last_written = Some(NOW + 3_600);
@@ -220,6 +220,12 @@ fn each_broken_host_gets_the_code_of_its_fault() {
             let status = &mut answers(facts).status;
             status.applied = Some(false);
             status.applied_reason_code = "link-missing".into();
+        }),
+        ("nftables-table-in-use", Subject::Guards, Failed, |facts| {
+            let status = &mut answers(facts).status;
+            status.problem_details = vec![detail("nftables-table-in-use")];
+            status.applied = Some(false);
+            status.applied_reason_code = "nftables-table-in-use".into();
         }),
         ("forwarding-off", Subject::Forwarding, Failed, |facts| {
             facts.networks_behind = vec!["10.9.0.0/16".parse().unwrap()];
