@@ -63,7 +63,7 @@ pub fn run(config: &Config) -> anyhow::Result<Guarded> {
     };
     let mut network = HostNetwork::open().context("cannot open a netlink socket")?;
     let plan = Prepared::read(config, &state, &mut network, Extent::Whole)?.plan;
-    let applied = network.apply(&plan).context("the guards are not installed")?;
+    let applied = network.apply(&plan).context("not all guards are installed")?;
     Ok(outcome(config, &plan, &applied))
 }
 
@@ -293,6 +293,7 @@ mod tests {
     use crate::node_ip;
     use towline_netlink::{AddressOptions, Route, Rtnetlink};
     use towline_netns::{add_link, add_unowned_tun, namespace_test};
+    use towline_nftables::{Nft, Table, TableFamily};
 
     /// State of node 1 after a run: node 2 announces 172.20.0.0/16, and another node formerly
     /// announced 172.21.0.0/16.
@@ -387,6 +388,24 @@ mod tests {
 
             let _agent = StateDir::open(&config.state_dir).unwrap();
             assert_eq!(run(&config).unwrap(), Guarded::AgentRuns);
+        }
+    }
+
+    namespace_test! {
+        fn a_table_of_another_program_keeps_the_guard_from_success_but_not_the_routes_from_guarding() {
+            let dir = tempfile::tempdir().unwrap();
+            let config = Config { state_dir: dir.path().into(), ..Config::default() };
+            state_of_a_node(&config.state_dir);
+            host();
+            let table = Table::new(TableFamily::Inet, &config.routing.nftables_table);
+            Nft::open().unwrap().load(&table).unwrap();
+            assert!(leaves("198.19.0.2") && leaves("172.20.0.1"));
+            let error = format!("{:#}", run(&config).unwrap_err());
+            assert!(error.contains("cannot use the nftables table inet towline"), "{error}");
+            for to in ["198.19.0.2", "172.20.0.1", "172.21.0.1", "10.1.2.3"] {
+                assert!(!leaves(to), "{to}");
+            }
+            assert!(leaves("203.0.113.1"));
         }
     }
 

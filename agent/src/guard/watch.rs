@@ -121,7 +121,7 @@ async fn start(
             // The error of the whole plan says more than that of the ranges.
             return ranges.filter(|_| keeper.is_whole()).ok_or(error);
         }
-        let now = format!("the guards are not installed yet: {error:#}");
+        let now = format!("not all guards are installed yet: {error:#}");
         if now != reported {
             tracing::warn!("{now}");
             notifier.status(&now);
@@ -307,7 +307,7 @@ impl Held {
     /// Applies the plan, if that is needed.
     fn install(&mut self, config: &Config) -> anyhow::Result<()> {
         if std::mem::take(&mut self.is_stale) {
-            let applied = self.network.apply(&self.plan).context("the guards are not installed")?;
+            let applied = self.network.apply(&self.plan).context("not all guards are installed")?;
             // The link is missing until the agent creates it.
             self.is_stale = applied.problems.iter().any(|problem| {
                 problem.is_worth_retrying() && !matches!(problem, Problem::LinkMissing(_))
