@@ -353,7 +353,7 @@ fn a_second_controller_and_a_busy_port_are_told_and_change_nothing() {
     let first = Running::start(root.path());
     let dir = root.path().to_str().unwrap();
     let line = failure(&run(&["serve", "--state-dir", dir, "--listen", "127.0.0.1:0"]));
-    assert!(line.contains("another controller runs"), "{line}");
+    assert!(line.contains("another controller uses"), "{line}");
 
     let address = std::fs::read_to_string(root.path().join("address")).unwrap();
     let other = tempfile::tempdir().unwrap();

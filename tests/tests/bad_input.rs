@@ -277,7 +277,7 @@ fn a_damaged_store_is_refused_and_left_alone() {
 
         let listen = world.controller.address().to_string();
         let second = world.controller.operator().command(&["serve", "--listen", &listen]).unwrap();
-        assert_refused(&second, &["another controller runs"]);
+        assert_refused(&second, &["another controller uses"]);
 
         world.controller.daemon().unwrap().kill().unwrap();
         let stores: Vec<_> = std::fs::read_dir(&state)
