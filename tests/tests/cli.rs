@@ -130,7 +130,7 @@ fn without_an_agent_the_bundle_has_the_host_and_says_what_is_missing() {
 
 #[test]
 fn a_live_screen_needs_a_terminal() {
-    assert_refused(&towline(&["top"]), &["no terminal", "towline peers --watch"]);
+    assert_refused(&towline(&["top"]), &["not a terminal", "towline peers --watch"]);
 }
 
 #[test]

@@ -377,6 +377,7 @@ namespace_test! {
             let service = udp(at(ANY[family], PORT), false);
             let other = neighbour.enter(|| udp(at(lan_address, 0), false));
             reach(&other, at(uplink, PORT), &service);
+            reach_by_tunnel(&tunnel, family, PORT, &service);
             let forged = neighbour.enter(|| udp(at(POD[family], PORT), false));
             for to in [uplink, THERE[family], OVERLAY[family]] {
                 forged.send_to(b"forged", at(to, PORT)).unwrap();
